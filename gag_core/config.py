@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The settings of one guidance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+RULES = ("gag", "pladis")
+NORM_MODES = ("absolute", "relative")
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """How the sparse and the dense read-out are combined (arXiv 2603.02531 v2, eq. 12-13).
+
+    Attributes:
+        rule: ``"gag"`` extrapolates from the sparse read-out along the capped, geometry-aware discrepancy;
+            ``"pladis"`` is the plain extrapolation ``D + guidance_scale (S - D)`` of arXiv 2503.07677.
+        guidance_scale: lambda, how far to extrapolate. 0 is plain sparse attention with ``"gag"``.
+        norm_threshold: eta, the largest norm of the guidance vector; ``inf`` switches the cap off. ``"gag"`` only.
+        norm_mode: ``"absolute"`` caps at ``norm_threshold``; ``"relative"`` at ``norm_threshold * ||S||``, so that
+            one setting means the same on models whose values have other norms.
+        orthogonal_scale: zeta, how much of the part orthogonal to the sparse read-out is kept. ``"gag"`` only.
+        alpha: sparsity of the sparse read-out: 1 is softmax (no guidance), 1.5 the paper's, 2 is sparsemax.
+        strength: blend with plain attention, ``D + strength (guided - D)``; 0 is off.
+        merge_heads: take norms and inner products over the concatenated heads instead of per head.
+
+    Raises:
+        ValueError: a field is outside what is allowed; the message names the field, the value and the range.
+        TypeError: a number was expected and something else was given.
+    """
+
+    rule: str = "gag"
+    guidance_scale: float = 10.0
+    norm_threshold: float = 15.0
+    norm_mode: str = "absolute"
+    orthogonal_scale: float = 0.0
+    alpha: float = 1.5
+    strength: float = 1.0
+    merge_heads: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("rule", self.rule, RULES)
+        _one_of("norm_mode", self.norm_mode, NORM_MODES)
+        _number("guidance_scale", self.guidance_scale, -math.inf, math.inf)
+        _number("norm_threshold", self.norm_threshold, 0.0, math.inf, infinite=True)
+        _number("orthogonal_scale", self.orthogonal_scale, -math.inf, math.inf)
+        _number("alpha", self.alpha, 1.0, 2.0)
+        _number("strength", self.strength, -math.inf, math.inf)
+        if not isinstance(self.merge_heads, bool):
+            raise TypeError(f"merge_heads must be True or False, got {self.merge_heads!r}.")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _number(name: str, value: object, low: float, high: float, *, infinite: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if math.isnan(value) or (math.isinf(value) and not infinite) or not low <= value <= high:
+        allowed = "a finite number" if math.isinf(high) and not infinite else "a number"
+        if not math.isinf(low):
+            allowed += f" of at least {low:g}" if math.isinf(high) else f" from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}.")

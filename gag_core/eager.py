@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The implementation in plain torch operations: runs everywhere, and is what faster ones are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .config import GuidanceConfig
+from .entmax import dense_weights_, shift_by_max, sparse_weights
+from .geometry import correction, to_dtype
+
+# Logits held at once. On the CPU a chunk and its few work buffers should stay in the cache; elsewhere the launches of
+# many small kernels cost more than memory does.
+_CPU_CHUNK_ELEMENTS = 1 << 19
+_CHUNK_ELEMENTS = 1 << 23
+
+
+def row_chunks(q: Tensor, keys: int) -> Iterator[slice]:
+    """Slices of the query axis of ``q`` (``[B, H, N_q, D]``), each small enough to hold its logits over ``keys``."""
+    batch, heads, rows, _ = q.shape
+    budget = _CPU_CHUNK_ELEMENTS if q.device.type == "cpu" else _CHUNK_ELEMENTS
+    step = max(1, budget // (batch * heads * keys))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def work_dtype(q: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 tensors: what the mathematics runs in."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def logits_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """``scale * q k^T`` plus the mask, ``[B, H, N_q, N_k]`` in the work dtype; masked entries are ``-inf``."""
+    work = work_dtype(q)
+    logits = torch.matmul(q.to(work) * scale, k.to(work).transpose(-1, -2))
+    if mask is None:
+        return logits
+    return logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
+
+
+def retrieve(
+    q: Tensor, k: Tensor, v: Tensor, alpha: float, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sparse and dense read-out ``[B, H, N_q, D_v]`` and logsumexp ``[B, H, N_q, 1]`` of one chunk, work dtype."""
+    values = v.to(work_dtype(q))
+    shifted, maximum = shift_by_max(logits_of(q, k, mask, scale))
+    # The softmax overwrites the shifted logits, so the sparse weights come first.
+    sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(shifted, alpha), values)
+    weights, total = dense_weights_(shifted)
+    dense = torch.matmul(weights, values)
+    return dense.clone() if sparse is None else sparse, dense, maximum + total.log()
+
+
+def guide(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    *,
+    base: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    joint_lse: Tensor | None,
+) -> None:
+    """Write ``base + mass * strength * (guided - dense)`` to ``out``, chunk by chunk.
+
+    Args:
+        out: ``[B, H, N_q, D_v]``, any strides.
+        q, k, v, config, mask, scale: as in :func:`gag_core.guided_attention`, mask of rank 4.
+        base: ``[B, H, N_q, D_v]``; None takes the dense read-out.
+        joint_lse: ``[B, H, N_q]``, logsumexp of the logits of a longer sequence that these keys are part of; the
+            mass is the share of its softmax that falls on them. None is a mass of 1.
+    """
+    work = work_dtype(q)
+    k, v = k.to(work), v.to(work)
+    for rows in row_chunks(q, k.shape[2]):
+        row_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        sparse, dense, lse = retrieve(q[:, :, rows], k, v, config.alpha, row_mask, scale)
+        change = correction(sparse, dense, config)
+        if joint_lse is not None:
+            # A row that may read nothing at all has -inf - -inf here: no text, so no mass.
+            mass = (lse - joint_lse[:, :, rows, None].to(work)).exp_().nan_to_num_(nan=0.0)
+            change.mul_(mass.clamp_(max=1.0))
+        change += dense if base is None else base[:, :, rows]
+        out[:, :, rows] = to_dtype(change, out.dtype)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From the sparse and the dense read-out to the guided one: decomposition, cap, extrapolation, blend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .config import GuidanceConfig
+
+_PER_HEAD = (-1,)
+_MERGED_HEADS = (-3, -1)
+
+
+def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
+    """Combine two read-outs of the same queries into the guided one.
+
+    With ``r = S - D``, ``r_par`` its part along S and ``r_perp`` the rest::
+
+        g   = r_par + orthogonal_scale * r_perp
+        g   = g * min(1, cap / ||g||)          cap = norm_threshold, times ||S|| if norm_mode is "relative"
+        out = S + guidance_scale * g           rule "gag"
+        out = D + guidance_scale * r           rule "pladis": no decomposition, no cap
+        out = D + strength * (out - D)
+
+    Args:
+        sparse: S, ``[B, H, N, D]``, floating point.
+        dense: D, the same shape, dtype and device.
+        config: the settings; ``merge_heads`` takes norms and inner products over H and D instead of D alone.
+
+    Returns:
+        ``[B, H, N, D]`` in the dtype of the inputs; computed in fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: the two read-outs differ in shape, dtype or device, or are not of rank 4.
+        TypeError: they are not floating-point tensors.
+
+    Source: arXiv 2603.02531 v2, eq. 12-13; rule "pladis": arXiv 2503.07677.
+    """
+    for name, tensor in (("sparse", sparse), ("dense", dense)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {given}.")
+    if sparse.ndim != 4 or sparse.shape != dense.shape:
+        raise ValueError(
+            "sparse and dense must both be [batch, heads, tokens, head_dim] of one shape, "
+            f"got {tuple(sparse.shape)} and {tuple(dense.shape)}."
+        )
+    if sparse.dtype != dense.dtype or sparse.device != dense.device:
+        raise ValueError(
+            "sparse and dense must have one dtype and one device, "
+            f"got {sparse.dtype} on {sparse.device} and {dense.dtype} on {dense.device}."
+        )
+    work = torch.float64 if sparse.dtype == torch.float64 else torch.float32
+    wide = dense.to(work)
+    return to_dtype(wide + correction(sparse.to(work), wide, config), sparse.dtype)
+
+
+def correction(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
+    """What guidance adds to the dense read-out: ``strength * (guided - dense)``, in the (wide) dtype of the inputs."""
+    discrepancy = sparse - dense
+    if config.rule == "pladis":
+        return discrepancy.mul_(config.strength * config.guidance_scale)
+    axes = _MERGED_HEADS if config.merge_heads else _PER_HEAD
+    sparse_norm = torch.linalg.vector_norm(sparse, dim=axes, keepdim=True)
+    tiny = torch.finfo(sparse.dtype).tiny
+    # Divided twice by the norm, not once by its square, which would leave the fp32 range much sooner.
+    share = (discrepancy * sparse).sum(dim=axes, keepdim=True)
+    share = share.div_(sparse_norm.clamp_min(tiny)).div_(sparse_norm.clamp_min(tiny))
+    orthogonal = config.orthogonal_scale
+    if orthogonal == 0.0:
+        guidance_norm = share.abs() * sparse_norm
+    else:
+        guidance = torch.addcmul(discrepancy * orthogonal, sparse, share * (1.0 - orthogonal))
+        guidance_norm = torch.linalg.vector_norm(guidance, dim=axes, keepdim=True)
+    reach = _capped(guidance_norm, sparse_norm, config).mul_(config.guidance_scale)
+    if orthogonal == 0.0:
+        extrapolation = sparse * share.mul_(reach)
+    else:
+        extrapolation = guidance.mul_(reach)
+    return extrapolation.add_(discrepancy).mul_(config.strength)
+
+
+def _capped(guidance_norm: Tensor, sparse_norm: Tensor, config: GuidanceConfig) -> Tensor:
+    """The factor, at most 1, that keeps the guidance vector within the cap."""
+    if math.isinf(config.norm_threshold):
+        return torch.ones_like(guidance_norm)
+    limit = sparse_norm * config.norm_threshold if config.norm_mode == "relative" else config.norm_threshold
+    return (limit / guidance_norm.clamp_min(torch.finfo(guidance_norm.dtype).tiny)).clamp_(max=1.0)
+
+
+def to_dtype(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast, saturating where the narrow dtype ends: an extrapolation may leave fp16's range, infinities may not."""
+    if wide.dtype == dtype:
+        return wide
+    limit = torch.finfo(dtype).max
+    return wide.clamp(-limit, limit).to(dtype)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Joint attention together with the logsumexp of its logits, which the text mass is computed from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .eager import logits_of, row_chunks, work_dtype
+
+
+def attention_with_logsumexp(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention ``[B, H, N_q, D_v]`` in the dtype of q, and logsumexp ``[B, H, N_q]`` of its logits.
+
+    torch's fused attention returns both where a kernel of it takes these tensors; else the logsumexp costs one more
+    product of queries and keys, chunk by chunk. ``mask`` is of rank 4.
+    """
+    if mask is None:
+        fused = _fused(q, k, v, scale)
+        if fused is not None:
+            return fused
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=_sdpa_mask(mask, q), scale=scale)
+    if mask is not None:
+        readable = mask if mask.dtype == torch.bool else mask > -torch.inf
+        out = out.masked_fill(~readable.any(dim=-1, keepdim=True), 0.0)
+    return out, logsumexp_of_logits(q, k, mask, scale)
+
+
+def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """logsumexp over the keys, ``[B, H, N_q]`` in fp32 (fp64 for fp64); ``-inf`` where no key may be read."""
+    k = k.to(work_dtype(q))
+    parts = []
+    for rows in row_chunks(q, k.shape[2]):
+        row_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        parts.append(logits_of(q[:, :, rows], k, row_mask, scale).logsumexp(dim=-1))
+    return torch.cat(parts, dim=2)
+
+
+def _sdpa_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    return mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """torch's own kernels that return the logsumexp, called below the public function, which drops it.
+
+    None where no such kernel takes these tensors. The conditions are the kernels' own; a torch that lacks one, or
+    refuses for a reason not foreseen here, is served by the caller's general way.
+    """
+    if v.shape[3] != q.shape[3] or q.dtype == torch.float64:
+        return None
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    aten = torch.ops.aten
+    try:
+        if q.device.type == "cpu":
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+            return out, lse
+        if q.device.type == "cuda":
+            if q.dtype != torch.float32 and q.shape[3] % 8 == 0 and q.shape[3] <= 256:
+                out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+            else:
+                out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
+            # The memory-efficient kernel pads the rows of its logsumexp.
+            return out, lse[:, :, : q.shape[2]]
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError):
+        return None
+    return None

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The text in which users name blocks: ``d1,d2.0-3,m,u`` or ``double 0-18, single 20-37`` or ``0,1,47-49``."""
+
+from __future__ import annotations
+
+import re
+
+from .families import Blocks, Layer
+
+_TERM = re.compile(r"(?P<part>[a-z]+)?\s*(?P<blocks>\d+(?:\s*-\s*\d+)?)?(?:\.(?P<inner>\d+(?:\s*-\s*\d+)?))?")
+# UNets are addressed by letters alone; a plain number there would be ambiguous between down, middle and up.
+_LETTERS = {"d", "m", "u"}
+
+
+class BlocksError(ValueError):
+    """The text does not name blocks of this model."""
+
+
+def parse_blocks(text: str, blocks: Blocks) -> frozenset[Layer]:
+    """The layers that ``text`` names.
+
+    Terms are separated by commas. A term is a part of the model (``d``, ``m``, ``u``; ``double``, ``single``), with
+    or without a number or range of its blocks; ``.0-3`` behind it picks transformers inside UNet blocks. Blocks are
+    counted from 0 among those that have text attention, as other guidance packs do. A number without a part belongs
+    to the part named before it; with no part named before it, it counts through all parts of a transformer.
+
+    Args:
+        text: not empty.
+        blocks: the model's blocks from :func:`nodes.families.family_of`.
+
+    Raises:
+        BlocksError: one sentence with the term, what this model has, and an example.
+    """
+    chosen: set[Layer] = set()
+    part: str | None = None
+    for term in text.lower().split(","):
+        term = term.strip()
+        match = _TERM.fullmatch(term)
+        if match is None or not term:
+            raise _error(f"{term!r} is not a block", blocks)
+        part = match["part"] or part
+        if part is None and blocks.keys() <= _LETTERS:
+            raise _error(f"{term!r} does not say where to count", blocks)
+        if part is not None and part not in blocks:
+            raise _error(f"{term!r} names a part {part!r}", blocks)
+        listed = blocks[part] if part is not None else [block for p in blocks.values() for block in p]
+        for block in _range(match["blocks"], listed, term, blocks):
+            if match["inner"] is None:
+                chosen.update(block)
+            else:
+                chosen.update(_range(match["inner"], block, term, blocks))
+    return frozenset(chosen)
+
+
+def _range(numbers: str | None, items: list, term: str, blocks: Blocks) -> list:  # type: ignore[type-arg]
+    """The items that a number or a range ``first-last`` picks; all of them for None."""
+    if numbers is None:
+        if not items:
+            raise _error(f"{term!r} has no text attention", blocks)
+        return items
+    first, _, last = numbers.replace(" ", "").partition("-")
+    start, stop = int(first), int(last or first)
+    if not start <= stop < len(items):
+        raise _error(f"{term!r} is out of range", blocks)
+    return items[start : stop + 1]
+
+
+def _error(problem: str, blocks: Blocks) -> BlocksError:
+    there = {name: part for name, part in blocks.items() if part}
+    has = ", ".join(f"{name} 0-{len(part) - 1}" if len(part) > 1 else f"{name} 0" for name, part in there.items())
+    if blocks.keys() <= _LETTERS:
+        has = has.replace(" ", "")
+        inner = max(len(block) for part in there.values() for block in part)
+        if inner > 1:
+            has += f" (with up to {inner} transformers each, as in {next(iter(there))}0.0-{inner - 1})"
+    else:
+        total = sum(len(part) for part in there.values())
+        has += f", or 0-{total - 1} counted through"
+    return BlocksError(f"blocks: {problem}; this model has {has}; leave it empty for the default.")

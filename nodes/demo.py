@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Nodes that run the small text-to-image model that comes with the pack: nothing to download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from .demo_model import CHANNELS, SIZE, DemoTextEncoder, load_demo
+
+CATEGORY = "GAG/demo"
+DemoText = io.Custom("GAG_DEMO_TEXT")
+
+
+class GAGDemoLoader(io.ComfyNode):
+    """The demo model, its text encoder and its (trivial) VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GAGDemoLoader",
+            display_name="GAG demo model",
+            category=CATEGORY,
+            description=f"A tiny text-to-image model, {SIZE}x{SIZE} pixels, that knows coloured shapes. It comes with "
+            "the pack and runs in seconds on any machine.",
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the GAG node or the sampler."),
+                DemoText.Output(display_name="text encoder", tooltip="For GAG demo prompt."),
+                io.Vae.Output(display_name="vae", tooltip="For VAE Decode."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo())
+
+
+class GAGDemoPrompt(io.ComfyNode):
+    """Encodes a prompt for the demo model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GAGDemoPrompt",
+            display_name="GAG demo prompt",
+            category=CATEGORY,
+            description="Encodes a prompt for the demo model.",
+            inputs=[
+                DemoText.Input("text_encoder", tooltip="From GAG demo model."),
+                io.String.Input(
+                    "text",
+                    default="a red circle left of a blue square",
+                    multiline=True,
+                    tooltip="One or two shapes: a red, green, blue or yellow circle, square or triangle, left of, "
+                    "right of, above or below another. Empty is the negative prompt.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder: DemoTextEncoder, text: str) -> io.NodeOutput:
+        return io.NodeOutput([[text_encoder.encode(text), {}]])
+
+
+class GAGDemoEmptyLatent(io.ComfyNode):
+    """An empty latent of the demo model's size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="GAGDemoEmptyLatent",
+            display_name="GAG demo empty latent",
+            category=CATEGORY,
+            description="An empty picture of the demo model's size, for the sampler to fill.",
+            inputs=[
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures to make in one run."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, batch_size: int) -> io.NodeOutput:
+        device = comfy.model_management.intermediate_device()
+        latent: dict[str, Any] = {"samples": torch.zeros(batch_size, CHANNELS, SIZE, SIZE, device=device)}
+        return io.NodeOutput(latent)

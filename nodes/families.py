@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Which models can be guided, and where in them the text attention is. One entry per model family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+
+class Layer(NamedTuple):
+    """One text attention, by the names the host gives at run time.
+
+    ``part`` is ``input``/``middle``/``output`` in a UNet and the stream (``double``/``single``) in a transformer;
+    ``block`` its number there; ``transformer`` the number of the transformer inside a UNet block, else 0.
+    """
+
+    part: str
+    block: int
+    transformer: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the model that users name as a whole.
+
+    Attributes:
+        name: what users write in ``blocks``.
+        host_name: how the host calls it at run time.
+        attribute: where its blocks are in the diffusion model.
+        guided: whether it is guided when ``blocks`` is empty.
+    """
+
+    name: str
+    host_name: str
+    attribute: str
+    guided: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    Attributes:
+        title: its name in messages.
+        model_class: dotted path of the diffusion model's class; subclasses count.
+        attention: ``"cross"`` where the text has an attention of its own (a UNet's attn2), ``"joint"`` where text and
+            image tokens are attended to together, the text first.
+        parts: its parts in the order of execution.
+        refused: classes of the host's model that share the diffusion model but do not read text, and what they read.
+    """
+
+    title: str
+    model_class: str
+    attention: Literal["cross", "joint"]
+    parts: tuple[Part, ...]
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+FAMILIES = (
+    Family(
+        title="Stable Diffusion UNet (SD1.x, SD2.x, SDXL and its refiner, SSD-1B and others of the kind)",
+        model_class="comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        attention="cross",
+        parts=(
+            Part("d", "input", "input_blocks"),
+            Part("m", "middle", "middle_block", guided=False),
+            Part("u", "output", "output_blocks"),
+        ),
+        refused=(
+            ("SVD_img2vid", "a picture"),
+            ("SV3D_u", "a picture"),
+            ("SV3D_p", "a picture"),
+            ("Stable_Zero123", "a picture"),
+        ),
+    ),
+    Family(
+        title="Flux.1 (dev, schnell, Fill, Kontext and others of the kind)",
+        model_class="comfy.ldm.flux.model.Flux",
+        attention="joint",
+        parts=(
+            Part("double", "double", "double_blocks"),
+            Part("single", "single", "single_blocks"),
+        ),
+    ),
+)
+
+# The blocks of each part by its name, each block with its text attentions: what the user's numbers count.
+Blocks = dict[str, list[list[Layer]]]
+
+
+class UnsupportedModelError(ValueError):
+    """The model has no text attention that can be reached."""
+
+
+def family_of(model: Any) -> tuple[Family, Blocks]:
+    """The family of a ModelPatcher's model, with its blocks that have text attention.
+
+    Raises:
+        UnsupportedModelError: one sentence that names the model's class and the families there are.
+    """
+    diffusion_model = model.get_model_object("diffusion_model")
+    classes = {f"{c.__module__}.{c.__qualname__}" for c in type(diffusion_model).__mro__}
+    host_class = type(model.model).__name__
+    for family in FAMILIES:
+        if family.model_class not in classes:
+            continue
+        for refused, reads in family.refused:
+            if host_class == refused:
+                raise UnsupportedModelError(
+                    f"GAG guides what a model reads of the prompt, but {host_class} is conditioned on {reads} and "
+                    "not on text; take the GAG node out of this workflow."
+                )
+        blocks = {part.name: _blocks_of(family, part, diffusion_model) for part in family.parts}
+        if any(blocks.values()):
+            return family, blocks
+    raise UnsupportedModelError(
+        f"GAG cannot reach a text attention in {type(diffusion_model).__name__} ({host_class}); "
+        f"supported families: {'; '.join(family.title for family in FAMILIES)}."
+    )
+
+
+def default_layers(family: Family, blocks: Blocks) -> frozenset[Layer]:
+    """What is guided when the user names no blocks; every layer if the default parts have none."""
+    chosen = [layer for part in family.parts if part.guided for block in blocks[part.name] for layer in block]
+    return frozenset(chosen or [layer for part in blocks.values() for block in part for layer in block])
+
+
+def _blocks_of(family: Family, part: Part, diffusion_model: Any) -> list[list[Layer]]:
+    modules = getattr(diffusion_model, part.attribute, None)
+    if modules is None:
+        return []
+    if family.attention == "joint":
+        return [[Layer(part.host_name, number)] for number in range(len(modules))]
+    # A UNet's middle is one block, a sequence of modules like each of the others.
+    sequences = [modules] if part.host_name == "middle" else list(modules)
+    found = []
+    for number, sequence in enumerate(sequences):
+        count = sum(_has_text_attention(transformer) for transformer in _transformers(sequence))
+        if count:
+            found.append([Layer(part.host_name, number, index) for index in range(count)])
+    return found
+
+
+def _transformers(sequence: Any) -> list[Any]:
+    """The transformer blocks of one UNet block, in the order that the host numbers them."""
+    return [t for module in sequence for t in getattr(module, "transformer_blocks", ())]
+
+
+def _has_text_attention(transformer: Any) -> bool:
+    return getattr(transformer, "attn2", None) is not None
