@@ -13,6 +13,7 @@ from .joint import attention_with_logsumexp, logsumexp_of_logits
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@torch.no_grad()
 def sparse_dense_attention(
     q: Tensor,
     k: Tensor,
@@ -49,6 +50,7 @@ def sparse_dense_attention(
     return sparse, dense
 
 
+@torch.no_grad()
 def guided_attention(
     q: Tensor,
     k: Tensor,
@@ -91,6 +93,7 @@ def guided_attention(
     return out
 
 
+@torch.no_grad()
 def guided_joint_attention(
     q: Tensor,
     k: Tensor,

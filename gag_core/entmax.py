@@ -25,6 +25,7 @@ _NEWTON_STEPS_AFTER_BISECTION = 8
 _EXTRA_STEPS_FP64 = 2
 
 
+@torch.no_grad()
 def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
     """Alpha-entmax along ``dim``: softmax at alpha 1, sparsemax at alpha 2, exact zeros for every alpha above 1.
 

@@ -14,6 +14,7 @@ _PER_HEAD = (-1,)
 _MERGED_HEADS = (-3, -1)
 
 
+@torch.no_grad()
 def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
     """Combine two read-outs of the same queries into the guided one.
 

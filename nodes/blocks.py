@@ -66,14 +66,13 @@ def _range(numbers: str | None, items: list, term: str, blocks: Blocks) -> list:
 
 
 def _error(problem: str, blocks: Blocks) -> BlocksError:
-    there = {name: part for name, part in blocks.items() if part}
-    has = ", ".join(f"{name} 0-{len(part) - 1}" if len(part) > 1 else f"{name} 0" for name, part in there.items())
-    if blocks.keys() <= _LETTERS:
-        has = has.replace(" ", "")
-        inner = max(len(block) for part in there.values() for block in part)
-        if inner > 1:
-            has += f" (with up to {inner} transformers each, as in {next(iter(there))}0.0-{inner - 1})"
-    else:
-        total = sum(len(part) for part in there.values())
-        has += f", or 0-{total - 1} counted through"
+    letters = blocks.keys() <= _LETTERS
+    separator = "" if letters else " "
+    counts = {name: len(part) for name, part in blocks.items() if part}
+    has = ", ".join(f"{name}{separator}{'0' if n == 1 else f'0-{n - 1}'}" for name, n in counts.items())
+    if not letters:
+        has += f", or 0-{sum(counts.values()) - 1} counted through"
+    inner, name, number = max((len(b), name, i) for name, part in blocks.items() for i, b in enumerate(part))
+    if inner > 1:
+        has += f", with up to {inner} transformers in a block, as in {name}{number}.0-{inner - 1}"
     return BlocksError(f"blocks: {problem}; this model has {has}; leave it empty for the default.")

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The nodes as the host sees them: schemas, defaults, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+
+import host_process as host
+
+GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
+PRESETS = host.pack_module("nodes.presets").PRESETS
+OURS = ["GAGuidance", "GAGuidanceAdvanced", "GAGDemoLoader", "GAGDemoPrompt", "GAGDemoEmptyLatent"]
+
+
+@pytest.mark.parametrize("node_id", OURS)
+def test_every_input_and_output_has_a_tooltip(node_id: str) -> None:
+    schema = host.NODES[node_id].GET_SCHEMA()
+    for item in (*schema.inputs, *schema.outputs):
+        assert item.tooltip, item.id
+        assert len(item.tooltip) > 10
+    assert schema.description
+
+
+def test_advanced_has_every_field_of_the_config_with_its_default() -> None:
+    inputs = {i.id: i for i in host.NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs}
+    for field in dataclasses.fields(GuidanceConfig):
+        assert inputs[field.name].default == field.default
+
+
+def test_gentle_is_the_default_preset() -> None:
+    (preset,) = (i for i in host.NODES["GAGuidance"].GET_SCHEMA().inputs if i.id == "preset")
+    assert preset.default == "gentle"
+    assert preset.options == list(PRESETS)
+
+
+def test_a_preset_equals_its_settings_in_the_advanced_node() -> None:
+    model = host.build_model("sd15")
+    for name, config in PRESETS.items():
+        (simple,) = host.run_node("GAGuidance", model=model, preset=name, strength=0.7)
+        settings = {**dataclasses.asdict(config), "strength": 0.7}
+        (advanced,) = host.run_node("GAGuidanceAdvanced", model=model, **settings)
+        assert torch.equal(host.sample(simple, "sd15"), host.sample(advanced, "sd15"))
+
+
+WRONG = {
+    "start after end": ({"start_percent": 0.8, "end_percent": 0.2}, ["0.8", "0.2", "start"]),
+    "alpha": ({"alpha": 3.0}, ["alpha", "3.0", "from 1 to 2"]),
+    "rule": ({"rule": "magic"}, ["rule", "'magic'", "'gag'"]),
+    "apply_to": ({"apply_to": "negative"}, ["apply_to", "'negative'", "both"]),
+    "blocks": ({"blocks": "d99"}, ["blocks", "'d99'", "d0-1"]),
+    "not a number": ({"guidance_scale": float("nan")}, ["guidance_scale", "finite"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refuses_bad_input_in_one_sentence_and_changes_nothing(case: str) -> None:
+    inputs, words = WRONG[case]
+    model = host.build_model("sd15")
+    before = {kind: dict(entry) for kind, entry in model.wrappers.items()}
+    with pytest.raises(ValueError, match=r".") as raised:
+        host.run_node("GAGuidanceAdvanced", model=model, **inputs)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert {kind: dict(entry) for kind, entry in model.wrappers.items()} == before
+
+
+def test_refuses_an_unknown_preset() -> None:
+    with pytest.raises(ValueError, match=r"preset must be one of gentle, .*, got 'wild'"):
+        host.run_node("GAGuidance", model=host.build_model("sd15"), preset="wild")
+
+
+def _unreached() -> Any:
+    """A model that today has no family of ours."""
+    return host.build("WAN21_T2V", {
+        "image_model": "wan2.1", "model_type": "t2v", "dim": 128, "out_dim": 16, "in_dim": 16, "num_heads": 2,
+        "ffn_dim": 64, "num_layers": 1, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1),
+        "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "text_dim": 64,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced"])
+def test_refuses_a_family_it_cannot_reach(node_id: str) -> None:
+    with pytest.raises(ValueError, match=r"GAG cannot reach a text attention in WanModel \(WAN21\)") as raised:
+        host.run_node(node_id, model=_unreached())
+    for title in ("SD1.x", "SDXL", "Flux.1"):
+        assert title in str(raised.value)
+
+
+def test_refuses_a_unet_that_reads_a_picture() -> None:
+    """Video and view models share SD's UNet, but their cross-attention reads an embedded picture."""
+    config = {
+        **host.CONFIGS["sd15"][1],
+        "in_channels": 8,
+        "adm_in_channels": 768,
+        "num_classes": "sequential",
+        "use_temporal_attention": True,
+        "use_temporal_resblock": True,
+        "extra_ff_mix_layer": True,
+        "use_spatial_context": True,
+        "merge_strategy": "learned_with_images",
+        "merge_factor": 0.0,
+        "video_kernel_size": [3, 1, 1],
+    }
+    model = host.build("SVD_img2vid", config)
+    with pytest.raises(ValueError, match=r"SVD_img2vid is conditioned on a picture and not on text"):
+        host.run_node("GAGuidance", model=model)
+
+
+def test_takes_a_model_that_the_host_detected_in_a_file(tmp_path: Any) -> None:
+    """The host's own loader on a file, not our builder: the road that users' checkpoints come by."""
+    config = {
+        **host.CONFIGS["sd15"][1],
+        "model_channels": 320,
+        "channel_mult": [1],
+        "num_res_blocks": [1],
+        "transformer_depth": [1],
+        "transformer_depth_output": [1, 1],
+        "context_dim": 768,
+    }
+    source = host.build("SD15", config)
+    weights = {name: weight.half() for name, weight in source.model.diffusion_model.state_dict().items()}
+    path = tmp_path / "tiny_sd15.safetensors"
+    comfy.utils.save_torch_file(weights, str(path))
+    model = comfy.sd.load_diffusion_model(str(path))
+    (patched,) = host.run_node("GAGuidance", model=model, preset="paper")
+    generator = torch.Generator().manual_seed(1)
+    text = [[torch.randn(1, 77, 768, generator=generator), {}]]
+    inputs: dict[str, Any] = {"steps": 1, "positive": text, "negative": text}
+    plain, out = host.sample(model, "sd15", **inputs), host.sample(patched, "sd15", **inputs)
+    assert torch.isfinite(out).all()
+    assert not torch.equal(plain, out)

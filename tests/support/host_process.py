@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The real ComfyUI inside the test process: its model classes, ModelPatcher and sampler, and the pack loaded by it.
+
+Importing this module puts the host on ``sys.path`` and sets it to the CPU; the repository's root never goes there,
+because its folder ``nodes`` would hide the host's module of that name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+from comfy_host import ROOT, find_host
+
+_HOST = find_host()
+if str(_HOST) not in sys.path:
+    sys.path.insert(0, str(_HOST))
+
+import comfy.options  # noqa: E402  (args_parsing stays off, so pytest's own arguments are left alone)
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True  # before comfy.model_management is imported, which looks for devices then
+
+import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.supported_models as supported  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import nodes as host_nodes  # noqa: E402
+
+# The models are so small that threads cost more than they bring, by far so on a busy machine.
+torch.set_num_threads(1)
+
+assert asyncio.run(host_nodes.load_custom_node(str(ROOT))), "the host could not load the pack"
+PACK = sys.modules[str(ROOT).replace(".", "_x_")]
+NODES: dict[str, Any] = host_nodes.NODE_CLASS_MAPPINGS
+
+
+def pack_module(name: str) -> Any:
+    """A module of the pack as the host loaded it, such as ``nodes.patch``."""
+    return sys.modules[f"{PACK.__name__}.{name}"]
+
+
+def run_node(node_id: str, **inputs: Any) -> tuple[Any, ...]:
+    """Execute one of the pack's nodes as the host does, with the defaults of its schema; its outputs."""
+    node = NODES[node_id]
+    schema = node.GET_SCHEMA()
+    defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
+    output: tuple[Any, ...] = node.execute(**{**defaults, **inputs}).result
+    return output
+
+
+_UNET = {
+    "use_checkpoint": False,
+    "image_size": 32,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "context_dim": 64,
+    "model_channels": 32,
+}
+_FLUX = {
+    "image_model": "flux",
+    "axes_dim": [4, 6, 6],
+    "num_heads": 2,
+    "mlp_ratio": 2.0,
+    "theta": 10000,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "hidden_size": 32,
+    "context_in_dim": 64,
+    "vec_in_dim": 48,
+    "depth": 2,
+    "depth_single_blocks": 3,
+    "guidance_embed": True,
+}
+# The smallest configurations of the host's own classes that have every kind of block.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd15": (
+        "SD15",
+        {
+            **_UNET,
+            "adm_in_channels": None,
+            "num_res_blocks": [1, 1],
+            "channel_mult": [1, 2],
+            "transformer_depth": [1, 1],
+            "transformer_depth_output": [1, 1, 1, 1],
+            "transformer_depth_middle": 1,
+            "use_linear_in_transformer": False,
+        },
+    ),
+    "sdxl": (
+        "SDXL",
+        {
+            **_UNET,
+            "num_classes": "sequential",
+            "adm_in_channels": 2816,
+            "num_res_blocks": [1, 1, 1],
+            "channel_mult": [1, 2, 2],
+            "transformer_depth": [0, 1, 2],
+            "transformer_depth_output": [0, 0, 1, 1, 2, 2],
+            "transformer_depth_middle": 2,
+            "use_linear_in_transformer": True,
+            "num_head_channels": 16,
+        },
+    ),
+    "flux": ("Flux", _FLUX),
+    "flux-schnell": ("FluxSchnell", {**_FLUX, "guidance_embed": False}),
+}
+LATENTS = {"sd15": (4, 8, 8), "sdxl": (4, 8, 8), "flux": (16, 8, 8), "flux-schnell": (16, 8, 8)}
+_POOLED = {"sdxl": 1280, "flux": 48, "flux-schnell": 48}
+_WIDTH = 64
+
+
+def build_model(name: str, seed: int = 0) -> Any:
+    """A ModelPatcher of a tiny model of the host's own class with seeded random weights, fp32, on the CPU."""
+    return build(*CONFIGS[name], seed)
+
+
+def build(class_name: str, config: dict[str, Any], seed: int = 0) -> Any:
+    """The same of any of the host's supported models and any configuration."""
+    configured = getattr(supported, class_name)(dict(config))
+    configured.set_inference_dtype(torch.float32, None)
+    model = configured.get_model({}, "")
+    fill(model.diffusion_model, seed)
+    model.eval()
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def fill(module: torch.nn.Module, seed: int) -> None:
+    """Seeded random weights for every parameter: the host's layers skip their own initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in sorted(module.named_parameters()):
+            if parameter.ndim >= 2:
+                # Queries and keys get larger weights, so that attention is peaked as in a trained model.
+                gain = 3.0 if any(part in parameter_name for part in ("to_q", "to_k", "qkv", "linear1")) else 1.0
+                std = gain * parameter[0].numel() ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            elif parameter_name.endswith(("weight", "scale")):
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+
+
+def conditioning(name: str, seed: int, tokens: int = 77, **extra: Any) -> list[Any]:
+    """A random prompt of a number of tokens, as a CLIPTextEncode node would give it."""
+    generator = torch.Generator().manual_seed(seed)
+    values: dict[str, Any] = dict(extra)
+    if name in _POOLED:
+        values["pooled_output"] = torch.randn(1, _POOLED[name], generator=generator)
+    return [[torch.randn(1, tokens, _WIDTH, generator=generator), values]]
+
+
+def sample(
+    model: Any,
+    name: str,
+    *,
+    steps: int = 2,
+    cfg: float = 7.0,
+    sampler: str = "euler",
+    seed: int = 1,
+    batch: int = 1,
+    size: tuple[int, int] | None = None,
+    positive: list[Any] | None = None,
+    negative: list[Any] | None = None,
+    latent: Tensor | None = None,
+    denoise: float = 1.0,
+    noise_mask: Tensor | None = None,
+    callback: Any = None,
+) -> Tensor:
+    """One run of the host's own sampler; the finished latent."""
+    channels, height, width = LATENTS[name]
+    if latent is None:
+        latent = torch.zeros(batch, channels, *(size or (height, width)))
+    noise = comfy.sample.prepare_noise(latent, seed)
+    out: Tensor = comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        "simple",
+        conditioning(name, 10) if positive is None else positive,
+        conditioning(name, 11) if negative is None else negative,
+        latent,
+        denoise=denoise,
+        noise_mask=noise_mask,
+        callback=callback,
+        disable_pbar=True,
+        seed=seed,
+    )
+    return out

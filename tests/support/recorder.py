@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Watches what a model of the host passes to its attention and what it gets back, call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ldm.flux.math
+import comfy.ldm.modules.attention
+import torch
+from torch import Tensor
+
+import reference
+from tolerances import assert_close
+
+
+@dataclass
+class Call:
+    """One attention call: which module made it, and its tensors as ``[B, H, N, D]``."""
+
+    module: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    out: Tensor
+
+    def check(self, expected: Tensor, scale: float = 0.0) -> None:
+        """The model got ``expected`` (fp64), up to what fp32 can do when ``scale`` multiplies its errors."""
+        size = float(self.v.abs().max())
+        assert_close(self.out, expected, error=3e-5 * size * (1.0 + abs(scale)))
+
+    def check_plain(self) -> None:
+        """The model got plain attention."""
+        self.check(reference.sparse_dense_attention(self.q, self.k, self.v, mask=self.mask)[1])
+
+
+@contextmanager
+def recording(*models: Any) -> Iterator[list[Call]]:
+    """Record every attention call that diffusion models (of ModelPatchers, or modules) make through the host."""
+    calls: list[Call] = []
+    running = ["?"]
+    handles = []
+    for model in models:
+        root = model.model.diffusion_model if hasattr(model, "model") else model
+        for name, module in root.named_modules():
+            if type(module).__name__ in ("CrossAttention", "DoubleStreamBlock", "SingleStreamBlock"):
+
+                def enter(*_: Any, name: str = f"{type(root).__name__}.{name}") -> None:
+                    running[0] = name
+
+                handles.append(module.register_forward_pre_hook(enter))
+
+    def watched(original: Any) -> Any:
+        def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+            out = original(q, k, v, heads, mask=mask, **kwargs)
+            separate = kwargs.get("skip_reshape", False)
+            parts = [t.clone() if separate else _split(t, heads).clone() for t in (q, k, v)]
+            calls.append(Call(running[0], *parts, mask, _split(out, heads).clone()))
+            return out
+
+        return attention
+
+    places = [
+        (comfy.ldm.modules.attention, "optimized_attention"),
+        (comfy.ldm.modules.attention, "optimized_attention_masked"),
+        (comfy.ldm.flux.math, "optimized_attention"),
+    ]
+    originals = [getattr(module, name) for module, name in places]
+    for (module, name), original in zip(places, originals, strict=True):
+        setattr(module, name, watched(original))
+    try:
+        yield calls
+    finally:
+        for (module, name), original in zip(places, originals, strict=True):
+            setattr(module, name, original)
+        for handle in handles:
+            handle.remove()
+
+
+def _split(tensor: Tensor, heads: int) -> Tensor:
+    return torch.unflatten(tensor, -1, (heads, -1)).transpose(1, 2)
