@@ -48,7 +48,7 @@ def test_a_preset_equals_its_settings_in_the_advanced_node() -> None:
         assert torch.equal(host.sample(simple, "sd15"), host.sample(advanced, "sd15"))
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "start after end": ({"start_percent": 0.8, "end_percent": 0.2}, ["0.8", "0.2", "start"]),
     "alpha": ({"alpha": 3.0}, ["alpha", "3.0", "from 1 to 2"]),
     "rule": ({"rule": "magic"}, ["rule", "'magic'", "'gag'"]),

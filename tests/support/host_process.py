@@ -145,6 +145,8 @@ def fill(module: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in sorted(module.named_parameters()):
+            if parameter.numel() == 0:
+                continue
             if parameter.ndim >= 2:
                 # Queries and keys get larger weights, so that attention is peaked as in a trained model.
                 gain = 3.0 if any(part in parameter_name for part in ("to_q", "to_k", "qkv", "linear1")) else 1.0

@@ -58,8 +58,8 @@ def recording(*models: Any) -> Iterator[list[Call]]:
         def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
             out = original(q, k, v, heads, mask=mask, **kwargs)
             separate = kwargs.get("skip_reshape", False)
-            parts = [t.clone() if separate else _split(t, heads).clone() for t in (q, k, v)]
-            calls.append(Call(running[0], *parts, mask, _split(out, heads).clone()))
+            q, k, v = (t.clone() if separate else _split(t, heads).clone() for t in (q, k, v))
+            calls.append(Call(running[0], q, k, v, mask, _split(out, heads).clone()))
             return out
 
         return attention
