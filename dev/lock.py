@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Rewrite the lock files from requirements.in: ``python dev/lock.py [path of uv]`` (needs uv; users never run this)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+DEV = Path(__file__).resolve().parent
+OPTIONS = [
+    "--no-python-downloads",
+    "--universal",
+    "--python-version=3.10",
+    "--generate-hashes",
+    "--no-header",
+    "--no-annotate",
+]
+CUDA = re.compile(r"(nvidia|cuda)-|triton==")
+
+ABOUT = {
+    "requirements.lock": "Everything but torch and the CUDA libraries.",
+    "requirements-torch.lock": "torch alone; dev.py prefers requirements-torch-cpu.lock where it can be had.",
+    "requirements-cuda.lock": "The CUDA libraries; installed only beside a torch build that asks for them.",
+}
+
+
+def lock_file_of(requirement: str) -> str:
+    """The lock file that a pinned requirement belongs in."""
+    if requirement.startswith("torch=="):
+        return "requirements-torch.lock"
+    return "requirements-cuda.lock" if CUDA.match(requirement) else "requirements.lock"
+
+
+def main() -> int:
+    """Resolve once, so that the three files fit together, then deal the requirements out."""
+    uv = sys.argv[1] if len(sys.argv) > 1 else "uv"
+    command = [uv, "pip", "compile", *OPTIONS, "requirements.in"]
+    text = subprocess.run(command, cwd=DEV, check=True, stdout=subprocess.PIPE, text=True).stdout
+    # A requirement is one line and its indented hash lines; options such as index addresses are not taken over.
+    pinned = re.findall(r"^[a-zA-Z0-9][^\n]*==[^\n]*\n(?:[ ]+--hash=[^\n]*\n?)*", text, flags=re.MULTILINE)
+    for name, about in ABOUT.items():
+        parts = [part.rstrip("\n") for part in pinned if lock_file_of(part) == name]
+        header = f"# {about} Install with --no-deps --require-hashes.\n"
+        header += f"# Written by `python dev/lock.py`: uv pip compile {' '.join(OPTIONS)} requirements.in, split.\n"
+        (DEV / name).write_text(header + "\n".join(parts) + "\n", encoding="utf-8", newline="\n")
+        print(f"{name}: {len(parts)} requirements")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
