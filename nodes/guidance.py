@@ -12,8 +12,9 @@ from ..gag_core.config import NORM_MODES, RULES
 from .blocks import parse_blocks
 from .families import default_layers, family_of
 from .host import log, show_on_node
-from .patch import Guidance, patch_model
+from .patch import patch_model
 from .presets import DEFAULT_PRESET, PRESETS
+from .run import Guidance
 
 CATEGORY = "model/patch/GAG"
 APPLY_TO = ("both", "positive")

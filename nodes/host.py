@@ -33,6 +33,7 @@ _EXACT_ATTENTIONS = {
     "attention_xformers",
     "attention_flash",
 }
+OVERRIDE = "optimized_attention_override"
 _POSITIVE = 0
 # Two prompts are batched if neither is repeated more than 4 times; a third may triple their common multiple.
 _MOST_REPEATS = 12
@@ -102,14 +103,23 @@ def rank_4(mask: Tensor | None) -> Tensor | None:
     return mask[None, None] if mask.ndim == 2 else mask.unsqueeze(1)
 
 
-def positive_rows(batch: int, options: dict[str, Any]) -> list[slice]:
-    """The batch rows of the positive prompt: rows lie in equal chunks in the order of ``cond_or_uncond``."""
-    kinds = options.get("cond_or_uncond") or []
-    if not kinds or batch % len(kinds):
+def batch_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """A mask of rank 4 for some of the batch's rows."""
+    return mask if mask is None or mask.shape[0] == 1 else mask[rows]
+
+
+def guided_rows(apply_to: str, batch: int, cond_or_uncond: list[int]) -> list[slice]:
+    """The rows of a batch that are to be guided: all, or those of the positive prompt.
+
+    The host puts the prompts' rows one after the other, in equal parts, in the order of ``cond_or_uncond``.
+    """
+    if apply_to == "both":
+        return [slice(0, batch)]
+    if not cond_or_uncond or batch % len(cond_or_uncond):
         return []
-    size = batch // len(kinds)
+    size = batch // len(cond_or_uncond)
     rows: list[slice] = []
-    for number, kind in enumerate(kinds):
+    for number, kind in enumerate(cond_or_uncond):
         if kind != _POSITIVE:
             continue
         if rows and rows[-1].stop == number * size:

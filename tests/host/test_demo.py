@@ -6,11 +6,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import host_process as host
 import pytest
 import torch
-from recorder import recording
 from torch import Tensor
+
+import host_process as host
+from recorder import recording
 
 demo_model = host.pack_module("nodes.demo_model")
 SHA256 = "2ef60953871e578b4102fa67667d6a4cc7a05e5037163789f59360b784b22ff0"
