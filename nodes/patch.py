@@ -19,7 +19,10 @@ from .joint_attention import GuidedJointAttention
 from .run import Guidance, Run
 
 KEY = "comfyui-gag"
-_ATTENTIONS: dict[str, type[GuidedCrossAttention | GuidedJointAttention]] = {"cross": GuidedCrossAttention, "joint": GuidedJointAttention}
+_ATTENTIONS: dict[str, type[GuidedCrossAttention] | type[GuidedJointAttention]] = {
+    "cross": GuidedCrossAttention,
+    "joint": GuidedJointAttention,
+}
 
 
 class GAGPatch:
