@@ -22,7 +22,7 @@ class GAGDemoLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="GAGDemoLoader",
-            display_name="GAG demo model",
+            display_name="GAG demo",
             category=CATEGORY,
             description=f"A tiny text-to-image model, {SIZE}x{SIZE} pixels, that knows coloured shapes. It comes with "
             "the pack and runs in seconds on any machine.",
@@ -50,13 +50,13 @@ class GAGDemoPrompt(io.ComfyNode):
             category=CATEGORY,
             description="Encodes a prompt for the demo model.",
             inputs=[
-                DemoText.Input("text_encoder", tooltip="From GAG demo model."),
+                DemoText.Input("text_encoder", tooltip="From GAG demo."),
                 io.String.Input(
                     "text",
                     default="a red circle left of a blue square",
                     multiline=True,
                     tooltip="One or two shapes: a red, green, blue or yellow circle, square or triangle, left of, "
-                    "right of, above or below another. Empty is the negative prompt.",
+                    "right of, above or below another. Leave it empty for the negative prompt.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For the sampler.")],

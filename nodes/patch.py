@@ -64,6 +64,7 @@ class GAGPatch:
     def _active(self, run: Run, t: Tensor, model_sampling: Any) -> Guidance | None:
         """The last guidance whose range the noise level ``t`` (``[B]``) lies in."""
         sigma: float | None = None
+        active: Guidance | None = None
         for guidance in reversed(self.guidances):
             # The noise level is read back from the device only where it matters.
             if (guidance.start_percent, guidance.end_percent) != (0.0, 1.0):
@@ -73,9 +74,12 @@ class GAGPatch:
                 sigma = float(t.max()) if sigma is None else sigma
                 if not lowest <= sigma <= highest:
                     continue
-            run.in_range[guidance] += 1
-            return guidance
-        return None
+            if active is None:
+                active = guidance
+                run.in_range[guidance] += 1
+            else:
+                run.overruled[guidance] += 1
+        return active
 
 
 def patch_model(model: Any, guidance: Guidance) -> Any:

@@ -36,6 +36,7 @@ class Run:
 
     model_calls: int = 0
     in_range: Counter[Guidance] = field(default_factory=Counter)
+    overruled: Counter[Guidance] = field(default_factory=Counter)
     no_positive_rows: Counter[Guidance] = field(default_factory=Counter)
     guided: dict[Guidance, Counter[Layer]] = field(default_factory=dict)
     sigmas: dict[Guidance, tuple[float, float]] = field(default_factory=dict)
@@ -46,28 +47,35 @@ class Run:
         self.guided.setdefault(guidance, Counter())[layer] += 1
 
     def report(self, guidance: Guidance) -> None:
-        """Say on the node, and where it matters in the log, what became of a guidance."""
+        """Say on the node, and where it matters in the log, what became of a guidance.
+
+        The node shows some 60 characters, the log the whole sentence.
+        """
         counts = self.guided.get(guidance)
         if not counts:
-            text = f"GAG guided nothing in this run: {self._why_nothing(guidance)}."
-            log.warning(text)
-        else:
-            text = (
-                f"GAG guided {len(counts)} of {len(guidance.layers)} chosen text attentions "
-                f"in {self.in_range[guidance]} of {self.model_calls} model calls."
-            )
-            if guidance.verbose:
-                listed = ", ".join(f"{'.'.join(map(str, layer))}: {counts[layer]}" for layer in sorted(counts))
-                log.info("%s Settings: %s. Calls by attention: %s", text, guidance.config, listed)
+            short, reason = self._why_nothing(guidance)
+            show_on_node(f"Nothing guided: {short}.", guidance.node_id)
+            log.warning("GAG guided nothing in this run: %s.", reason)
+            return
+        layers, chosen, calls = len(counts), len(guidance.layers), self.in_range[guidance]
+        text = f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls."
         show_on_node(text, guidance.node_id)
+        if guidance.verbose:
+            listed = ", ".join(f"{'.'.join(map(str, layer))}: {counts[layer]}" for layer in sorted(counts))
+            log.info("GAG: %s Settings: %s. Calls by attention: %s.", text, guidance.config, listed)
 
-    def _why_nothing(self, guidance: Guidance) -> str:
-        reached = self.in_range[guidance]
+    def _why_nothing(self, guidance: Guidance) -> tuple[str, str]:
+        """The reason in a few words and as the end of a sentence."""
+        span = f"{guidance.start_percent:g} to {guidance.end_percent:g}"
         if not self.model_calls:
-            return "the sampler made no model call"
-        if not reached:
-            span = f"start_percent {guidance.start_percent:g} to end_percent {guidance.end_percent:g}"
-            return f"no step of this run lies within {span}, or a later GAG node on the same model covers them all"
-        if self.no_positive_rows[guidance] == reached:
-            return 'apply_to is "positive" and no model call had a positive prompt'
-        return "none of the chosen attentions ran; another node may replace the model's blocks or its attention"
+            return "no model call", "the sampler made no model call"
+        if not self.in_range[guidance]:
+            if self.overruled[guidance]:
+                return "a later GAG node acts", "a later GAG node on the same model acts in all steps of its range"
+            return f"no step within {span}", f"no step lies within its start_percent and end_percent, {span}"
+        if self.no_positive_rows[guidance] == self.in_range[guidance]:
+            return "no positive prompt", 'apply_to is "positive" and no model call had a positive prompt'
+        return (
+            "none of its attentions ran",
+            "none of the chosen attentions ran; another node may replace the model's blocks or its attention",
+        )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import comfy.ldm.flux.math
 import pytest
 import torch
 
@@ -236,3 +237,15 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other() -> None:
                 out=call.out[row : row + 1],
             )
             one.check(reference.guided_attention(one.q, one.k, one.v, GuidanceConfig()), 10.0)
+
+
+def test_flux_blocks_are_counted_where_the_host_does_not_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for hosts before 0.3.75, which are not to be had here: their attention calls say no block."""
+    original = comfy.ldm.flux.math.optimized_attention
+
+    def unnamed(*args: Any, transformer_options: dict[str, Any], **kwargs: Any) -> Any:
+        options = {k: v for k, v in transformer_options.items() if k not in ("block_type", "block_index")}
+        return original(*args, transformer_options=options, **kwargs)
+
+    monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", unnamed)
+    test_chosen_flux_blocks_and_no_others("double 0, single 0,2")

@@ -240,8 +240,13 @@ def messages(caplog: pytest.LogCaptureFixture) -> str:
 
 def test_says_why_nothing_was_guided_outside_the_range(caplog: pytest.LogCaptureFixture) -> None:
     host.sample(guided(host.build_model("sd15"), start_percent=1.0), "sd15")
-    assert "GAG guided nothing in this run: no step" in messages(caplog)
-    assert "start_percent 1 to end_percent 1" in messages(caplog)
+    assert "GAG guided nothing in this run: no step lies within its start_percent and end_percent" in messages(caplog)
+    assert "1 to 1." in messages(caplog)
+
+
+def test_says_that_a_later_node_acts_instead(caplog: pytest.LogCaptureFixture) -> None:
+    host.sample(guided(guided(host.build_model("sd15"))), "sd15")
+    assert "a later GAG node on the same model acts in all steps of its range" in messages(caplog)
 
 
 def test_says_why_nothing_was_guided_without_a_positive_prompt(caplog: pytest.LogCaptureFixture) -> None:
@@ -276,5 +281,5 @@ def test_verbose_lists_what_was_guided(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         host.sample(model, "sd15", steps=3)
     text = messages(caplog)
-    assert "GAG guided 2 of 2 chosen text attentions in 3 of 3 model calls" in text
+    assert "Guided 2 of 2 attentions in 3 of 3 calls." in text
     assert "input.3.0: 3, middle.0.0: 3" in text
