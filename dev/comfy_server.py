@@ -106,7 +106,8 @@ class ComfyServer:
                 self._process = subprocess.Popen(
                     server_command(self.base, self.port, cpu=self._cpu),
                     cwd=self.base,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"},
+                    # The demo model is so small that threads cost more than they bring, by far so on a busy machine.
+                    env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -16,8 +16,5 @@ from comfy_server import ComfyServer
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ComfyServer]:
-    # The demo model is so small that threads cost more than they bring, by far so on a busy machine.
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")
-        with ComfyServer(cpu=True) as running:
-            yield running
+    with ComfyServer(cpu=True) as running:
+        yield running
