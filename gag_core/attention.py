@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import eager
-from .config import GuidanceConfig
+from .config import GuidanceConfig, check_config
 from .joint import attention_with_logsumexp, logsumexp_of_logits
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,9 +45,10 @@ def sparse_dense_attention(
     """
     GuidanceConfig(alpha=alpha)
     mask = _checked(q, k, v, mask)
+    scale = _scale(q, scale)
     sparse, dense = _empty_output(q, v), _empty_output(q, v)
     for rows in eager.row_chunks(q, k.shape[2]):
-        s, d, _ = eager.retrieve(q[:, :, rows], k, v, alpha, _mask_rows(mask, rows), _scale(q, scale))
+        s, d, _ = eager.retrieve(q[:, :, rows], k, v, alpha, _mask_rows(mask, rows), scale)
         sparse[:, :, rows], dense[:, :, rows] = s, d
     return sparse, dense
 
@@ -85,11 +88,12 @@ def guided_attention(
     """
     mask = _checked(q, k, v, mask)
     _check_base(base, q, v)
-    _check_config(config)
+    check_config(config)
+    scale = _scale(q, scale)
     out = _empty_output(q, v)
     if config.strength == 0.0 and base is not None:
         return out.copy_(base)
-    _guide(out, q, k, v, config, base=base, mask=mask, scale=_scale(q, scale))
+    _guide(out, q, k, v, config, base=base, mask=mask, scale=scale)
     return out
 
 
@@ -133,7 +137,7 @@ def guided_joint_attention(
     """
     mask = _checked(q, k, v, mask)
     _check_base(base, q, v)
-    _check_config(config)
+    check_config(config)
     if k.shape[2] != q.shape[2]:
         raise ValueError(
             f"joint attention needs queries and keys of one sequence, got {q.shape[2]} queries and {k.shape[2]} keys."
@@ -192,7 +196,13 @@ def _empty_output(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[3] ** -0.5 if scale is None else scale
+    if scale is None:
+        return q.shape[3] ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {scale!r}.")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}.")
+    return scale
 
 
 def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
@@ -215,14 +225,11 @@ def _text_range(text: slice, tokens: int) -> tuple[int, int]:
     return start, stop
 
 
-def _check_config(config: GuidanceConfig) -> None:
-    if not isinstance(config, GuidanceConfig):
-        raise TypeError(f"config must be a GuidanceConfig, got {type(config).__name__}.")
-
-
 def _check_base(base: Tensor | None, q: Tensor, v: Tensor) -> None:
     if base is None:
         return
+    if not isinstance(base, Tensor):
+        raise TypeError(f"base must be a tensor or None, got {type(base).__name__}.")
     expected = (*q.shape[:3], v.shape[3])
     if base.shape != expected or base.dtype != q.dtype or base.device != q.device:
         raise ValueError(

@@ -52,6 +52,16 @@ class GuidanceConfig:
             raise TypeError(f"merge_heads must be True or False, got {self.merge_heads!r}.")
 
 
+def check_config(config: GuidanceConfig) -> None:
+    """Refuse anything else in the place of a config.
+
+    Raises:
+        TypeError: it is not a GuidanceConfig.
+    """
+    if not isinstance(config, GuidanceConfig):
+        raise TypeError(f"config must be a GuidanceConfig, got {type(config).__name__}.")
+
+
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

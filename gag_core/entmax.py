@@ -118,7 +118,9 @@ def _offset_general(scaled: Tensor, power: float) -> Tensor:
         total = _powered_(torch.sub(scaled, offset, out=work), power).sum(dim=-1, keepdim=True)
         # d||.||_p/dt = -total^(1/p - 1) slope, so the step is (||.||_p - 1) total^(1 - 1/p) / slope.
         slope = _powered_(torch.sub(scaled, offset, out=work), power - 1.0).sum(dim=-1, keepdim=True)
-        offset += (total - total.pow(1.0 - 1.0 / power)) / slope.clamp_min_(_tiny(total))
+        step = (total - total.pow(1.0 - 1.0 / power)) / slope.clamp_min(_tiny(total))
+        # A row of only -inf has nothing above any threshold, and no slope to follow.
+        offset += step.masked_fill_(slope == 0.0, 0.0)
     return offset
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .config import GuidanceConfig
+from .config import GuidanceConfig, check_config
 
 _PER_HEAD = (-1,)
 _MERGED_HEADS = (-3, -1)
@@ -36,7 +36,7 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
 
     Raises:
         ValueError: the two read-outs differ in shape, dtype or device, or are not of rank 4.
-        TypeError: they are not floating-point tensors.
+        TypeError: they are not floating-point tensors, or config is not a GuidanceConfig.
 
     Source: arXiv 2603.02531 v2, eq. 12-13; rule "pladis": arXiv 2503.07677.
     """
@@ -44,6 +44,7 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {given}.")
+    check_config(config)
     if sparse.ndim != 4 or sparse.shape != dense.shape:
         raise ValueError(
             "sparse and dense must both be [batch, heads, tokens, head_dim] of one shape, "
@@ -63,25 +64,33 @@ def correction(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
     """What guidance adds to the dense read-out: ``strength * (guided - dense)``, in the (wide) dtype of the inputs."""
     discrepancy = sparse - dense
     if config.rule == "pladis":
-        return discrepancy.mul_(config.strength * config.guidance_scale)
+        return _finite(discrepancy.mul_(config.strength * config.guidance_scale))
     axes = _MERGED_HEADS if config.merge_heads else _PER_HEAD
-    sparse_norm = torch.linalg.vector_norm(sparse, dim=axes, keepdim=True)
-    tiny = torch.finfo(sparse.dtype).tiny
-    # Divided twice by the norm, not once by its square, which would leave the fp32 range much sooner.
-    share = (discrepancy * sparse).sum(dim=axes, keepdim=True)
-    share = share.div_(sparse_norm.clamp_min(tiny)).div_(sparse_norm.clamp_min(tiny))
+    direction, sparse_norm = _unit(sparse, axes)
+    along = (discrepancy * direction).sum(dim=axes, keepdim=True)
     orthogonal = config.orthogonal_scale
     if orthogonal == 0.0:
-        guidance_norm = share.abs() * sparse_norm
+        reach = _capped(along.abs(), sparse_norm, config).mul_(config.guidance_scale)
+        extrapolation = direction.mul_(along.mul_(reach))
     else:
-        guidance = torch.addcmul(discrepancy * orthogonal, sparse, share * (1.0 - orthogonal))
-        guidance_norm = torch.linalg.vector_norm(guidance, dim=axes, keepdim=True)
-    reach = _capped(guidance_norm, sparse_norm, config).mul_(config.guidance_scale)
-    if orthogonal == 0.0:
-        extrapolation = sparse * share.mul_(reach)
-    else:
+        guidance = torch.addcmul(discrepancy * orthogonal, direction, along.mul_(1.0 - orthogonal))
+        reach = _capped(_unit(guidance, axes)[1], sparse_norm, config).mul_(config.guidance_scale)
         extrapolation = guidance.mul_(reach)
-    return extrapolation.add_(discrepancy).mul_(config.strength)
+    return _finite(extrapolation.add_(discrepancy).mul_(config.strength))
+
+
+def _finite(change: Tensor) -> Tensor:
+    """What left the range of the dtype saturates, and where that left no direction nothing is changed; in place."""
+    return change.nan_to_num_(nan=0.0)
+
+
+def _unit(vectors: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Unit vectors and norms over ``axes``; a zero vector stays zero. Squares neither over- nor underflow."""
+    tiny = torch.finfo(vectors.dtype).tiny
+    size = torch.linalg.vector_norm(vectors, ord=torch.inf, dim=axes, keepdim=True).clamp_min_(tiny)
+    unit = vectors / size
+    norm = torch.linalg.vector_norm(unit, dim=axes, keepdim=True)
+    return unit.div_(norm.clamp_min(tiny)), size.mul_(norm)
 
 
 def _capped(guidance_norm: Tensor, sparse_norm: Tensor, config: GuidanceConfig) -> Tensor:
@@ -93,8 +102,6 @@ def _capped(guidance_norm: Tensor, sparse_norm: Tensor, config: GuidanceConfig) 
 
 
 def to_dtype(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast, saturating where the narrow dtype ends: an extrapolation may leave fp16's range, infinities may not."""
-    if wide.dtype == dtype:
-        return wide
+    """Cast a tensor that nobody else holds, saturating where the dtype ends: an extrapolation may leave its range."""
     limit = torch.finfo(dtype).max
-    return wide.clamp(-limit, limit).to(dtype)
+    return wide.clamp_(-limit, limit).to(dtype)

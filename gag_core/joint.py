@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .eager import logits_of, row_chunks, work_dtype
 
+_BIAS_ALIGNMENT = 16
+
 
 def attention_with_logsumexp(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
@@ -17,15 +19,16 @@ def attention_with_logsumexp(
     torch's fused attention returns both where a kernel of it takes these tensors; else the logsumexp costs one more
     product of queries and keys, chunk by chunk. ``mask`` is of rank 4.
     """
-    if mask is None:
-        fused = _fused(q, k, v, scale)
-        if fused is not None:
-            return fused
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=_sdpa_mask(mask, q), scale=scale)
-    if mask is not None:
-        readable = mask if mask.dtype == torch.bool else mask > -torch.inf
-        out = out.masked_fill(~readable.any(dim=-1, keepdim=True), 0.0)
-    return out, logsumexp_of_logits(q, k, mask, scale)
+    bias = _additive(mask, q)
+    fused = _fused(q, k, v, bias, scale)
+    if fused is None:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        fused = out, logsumexp_of_logits(q, k, mask, scale)
+    if bias is None:
+        return fused
+    # torch's kernels disagree about queries that may read no key.
+    unreadable = (bias == -torch.inf).all(dim=-1, keepdim=True)
+    return fused[0].masked_fill(unreadable, 0.0), fused[1].masked_fill(unreadable.squeeze(-1), -torch.inf)
 
 
 def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -38,11 +41,14 @@ def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float)
     return torch.cat(parts, dim=2)
 
 
-def _sdpa_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    return mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask as torch's kernels take it: to be added, in the dtype of q."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask if mask is None else mask.to(q.dtype)
+    return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor] | None:
     """torch's own kernels that return the logsumexp, called below the public function, which drops it.
 
     None where no such kernel takes these tensors. The conditions are the kernels' own; a torch that lacks one, or
@@ -54,13 +60,16 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     aten = torch.ops.aten
     try:
         if q.device.type == "cpu":
-            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, False, attn_mask=bias, scale=scale
+            )
             return out, lse
         if q.device.type == "cuda":
-            if q.dtype != torch.float32 and q.shape[3] % 8 == 0 and q.shape[3] <= 256:
+            if bias is None and q.dtype != torch.float32 and q.shape[3] % 8 == 0 and q.shape[3] <= 256:
                 out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
             else:
-                out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)[:2]
+                aligned = None if bias is None else _aligned(bias, (*q.shape[:3], k.shape[2]))
+                out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, aligned, True, scale=scale)[:2]
             # The memory-efficient kernel pads the rows of its logsumexp.
             return out, lse[:, :, : q.shape[2]]
     except torch.cuda.OutOfMemoryError:
@@ -68,3 +77,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     except (AttributeError, RuntimeError):
         return None
     return None
+
+
+def _aligned(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The bias in full, with rows that begin where the memory-efficient kernel can read them."""
+    extra = -shape[-1] % _BIAS_ALIGNMENT
+    return torch.nn.functional.pad(bias.expand(shape), (0, extra))[..., : shape[-1]]

@@ -50,7 +50,7 @@ class GuidedJointAttention:
         self.run.count(self.guidance, layer)
         rows = guided_rows(self.guidance.apply_to, call.q.shape[0], self.kinds)
         whole = rows == [slice(0, call.q.shape[0])]
-        if whole and not call.replaced and call.mask is None and call.q.device.type in _DEVICES_WITH_LOGSUMEXP:
+        if whole and not call.replaced and call.q.device.type in _DEVICES_WITH_LOGSUMEXP:
             # Leaving the whole attention to the core gives the text's share along with it.
             return call.as_host_output(self._guided(call, slice(None), None))
         base = call.host_output_by_head()

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Makes ``import gag_core`` work in the tests, without the repository's root on ``sys.path``.
+
+The root has a folder ``nodes``, and so has ComfyUI a module of that name, which the host tests import into the same
+process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _load_gag_core() -> None:
+    folder = ROOT / "gag_core"
+    spec = importlib.util.spec_from_file_location(
+        "gag_core", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gag_core"] = module
+    spec.loader.exec_module(module)
+
+
+if "gag_core" not in sys.modules:
+    _load_gag_core()

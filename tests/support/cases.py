@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Inputs for the tests of ``gag_core``: shapes, memory layouts, masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """The sizes of one attention call."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"B{self.batch}-H{self.heads}-{self.queries}x{self.keys}-d{self.dim}"
+
+
+# Prompts of one, two and three chunks of 77 tokens, the smallest, an odd and a long one; heads and dims of real models.
+SHAPES = [
+    Shape(1, 1, 1, 1, 4),
+    Shape(2, 3, 5, 2, 8),
+    Shape(2, 8, 64, 77, 40),
+    Shape(1, 20, 33, 77, 64),
+    Shape(4, 2, 17, 154, 16),
+    Shape(1, 5, 40, 231, 64),
+    Shape(1, 2, 300, 512, 128),
+    Shape(3, 1, 9, 700, 160),
+    Shape(1, 4, 1, 77, 32),
+]
+shape_id = str
+
+
+def random(*size: int, seed: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, the same for the same seed whatever the dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return (std * torch.randn(*size, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def qkv(
+    shape: Shape, *, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 1.5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, ``[B, H, N, D]`` each; the logits of the default scale have a deviation of ``std**2``."""
+    batch, heads, queries, keys, dim = shape
+    # Values with a mean of their own, as real ones have: S and D then share a direction.
+    offset = random(batch, heads, 1, dim, seed=seed + 3)
+    return (
+        random(batch, heads, queries, dim, seed=seed, std=std, dtype=dtype),
+        random(batch, heads, keys, dim, seed=seed + 1, std=std, dtype=dtype),
+        (random(batch, heads, keys, dim, seed=seed + 2) + offset).to(dtype),
+    )
+
+
+# --- layouts: the same numbers, other strides -------------------------------------------------------------------
+
+
+def as_contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def as_merged_heads(x: Tensor) -> Tensor:
+    """A view of ``[B, N, H * D]``, the way UNet attention gets its heads."""
+    batch, heads, tokens, dim = x.shape
+    merged = x.transpose(1, 2).reshape(batch, tokens, heads * dim)
+    return merged.view(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def as_fused_qkv(x: Tensor) -> Tensor:
+    """A view of ``[B, N, 3, H, D]``, the way transformers split one projection."""
+    fused = torch.stack([torch.full_like(x, math.nan), x, torch.full_like(x, math.nan)])
+    return fused.permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4)[1]
+
+
+def as_every_other(x: Tensor) -> Tensor:
+    """Steps in every axis, with NaN between: reading past the view shows."""
+    wide = torch.full([2 * size for size in x.shape], math.nan, dtype=x.dtype)
+    view = wide[::2, ::2, ::2, ::2]
+    view.copy_(x)
+    return view
+
+
+def as_channels_first(x: Tensor) -> Tensor:
+    """A view of ``[B, H, D, N]``, the way a 1x1 convolution gives it."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": as_contiguous,
+    "merged-heads": as_merged_heads,
+    "fused-qkv": as_fused_qkv,
+    "every-other": as_every_other,
+    "channels-first": as_channels_first,
+}
+
+
+# --- masks ------------------------------------------------------------------------------------------------------
+
+
+def _allowed(*size: int, seed: int) -> Tensor:
+    """A random bool mask in which every row allows its first key at least."""
+    mask = random(*size, seed=seed) > 0
+    mask[..., 0] = True
+    return mask
+
+
+def bool_full(s: Shape) -> Tensor:
+    return _allowed(s.batch, s.heads, s.queries, s.keys, seed=11)
+
+
+def bool_per_key(s: Shape) -> Tensor:
+    """``[B, 1, 1, Nk]``: padding of the prompt."""
+    return _allowed(s.batch, 1, 1, s.keys, seed=12)
+
+
+def bool_two_dims(s: Shape) -> Tensor:
+    """``[Nq, Nk]``, as torch takes it too."""
+    return _allowed(s.queries, s.keys, seed=13)
+
+
+def bool_per_head(s: Shape) -> Tensor:
+    return _allowed(1, s.heads, s.queries, s.keys, seed=14)
+
+
+def bool_some_rows_empty(s: Shape) -> Tensor:
+    """Every third query may attend to nothing, and so may all of the last batch row's first head."""
+    mask = _allowed(s.batch, s.heads, s.queries, s.keys, seed=15)
+    mask[:, :, ::3] = False
+    mask[-1, 0] = False
+    return mask
+
+
+def bool_per_query(s: Shape) -> Tensor:
+    """``[B, 1, Nq, 1]``: a query reads everything or nothing."""
+    return random(s.batch, 1, s.queries, 1, seed=19) > 0
+
+
+def additive_bias(s: Shape) -> Tensor:
+    return random(s.batch, s.heads, s.queries, s.keys, seed=16)
+
+
+def additive_three_dims(s: Shape) -> Tensor:
+    return random(s.heads, s.queries, s.keys, seed=17)
+
+
+def additive_inf(s: Shape) -> Tensor:
+    """A bias with ``-inf`` where nothing may be read, whole rows of it included."""
+    return random(s.batch, 1, s.queries, s.keys, seed=18).masked_fill(~bool_some_rows_empty(s)[:, :1], -math.inf)
+
+
+def additive_lowest(s: Shape) -> Tensor:
+    """The most negative finite number in the place of ``-inf``, as text encoders' masks have it."""
+    return torch.zeros(s.batch, 1, 1, s.keys).masked_fill(~bool_per_key(s), torch.finfo(torch.float32).min)
+
+
+MASKS: dict[str, Callable[[Shape], Tensor]] = {
+    "bool-full": bool_full,
+    "bool-per-key": bool_per_key,
+    "bool-2d": bool_two_dims,
+    "bool-per-head": bool_per_head,
+    "bool-some-rows-empty": bool_some_rows_empty,
+    "bool-per-query": bool_per_query,
+    "additive": additive_bias,
+    "additive-3d": additive_three_dims,
+    "additive-inf": additive_inf,
+    "additive-lowest": additive_lowest,
+}
+
+
+def cast_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """An additive mask in the dtype of the call (torch wants them equal); a bool one as it is."""
+    if mask.dtype == torch.bool:
+        return mask
+    if torch.finfo(dtype).bits < 32:
+        mask = torch.where(mask == -math.inf, mask, mask.clamp_min(torch.finfo(dtype).min))
+    return mask.to(dtype)

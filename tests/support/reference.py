@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Plain fp64 twins of ``gag_core``: the formulas as the paper has them, nothing fused, chunked or in place.
+
+The paper is arXiv 2603.02531 v2, *Geometry-Aware Attention Guidance for Diffusion Models via Modern Hopfield
+Dynamics*; ``S`` and ``D`` are the sparse and the dense retrieval, and the extrapolation is its eq. 12-13. The
+predecessor rule, PLADIS, is arXiv 2503.07677.
+
+Everything takes tensors of any dtype and returns fp64. This file shares no code with ``gag_core``, on purpose:
+the tests compare the two, and a mistake in common would go unseen.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Config(Protocol):
+    """The fields of ``gag_core.GuidanceConfig`` that the formulas read."""
+
+    @property
+    def rule(self) -> str: ...
+    @property
+    def guidance_scale(self) -> float: ...
+    @property
+    def norm_threshold(self) -> float: ...
+    @property
+    def norm_mode(self) -> str: ...
+    @property
+    def orthogonal_scale(self) -> float: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def strength(self) -> float: ...
+    @property
+    def merge_heads(self) -> bool: ...
+
+
+# --- entmax: three ways to the same weights -------------------------------------------------------------------
+#
+# entmax_alpha(z) = argmax over the simplex of <p, z> + Tsallis entropy of order alpha. Its solution is
+# p_i = relu(x_i - tau) ** (1 / (alpha - 1)) with x = (alpha - 1) z and tau such that p sums to 1.
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Softmax over the last axis; a row of only ``-inf`` gives zeros. ``[..., n] -> [..., n]``."""
+    z = logits.double()
+    top = z.amax(-1, keepdim=True)
+    powers = torch.exp(z - torch.where(top == -math.inf, 0.0, top))
+    return powers / powers.sum(-1, keepdim=True).clamp_min(1e-300)
+
+
+def entmax_by_sort(logits: Tensor, alpha: float) -> Tensor:
+    """entmax for alpha = 1.5 and 2 over the last axis from sorted rows. ``[..., n] -> [..., n]``.
+
+    If the k largest entries are the support, tau solves an equation in their sums alone:
+
+    - alpha = 2:    sum (x_i - tau) = 1,    so tau = (sum x - 1) / k;
+    - alpha = 1.5:  sum (x_i - tau)^2 = 1,  so tau = mean - sqrt((1 - k variance) / k), the smaller root because
+      tau lies below every x_i of the support.
+
+    The true k is the largest one whose own tau still lies below its k-th entry.
+    """
+    x, nothing_allowed = _shifted(logits, alpha)
+    ordered = x.sort(-1, descending=True).values
+    k = torch.arange(1, x.shape[-1] + 1, dtype=torch.float64)
+    total = ordered.cumsum(-1)
+    if alpha == 2.0:
+        tau = (total - 1.0) / k
+    elif alpha == 1.5:
+        mean = total / k
+        k_variance = (ordered**2).cumsum(-1) - k * mean**2
+        # A k with 1 < k variance has no root: it is not a support. NaN compares false below.
+        tau = mean - torch.sqrt((1.0 - k_variance) / k)
+    else:
+        raise ValueError(f"the sorted form exists for alpha 1.5 and 2, not for {alpha}")
+    support = (tau <= ordered).sum(-1, keepdim=True).clamp_min(1)
+    weights = torch.relu(x - tau.gather(-1, support - 1)) ** (1.0 / (alpha - 1.0))
+    return torch.where(nothing_allowed, 0.0, weights / weights.sum(-1, keepdim=True))
+
+
+def entmax_by_bisection(logits: Tensor, alpha: float) -> Tensor:
+    """entmax for any alpha in (1, 2] over the last axis: halve the bracket of tau. ``[..., n] -> [..., n]``.
+
+    With max x = 0 the bracket is [-1, -n^(1 - alpha)]: at the left end the largest entry alone has weight 1, at
+    the right end even n equal entries reach 1 together.
+    """
+    x, nothing_allowed = _shifted(logits, alpha)
+    low = torch.full_like(x[..., :1], -1.0)
+    high = torch.full_like(x[..., :1], -(float(x.shape[-1]) ** (1.0 - alpha)))
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        too_heavy = (torch.relu(x - middle) ** (1.0 / (alpha - 1.0))).sum(-1, keepdim=True) >= 1.0
+        low = torch.where(too_heavy, middle, low)
+        high = torch.where(too_heavy, high, middle)
+    weights = torch.relu(x - low) ** (1.0 / (alpha - 1.0))
+    return torch.where(nothing_allowed, 0.0, weights / weights.sum(-1, keepdim=True))
+
+
+def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
+    """The reference entmax along ``dim``: the sorted form where there is one."""
+    rows = logits.movedim(dim, -1)
+    if alpha == 1.0:
+        weights = softmax(rows)
+    elif alpha in (1.5, 2.0):
+        weights = entmax_by_sort(rows, alpha)
+    else:
+        weights = entmax_by_bisection(rows, alpha)
+    return weights.movedim(-1, dim)
+
+
+def _shifted(logits: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """``(alpha - 1) (z - max z)`` clamped at -2, and which rows allow nothing at all.
+
+    tau is never below -1, so an entry of -2 has weight 0 like everything below it: the clamp changes no weight and
+    turns ``-inf`` into a number that can be summed.
+    """
+    z = logits.double()
+    top = z.amax(-1, keepdim=True)
+    nothing_allowed = top == -math.inf
+    return ((alpha - 1.0) * (z - torch.where(nothing_allowed, 0.0, top))).clamp_min(-2.0), nothing_allowed
+
+
+# --- attention ------------------------------------------------------------------------------------------------
+
+
+def attention_logits(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """``scale * q k^T``, masked. ``[B, H, Nq, D], [B, H, Nk, D] -> [B, H, Nq, Nk]``."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    z = scale * torch.matmul(q.double(), k.double().transpose(-1, -2))
+    if mask is None:
+        return z
+    if mask.dtype == torch.bool:  # True = may attend, as in torch's own attention
+        return torch.where(mask, z, -math.inf)
+    return z + mask.double()
+
+
+def sparse_dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, alpha: float = 1.5, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """S = entmax_alpha(z) V and D = softmax(z) V, each ``[B, H, Nq, D]``; a fully masked row is 0 in both."""
+    z = attention_logits(q, k, mask, scale)
+    return torch.matmul(entmax(z, alpha), v.double()), torch.matmul(softmax(z), v.double())
+
+
+def extrapolate(sparse: Tensor, dense: Tensor, config: Config) -> Tensor:
+    """The guided output before the blend, ``[B, H, N, D]`` (v2, eq. 12-13; PLADIS: D + scale (S - D))."""
+    sparse, dense = sparse.double(), dense.double()
+    if config.rule == "pladis":
+        return dense + config.guidance_scale * (sparse - dense)
+    if config.merge_heads:
+        return _split(_gag(_merge(sparse), _merge(dense), config), like=sparse)
+    return _gag(sparse, dense, config)
+
+
+def _gag(sparse: Tensor, dense: Tensor, config: Config) -> Tensor:
+    """S + lambda g on the last axis, whatever that axis gathers."""
+    r = sparse - dense
+    square = (sparse * sparse).sum(-1, keepdim=True)
+    # A zero S has no direction, so that nothing of r lies along it.
+    along = torch.where(square > 0, (r * sparse).sum(-1, keepdim=True) / square, 0.0)
+    r_par = along * sparse
+    r_perp = r - r_par
+    g = r_par + config.orthogonal_scale * r_perp
+    if not math.isinf(config.norm_threshold):
+        cap = torch.as_tensor(config.norm_threshold, dtype=torch.float64)
+        if config.norm_mode == "relative":
+            cap = cap * sparse.norm(dim=-1, keepdim=True)
+        length = g.norm(dim=-1, keepdim=True)
+        g = torch.where(length > cap, g * (cap / length), g)
+    return sparse + config.guidance_scale * g
+
+
+def _merge(heads: Tensor) -> Tensor:
+    """``[B, H, N, D] -> [B, N, H * D]``: all heads of a token in one vector."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _split(tokens: Tensor, like: Tensor) -> Tensor:
+    """The way back: ``[B, N, H * D] -> [B, H, N, D]``."""
+    return tokens.unflatten(2, (like.shape[1], like.shape[3])).transpose(1, 2)
+
+
+def combine(sparse: Tensor, dense: Tensor, config: Config) -> Tensor:
+    """``D + strength (guided - D)``, ``[B, H, N, D]``."""
+    dense = dense.double()
+    return dense + config.strength * (extrapolate(sparse, dense, config) - dense)
+
+
+def guided_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: Config,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
+    """Guided cross-attention ``[B, H, Nq, D]``; ``base`` is the host's own output in the place of D."""
+    sparse, dense = sparse_dense_attention(q, k, v, alpha=config.alpha, mask=mask, scale=scale)
+    start = dense if base is None else base.double()
+    return start + config.strength * (extrapolate(sparse, dense, config) - dense)
+
+
+def text_mass(q: Tensor, k: Tensor, text: slice, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """m: the part of the joint softmax that falls on text keys, ``[B, H, N, 1]``."""
+    return softmax(attention_logits(q, k, mask, scale))[..., text].sum(-1, keepdim=True)
+
+
+def guided_joint_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text: slice,
+    config: Config,
+    *,
+    base: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Guided joint attention ``[B, H, N, D]``: O_joint + strength m (GAG(S_T, D_T) - D_T) on image queries.
+
+    S_T and D_T read the text keys alone; text queries keep O_joint.
+    """
+    z = attention_logits(q, k, mask, scale)
+    joint = torch.matmul(softmax(z), v.double()) if base is None else base.double()
+    z_text, v_text = z[..., text], v.double()[..., text, :]
+    sparse = torch.matmul(entmax(z_text, config.alpha), v_text)
+    dense = torch.matmul(softmax(z_text), v_text)
+    mass = softmax(z)[..., text].sum(-1, keepdim=True)
+    guided = joint + config.strength * mass * (extrapolate(sparse, dense, config) - dense)
+    is_text = torch.zeros(q.shape[-2], 1, dtype=torch.bool)
+    is_text[text] = True
+    return torch.where(is_text, joint, guided)
