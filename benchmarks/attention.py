@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Time, memory and error of guided attention beside torch's own attention and the sort-based way.
 
-    python benchmarks/attention.py [--device cpu|cuda] [--dtype float32] [--shapes NAME ...] [--json FILE]
+    python benchmarks/attention.py [--device cpu|cuda] [--dtype float32] [--shapes NAME ...] [--threads N]
 
 Three ways run on the same tensors in one process, interleaved, so that a busy machine slows all of them:
 
@@ -272,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="names (" + ", ".join(shape.name for shape in SHAPES) + ") or BxHxNqxNkxD",
     )
     parser.add_argument("--repeats", type=int, default=11, help="timed turns; the median counts (default 11)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; 1 gives steady ratios on a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a shape misses the target")
     options = parser.parse_args(arguments)
@@ -279,6 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--repeats must be at least 1, not {options.repeats}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads must be at least 1, not {options.threads}")
+        torch.set_num_threads(options.threads)
     about = environment(options.device, options.dtype, options.repeats)
     print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n", flush=True)
     rows = [measure(shape, DTYPES[options.dtype], options.device, options.repeats) for shape in options.shapes]

@@ -51,7 +51,7 @@ def retrieve(
     sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(shifted, alpha), values)
     weights, total = dense_weights_(shifted)
     dense = torch.matmul(weights, values)
-    return dense.clone() if sparse is None else sparse, dense, maximum + total.log()
+    return dense if sparse is None else sparse, dense, maximum + total.log()
 
 
 def guide(

@@ -303,6 +303,24 @@ def test_huge_logits(std: float, dtype: torch.dtype, with_base: bool) -> None:
 
 
 @pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
+@pytest.mark.parametrize("offset", [1e6, 1e7, 3e7], ids="offset={}".format)
+def test_the_mass_never_exceeds_one(offset: float, with_base: bool) -> None:
+    """All logits far from 0 but near each other: the roundings of lse_T - lse_all must not count as mass."""
+    shape = Shape(1, 4, 120, 120, 40)
+    q, k, v = cases.qkv(shape)
+    q[..., 0] = k[..., 0] = (offset * 40**0.5) ** 0.5
+    text, rows = slice(0, 110), slice(110, 120)
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    out = guided_joint_attention(q, k, v, text, PAPER, base=base)[:, :, rows]
+    start = base if base is not None else guided_joint_attention(q, k, v, text, GuidanceConfig(strength=0.0))
+    text_only = q[:, :, rows], k[:, :, text], v[:, :, text]
+    step = guided_attention(*text_only, PAPER) - guided_attention(*text_only, GuidanceConfig(strength=0.0))
+    mass = ((out - start[:, :, rows]) * step).sum(-1) / (step * step).sum(-1)
+    assert step.norm(dim=-1).min() > 1e-3
+    assert (mass <= 1.001).all(), f"a mass of {mass.max():.3g}"
+
+
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
 def test_fp16_saturates(with_base: bool) -> None:
     q, k, _ = cases.qkv(SHAPE, dtype=torch.float16)
     v = (cases.random(2, 3, TOKENS, 16, seed=23).sign() * 65504).half()
