@@ -135,3 +135,27 @@ def test_takes_a_model_that_the_host_detected_in_a_file(tmp_path: Any) -> None:
     plain, out = host.sample(model, "sd15", **inputs), host.sample(patched, "sd15", **inputs)
     assert torch.isfinite(out).all()
     assert not torch.equal(plain, out)
+
+
+_ADM = {"num_classes": "sequential"}
+SIBLINGS: dict[str, dict[str, Any]] = {
+    "SD20": {"use_linear_in_transformer": True},
+    "SDXLRefiner": {"adm_in_channels": 2560, **_ADM},
+    "SSD1B": {"adm_in_channels": 2816, **_ADM, "transformer_depth_middle": -1},
+    "KOALA_700M": {"adm_in_channels": 2816, **_ADM, "transformer_depth_middle": -2},
+}
+
+
+@pytest.mark.parametrize("class_name", SIBLINGS)
+def test_other_unets_come_for_free(class_name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Their text attentions are found and guided, all those of the default blocks in every model call."""
+    model = host.build(class_name, {**host.CONFIGS["sd15"][1], "model_channels": 64, **SIBLINGS[class_name]})
+    (patched,) = host.run_node("GAGuidanceAdvanced", model=model, verbose=True)
+    text = [host.conditioning("sd15", seed)[0] for seed in (1, 2)]
+    if class_name != "SD20":
+        for _, values in text:
+            values["pooled_output"] = torch.zeros(1, 1280)
+    with caplog.at_level("INFO", logger="comfyui-gag"):
+        out = host.sample(patched, "sd15", positive=[text[0]], negative=[text[1]])
+    assert torch.isfinite(out).all()
+    assert "Guided 6 of 6 attentions in 2 of 2 calls." in caplog.text
