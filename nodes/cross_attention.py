@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Guidance where the text has an attention of its own: attn2 of the UNets.
+"""Guidance where the text has an attention of its own; and the patches of UNets, where that is attn2.
 
 A UNet's self and cross attention look alike to an attention override, and have the same shapes where a level has as
 many image tokens as the text has. But the host calls its attn1 and attn2 patches just before each of them.
@@ -21,56 +21,18 @@ from .run import Guidance, Run
 Groups = list[tuple[slice, int]]
 
 
-class GuidedCrossAttention:
-    """The patches of one model call; made for it and dropped with it."""
+class TextCrossAttention:
+    """Guides an attention that reads the text alone, with the rows and tokens of one model call."""
 
-    def __init__(self, guidance: Guidance, run: Run, context: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, guidance: Guidance, context: Tensor, options: dict[str, Any], run: Run) -> None:
         self.guidance = guidance
         self.run = run
         self.kinds = options.get("cond_or_uncond", [])
-        self.previous = options.get(OVERRIDE)
         self.context_shape = tuple(context.shape[:2])
         self.token_counts = distinct_tokens(context, options, run.token_counts)
-        self.expected: Layer | None = None
 
-    def installed(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The transformer options with the patches; ``options`` as it came if no row is to be guided."""
-        if not self._rows(self.context_shape[0]):
-            self.run.no_positive_rows[self.guidance] += 1
-            return options
-        patches = options.get("patches", {})
-        replacements = options.get("patches_replace", {})
-        around = {key: self._around(replacement) for key, replacement in replacements.get("attn2", {}).items()}
-        return {
-            **options,
-            "patches": {
-                **patches,
-                "attn1_patch": [*patches.get("attn1_patch", []), self._before_self_attention],
-                "attn2_patch": [*patches.get("attn2_patch", []), self._before_cross_attention],
-            },
-            "patches_replace": {**replacements, "attn2": around},
-            OVERRIDE: self._override,
-        }
-
-    def _before_self_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, _: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        self.expected = None
-        return query, key, value
-
-    def _before_cross_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        part, number = options.get("block", ("", 0))
-        layer = Layer(part, number, options.get("block_index", 0))
-        self.expected = layer if layer in self.guidance.layers else None
-        return query, key, value
-
-    def _override(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        call = AttentionCall(function, self.previous, args, kwargs)
-        layer, self.expected = self.expected, None
-        if layer is None:
-            return call.host_output()
+    def guided(self, call: AttentionCall, layer: Layer) -> Tensor:
+        """The guided result of the host's attention call, in the layout the model expects."""
         self.run.count(self.guidance, layer)
         groups = self._groups(call.q, call.k)
         if call.replaced or [rows for rows, _ in groups] != [slice(0, call.q.shape[0])]:
@@ -81,32 +43,21 @@ class GuidedCrossAttention:
         k, v, mask = call.k[:, :, :tokens], call.v[:, :, :tokens], _keys(call.mask, tokens)
         return call.as_host_output(guided_attention(call.q, k, v, self.guidance.config, mask=mask, scale=call.scale))
 
-    def _around(self, replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Guidance around an attn2 replacement that another node set, such as an image adapter.
+    def added_to(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, layer: Layer) -> Tensor:
+        """``out`` ``[B, N, H * D]``, which somebody else made of these tensors, with guidance added."""
+        self.run.count(self.guidance, layer)
+        q, k, v, base = (split_heads(tensor, heads) for tensor in (query, key, value, out.to(query.dtype)))
+        return merge_heads(self._added_to(base, q, k, v, self._groups(q, k))).to(out.dtype)
 
-        It runs as it is; what guidance changes in the reading of the text is added to its output.
-        """
-
-        def guided_replacement(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-            layer, self.expected = self.expected, None
-            out = replacement(query, key, value, options)
-            if layer is None:
-                return out
-            self.run.count(self.guidance, layer)
-            heads = options["n_heads"]
-            q, k, v, base = (split_heads(tensor, heads) for tensor in (query, key, value, out.to(query.dtype)))
-            return merge_heads(self._added_to(base, q, k, v, self._groups(q, k))).to(out.dtype)
-
-        return guided_replacement
-
-    def _rows(self, batch: int) -> list[slice]:
+    def rows(self, batch: int) -> list[slice]:
+        """The rows to guide."""
         return guided_rows(self.guidance.apply_to, batch, self.kinds)
 
     def _groups(self, q: Tensor, k: Tensor) -> Groups:
         """The rows to guide, split where the number of text tokens changes."""
-        chosen = self._rows(q.shape[0])
+        chosen = self.rows(q.shape[0])
         if (q.shape[0], k.shape[2]) != self.context_shape:
-            # Another node's attn2 patch put its own context there.
+            # Another node's patch put its own context there.
             return [(rows, k.shape[2]) for rows in chosen]
         groups = []
         for rows in chosen:
@@ -139,6 +90,66 @@ class GuidedCrossAttention:
                 scale=scale,
             )
         return out
+
+
+class GuidedUNet:
+    """The patches of one model call of a UNet; made for it and dropped with it."""
+
+    def __init__(self, guidance: Guidance, run: Run, context: Tensor, options: dict[str, Any]) -> None:
+        self.text = TextCrossAttention(guidance, context, options, run)
+        self.previous = options.get(OVERRIDE)
+        self.expected: Layer | None = None
+
+    def installed(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The transformer options with the patches; ``options`` as it came if no row is to be guided."""
+        if not self.text.rows(self.text.context_shape[0]):
+            self.text.run.no_positive_rows[self.text.guidance] += 1
+            return options
+        patches = options.get("patches", {})
+        replacements = options.get("patches_replace", {})
+        around = {key: self._around(replacement) for key, replacement in replacements.get("attn2", {}).items()}
+        return {
+            **options,
+            "patches": {
+                **patches,
+                "attn1_patch": [*patches.get("attn1_patch", []), self._before_self_attention],
+                "attn2_patch": [*patches.get("attn2_patch", []), self._before_cross_attention],
+            },
+            "patches_replace": {**replacements, "attn2": around},
+            OVERRIDE: self._override,
+        }
+
+    def _before_self_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, _: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self.expected = None
+        return query, key, value
+
+    def _before_cross_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        part, number = options.get("block", ("", 0))
+        layer = Layer(part, number, options.get("block_index", 0))
+        self.expected = layer if layer in self.text.guidance.layers else None
+        return query, key, value
+
+    def _override(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        call = AttentionCall(function, self.previous, args, kwargs)
+        layer, self.expected = self.expected, None
+        return call.host_output() if layer is None else self.text.guided(call, layer)
+
+    def _around(self, replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Guidance around an attn2 replacement that another node set, such as an image adapter.
+
+        It runs as it is; what guidance changes in the reading of the text is added to its output.
+        """
+
+        def guided_replacement(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+            layer, self.expected = self.expected, None
+            out = replacement(query, key, value, options)
+            return out if layer is None else self.text.added_to(out, query, key, value, options["n_heads"], layer)
+
+        return guided_replacement
 
 
 def _keys(mask: Tensor | None, tokens: int) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 class Layer(NamedTuple):
     """One text attention, by the names the host gives at run time.
 
-    ``part`` is ``input``/``middle``/``output`` in a UNet and the stream (``double``/``single``) in a transformer;
+    ``part`` is ``input``/``middle``/``output`` in a UNet and ``double_block``/``single_block`` in a transformer;
     ``block`` its number there; ``transformer`` the number of the transformer inside a UNet block, else 0.
     """
 
@@ -43,24 +43,29 @@ class Family:
     Attributes:
         title: its name in messages.
         model_class: dotted path of the diffusion model's class; subclasses count.
-        attention: ``"cross"`` where the text has an attention of its own (a UNet's attn2), ``"joint"`` where text and
-            image tokens are attended to together, the text first.
+        attention: ``"attn2"`` for UNets; for transformers ``"cross"`` where the text has an attention of its own in
+            each block, ``"joint"`` where text and image tokens are attended to together.
         parts: its parts in the order of execution.
+        text_first: whether the text comes before the image in the joint sequence.
         refused: classes of the host's model that share the diffusion model but do not read text, and what they read.
     """
 
     title: str
     model_class: str
-    attention: Literal["cross", "joint"]
+    attention: Literal["attn2", "cross", "joint"]
     parts: tuple[Part, ...]
+    text_first: bool = True
     refused: tuple[tuple[str, str], ...] = ()
 
 
+_DOUBLE = Part("double", "double_block", "double_blocks")
+_SINGLE = Part("single", "single_block", "single_blocks")
+
 FAMILIES = (
     Family(
-        title="Stable Diffusion UNet (SD1.x, SD2.x, SDXL and its refiner, SSD-1B and others of the kind)",
+        title="Stable Diffusion UNets (SD1.x, SD2.x, SDXL and its refiner, SSD-1B, KOALA)",
         model_class="comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel",
-        attention="cross",
+        attention="attn2",
         parts=(
             Part("d", "input", "input_blocks"),
             Part("m", "middle", "middle_block", guided=False),
@@ -74,13 +79,53 @@ FAMILIES = (
         ),
     ),
     Family(
-        title="Flux.1 (dev, schnell, Fill, Kontext and others of the kind)",
+        title="Flux.1 and Flux.2",
         model_class="comfy.ldm.flux.model.Flux",
         attention="joint",
-        parts=(
-            Part("double", "double", "double_blocks"),
-            Part("single", "single", "single_blocks"),
-        ),
+        parts=(_DOUBLE, _SINGLE),
+    ),
+    Family(
+        title="Chroma",
+        model_class="comfy.ldm.chroma.model.Chroma",
+        attention="joint",
+        parts=(_DOUBLE, _SINGLE),
+    ),
+    Family(
+        title="SD3 and SD3.5",
+        model_class="comfy.ldm.modules.diffusionmodules.mmdit.MMDiT",
+        attention="joint",
+        parts=(Part("double", "double_block", "joint_blocks"),),
+    ),
+    Family(
+        title="AuraFlow",
+        model_class="comfy.ldm.aura.mmdit.MMDiT",
+        attention="joint",
+        parts=(Part("double", "double_block", "double_layers"), Part("single", "single_block", "single_layers")),
+    ),
+    Family(
+        title="Qwen-Image",
+        model_class="comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",
+        attention="joint",
+        parts=(Part("double", "double_block", "transformer_blocks"),),
+    ),
+    Family(
+        title="HunyuanVideo",
+        model_class="comfy.ldm.hunyuan_video.model.HunyuanVideo",
+        attention="joint",
+        parts=(_DOUBLE, _SINGLE),
+        text_first=False,
+    ),
+    Family(
+        title="Wan 2.1 and 2.2",
+        model_class="comfy.ldm.wan.model.WanModel",
+        attention="cross",
+        parts=(Part("block", "double_block", "blocks"),),
+    ),
+    Family(
+        title="LTX-Video",
+        model_class="comfy.ldm.lightricks.model.LTXVModel",
+        attention="cross",
+        parts=(Part("block", "double_block", "transformer_blocks"),),
     ),
 )
 
@@ -125,11 +170,23 @@ def default_layers(family: Family, blocks: Blocks) -> frozenset[Layer]:
     return frozenset(chosen or [layer for part in blocks.values() for block in part for layer in block])
 
 
+def text_call(family: Family, model: Any) -> int:
+    """Which attention call of a block, from 0, reads the text; of families with a text cross-attention in each block.
+
+    The image tokens attend to themselves first. Where a block can read an embedded picture as well (Wan
+    image-to-video has keys of its own for it), that comes in between.
+    """
+    if family.attention != "cross":
+        return 0
+    block = getattr(model.get_model_object("diffusion_model"), family.parts[0].attribute)[0]
+    return 2 if hasattr(getattr(block, "cross_attn", None), "k_img") else 1
+
+
 def _blocks_of(family: Family, part: Part, diffusion_model: Any) -> list[list[Layer]]:
     modules = getattr(diffusion_model, part.attribute, None)
     if modules is None:
         return []
-    if family.attention == "joint":
+    if family.attention != "attn2":
         return [[Layer(part.host_name, number)] for number in range(len(modules))]
     # A UNet's middle is one block, a sequence of modules like each of the others.
     sequences = [modules] if part.host_name == "middle" else list(modules)

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..gag_core import GuidanceConfig
 from ..gag_core.config import NORM_MODES, RULES
 from .blocks import parse_blocks
-from .families import default_layers, family_of
+from .families import default_layers, family_of, text_call
 from .host import log, show_on_node
 from .patch import patch_model
 from .presets import DEFAULT_PRESET, PRESETS
@@ -225,6 +225,7 @@ def _guide(
             family=family,
             order=order,
             layers=layers,
+            text_call=text_call(family, model),
             apply_to=apply_to,
             start_percent=start_percent,
             end_percent=end_percent,

@@ -87,8 +87,8 @@ class AttentionCall:
 
 
 def split_heads(tensor: Tensor, heads: int) -> Tensor:
-    """``[B, N, H * D]`` to a view of ``[B, H, N, D]``."""
-    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """``[B, N, H * D]`` to a view of ``[B, H, N, D]``; SD3 passes values as ``[B, N, H, D]`` already."""
+    return (tensor if tensor.ndim == 4 else tensor.unflatten(-1, (heads, -1))).transpose(1, 2)
 
 
 def merge_heads(tensor: Tensor) -> Tensor:

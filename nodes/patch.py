@@ -13,16 +13,12 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .cross_attention import GuidedCrossAttention
+from .block_attention import GuidedBlocks
+from .cross_attention import GuidedUNet
 from .host import sigma_range
-from .joint_attention import GuidedJointAttention
 from .run import Guidance, Run
 
 KEY = "comfyui-gag"
-_ATTENTIONS: dict[str, type[GuidedCrossAttention] | type[GuidedJointAttention]] = {
-    "cross": GuidedCrossAttention,
-    "joint": GuidedJointAttention,
-}
 
 
 class GAGPatch:
@@ -58,7 +54,8 @@ class GAGPatch:
         run.model_calls += 1
         guidance = self._active(run, t, executor.class_obj.model_sampling)
         if guidance is not None and c_crossattn is not None:
-            options = _ATTENTIONS[guidance.family.attention](guidance, run, c_crossattn, options).installed(options)
+            patches = GuidedUNet if guidance.family.attention == "attn2" else GuidedBlocks
+            options = patches(guidance, run, c_crossattn, options).installed(options)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def _active(self, run: Run, t: Tensor, model_sampling: Any) -> Guidance | None:

@@ -33,7 +33,7 @@ def test_default_is_down_and_up_without_the_middle() -> None:
 
 
 def layers(*numbers: tuple[str, int]) -> frozenset[Any]:
-    return frozenset(Layer(part, number) for part, number in numbers)
+    return frozenset(Layer(f"{part}_block", number) for part, number in numbers)
 
 
 UNET_TERMS = {

@@ -77,18 +77,18 @@ def test_refuses_an_unknown_preset() -> None:
 
 def _unreached() -> Any:
     """A model that today has no family of ours."""
-    return host.build("WAN21_T2V", {
-        "image_model": "wan2.1", "model_type": "t2v", "dim": 128, "out_dim": 16, "in_dim": 16, "num_heads": 2,
-        "ffn_dim": 64, "num_layers": 1, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1),
-        "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6, "text_dim": 64,
+    return host.build("Lumina2", {
+        "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 32, "cap_feat_dim": 64, "n_layers": 1,
+        "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [4, 6, 6],
+        "axes_lens": [300, 512, 512], "rope_theta": 10000.0, "ffn_dim_multiplier": 1.0, "multiple_of": 16,
     })  # fmt: skip
 
 
 @pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced"])
 def test_refuses_a_family_it_cannot_reach(node_id: str) -> None:
-    with pytest.raises(ValueError, match=r"GAG cannot reach a text attention in WanModel \(WAN21\)") as raised:
+    with pytest.raises(ValueError, match=r"GAG cannot reach a text attention in NextDiT \(Lumina2\)") as raised:
         host.run_node(node_id, model=_unreached())
-    for title in ("SD1.x", "SDXL", "Flux.1"):
+    for title in ("SD1.x", "SDXL", "Flux.1", "Wan 2.1"):
         assert title in str(raised.value)
 
 

@@ -226,7 +226,7 @@ def test_nothing_of_a_run_outlives_it() -> None:
     gc.disable()
     try:
         host.sample(patched, "sd15")
-        names = ("Run", "GuidedCrossAttention", "AttentionCall")
+        names = ("Run", "GuidedUNet", "TextCrossAttention", "AttentionCall")
         left = [type(o).__name__ for o in gc.get_objects() if type(o).__name__ in names]
     finally:
         gc.enable()

@@ -144,6 +144,9 @@ def fill(module: torch.nn.Module, seed: int) -> None:
     """Seeded random weights for every parameter: the host's layers skip their own initialisation."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for buffer_name, buffer in module.named_buffers():
+            if buffer_name == "pos_embed":  # a buffer of SD3 that comes with its weights
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.02)
         for parameter_name, parameter in sorted(module.named_parameters()):
             if parameter.numel() == 0:
                 continue

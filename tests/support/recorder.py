@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.ldm.flux.math
-import comfy.ldm.modules.attention
 import torch
 from torch import Tensor
 
 import reference
 from tolerances import assert_close
+
+# What a call is named after: the innermost of these modules that was entered.
+_NAMED = {
+    *("CrossAttention", "DoubleStreamBlock", "SingleStreamBlock", "ChromaDoubleStreamBlock", "ChromaSingleStreamBlock"),
+    *("JointBlock", "MMDiTBlock", "DiTBlock", "QwenImageTransformerBlock", "TokenRefinerBlock"),
+    *("WanSelfAttention", "WanT2VCrossAttention", "WanI2VCrossAttention"),
+}
 
 
 @dataclass
@@ -47,7 +53,7 @@ def recording(*models: Any) -> Iterator[list[Call]]:
     for model in models:
         root = model.model.diffusion_model if hasattr(model, "model") else model
         for name, module in root.named_modules():
-            if type(module).__name__ in ("CrossAttention", "DoubleStreamBlock", "SingleStreamBlock"):
+            if type(module).__name__ in _NAMED:
 
                 def enter(*_: Any, name: str = f"{type(root).__name__}.{name}") -> None:
                     running[0] = name
@@ -65,9 +71,11 @@ def recording(*models: Any) -> Iterator[list[Call]]:
         return attention
 
     places = [
-        (comfy.ldm.modules.attention, "optimized_attention"),
-        (comfy.ldm.modules.attention, "optimized_attention_masked"),
-        (comfy.ldm.flux.math, "optimized_attention"),
+        (module, name)
+        for module_name, module in list(sys.modules.items())
+        if module_name.startswith("comfy.ldm.")
+        for name in ("optimized_attention", "optimized_attention_masked")
+        if hasattr(module, name)
     ]
     originals = [getattr(module, name) for module, name in places]
     for (module, name), original in zip(places, originals, strict=True):
@@ -82,4 +90,4 @@ def recording(*models: Any) -> Iterator[list[Call]]:
 
 
 def _split(tensor: Tensor, heads: int) -> Tensor:
-    return torch.unflatten(tensor, -1, (heads, -1)).transpose(1, 2)
+    return (tensor if tensor.ndim == 4 else torch.unflatten(tensor, -1, (heads, -1))).transpose(1, 2)
