@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Guidance in transformers, whose blocks the host lets be wrapped one by one (``patches_replace["dit"]``).
+"""Guidance in transformers.
 
-The wrapper sees what goes into each block, so it tells which block runs and how many tokens of the sequence are text,
-on every host and beside other nodes' wrappers; token refiners and control networks run outside of these blocks.
+Of most families the host lets blocks be wrapped one by one (``patches_replace["dit"]``). The wrapper sees what goes
+into each block, so it tells which block runs and how many tokens of the sequence are text, on every host and beside
+other nodes' wrappers; token refiners and control networks run outside of these blocks. Of the other families the
+attention calls are told by their order, and taken only if their shapes agree with it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ class GuidedBlocks:
         # The text stream; a block that has the streams joined does not show it, those before it did.
         self.stream_tokens = self.context_tokens
         self.all_tokens = 0
+        # What the calls so far were, where they are told by order.
+        self.refined: list[int] = []
+        self.after_self_attention = False
         self.cross = (
             TextCrossAttention(guidance, context, options, run) if guidance.family.attention == "cross" else None
         )
@@ -47,6 +52,8 @@ class GuidedBlocks:
         if not guided_rows(self.guidance.apply_to, self.batch, self.kinds):
             self.run.no_positive_rows[self.guidance] += 1
             return options
+        if self.guidance.family.refiners is not None:
+            return {**options, OVERRIDE: self._override}
         replacements = options.get("patches_replace", {})
         blocks = dict(replacements.get("dit", {}))
         for layer in self.guidance.order:
@@ -72,20 +79,40 @@ class GuidedBlocks:
 
     def _override(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         call = AttentionCall(function, self.previous, args, kwargs)
-        number, self.calls = self.calls, self.calls + 1
-        if self.layer is None:
+        if self.guidance.family.refiners is None:
+            layer = self._layer_of_wrapped(call)
+        else:
+            layer = self._layer_by_order(call)
+        if layer not in self.guidance.layers:
             return call.host_output()
-        if self.cross is not None:
-            return self._cross(self.cross, call, number, self.layer)
-        # A block may have an attention among image tokens alone besides the joint one (SD3.5 medium).
-        if call.q.shape[2] != self.all_tokens or call.k.shape[2] != self.all_tokens:
-            return call.host_output()
-        return self._joint(call, self.layer)
+        return self._joint(call, layer) if self.cross is None else self.cross.guided(call, layer)
 
-    def _cross(self, cross: TextCrossAttention, call: AttentionCall, number: int, layer: Layer) -> Tensor:
-        if number != self.guidance.text_call:
-            return call.host_output()
-        return cross.guided(call, layer)
+    def _layer_of_wrapped(self, call: AttentionCall) -> Layer | None:
+        """The block that runs, if this call in it is the one that reads the text."""
+        number, self.calls = self.calls, self.calls + 1
+        if self.cross is not None:
+            return self.layer if number == self.guidance.text_call else None
+        # A block may have an attention among image tokens alone besides the joint one (SD3.5 medium).
+        joint = call.q.shape[2] == call.k.shape[2] == self.all_tokens
+        return self.layer if joint else None
+
+    def _layer_by_order(self, call: AttentionCall) -> Layer | None:
+        """The block whose turn it is, if the shapes are those of its reading of the text."""
+        queries, keys = call.q.shape[2], call.k.shape[2]
+        if self.cross is not None:
+            is_text = self.after_self_attention and keys == self.context_tokens
+            self.after_self_attention = not is_text and queries == keys
+        else:
+            refining = len(self.refined) < self.guidance.refiner_calls
+            if refining:
+                self.refined.append(queries)
+            # The text is refined first, the image last; joined, they have the tokens of both.
+            is_text = not refining and queries == keys == self.refined[0] + self.refined[-1]
+            self.stream_tokens, self.all_tokens = self.refined[0], queries
+        if not is_text:
+            return None
+        number, self.calls = self.calls, self.calls + 1
+        return self.guidance.order[number] if number < len(self.guidance.order) else None
 
     def _joint(self, call: AttentionCall, layer: Layer) -> Tensor:
         self.run.count(self.guidance, layer)
@@ -116,5 +143,8 @@ class GuidedBlocks:
         """Where the text is in the joint sequence."""
         if not self.guidance.family.text_first:
             return slice(self.all_tokens - self.stream_tokens, self.all_tokens)
+        if self.guidance.family.refiners is not None:
+            # Padding behind the prompt has been refined together with it.
+            return slice(0, self.stream_tokens)
         # Registers, and image tokens that adapters add, stand in front of the prompt's own tokens.
         return slice(max(0, self.stream_tokens - self.context_tokens), self.stream_tokens)

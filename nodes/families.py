@@ -47,6 +47,8 @@ class Family:
             each block, ``"joint"`` where text and image tokens are attended to together.
         parts: its parts in the order of execution.
         text_first: whether the text comes before the image in the joint sequence.
+        refiners: where the blocks are that refine text and image apart before the parts; given for the families whose
+            blocks the host does not let be wrapped, so that their attention calls are told by order and shape.
         refused: classes of the host's model that share the diffusion model but do not read text, and what they read.
     """
 
@@ -55,6 +57,7 @@ class Family:
     attention: Literal["attn2", "cross", "joint"]
     parts: tuple[Part, ...]
     text_first: bool = True
+    refiners: tuple[str, ...] | None = None
     refused: tuple[tuple[str, str], ...] = ()
 
 
@@ -127,6 +130,26 @@ FAMILIES = (
         attention="cross",
         parts=(Part("block", "double_block", "transformer_blocks"),),
     ),
+    Family(
+        title="Lumina 2 and Z-Image",
+        model_class="comfy.ldm.lumina.model.NextDiT",
+        attention="joint",
+        parts=(Part("block", "double_block", "layers"),),
+        refiners=("context_refiner", "noise_refiner"),
+    ),
+    Family(
+        title="Cosmos Predict2",
+        model_class="comfy.ldm.cosmos.predict2.MiniTrainDIT",
+        attention="cross",
+        parts=(Part("block", "double_block", "blocks"),),
+        refiners=(),
+    ),
+)
+
+# Their attention gets no options from the host, so that no node can reach it: what they are called and their class.
+UNREACHABLE = (
+    ("PixArt", "comfy.ldm.pixart.pixartms.PixArtMS"),
+    ("HunyuanDiT", "comfy.ldm.hydit.models.HunYuanDiT"),
 )
 
 # The blocks of each part by its name, each block with its text attentions: what the user's numbers count.
@@ -158,6 +181,12 @@ def family_of(model: Any) -> tuple[Family, Blocks]:
         blocks = {part.name: _blocks_of(family, part, diffusion_model) for part in family.parts}
         if any(blocks.values()):
             return family, blocks
+    for title, unreachable in UNREACHABLE:
+        if unreachable in classes:
+            raise UnsupportedModelError(
+                f"GAG cannot guide {title} ({host_class}): ComfyUI gives its attention no options, so no node can "
+                "reach it; take the GAG node out of this workflow."
+            )
     raise UnsupportedModelError(
         f"GAG cannot reach a text attention in {type(diffusion_model).__name__} ({host_class}); "
         f"supported families: {'; '.join(family.title for family in FAMILIES)}."
@@ -180,6 +209,12 @@ def text_call(family: Family, model: Any) -> int:
         return 0
     block = getattr(model.get_model_object("diffusion_model"), family.parts[0].attribute)[0]
     return 2 if hasattr(getattr(block, "cross_attn", None), "k_img") else 1
+
+
+def refiner_calls(family: Family, model: Any) -> int:
+    """How many attention calls the refiners make before the family's parts."""
+    diffusion_model = model.get_model_object("diffusion_model")
+    return sum(len(getattr(diffusion_model, attribute)) for attribute in family.refiners or ())
 
 
 def _blocks_of(family: Family, part: Part, diffusion_model: Any) -> list[list[Layer]]:

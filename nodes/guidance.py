@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..gag_core import GuidanceConfig
 from ..gag_core.config import NORM_MODES, RULES
 from .blocks import parse_blocks
-from .families import default_layers, family_of, text_call
+from .families import default_layers, family_of, refiner_calls, text_call
 from .host import log, show_on_node
 from .patch import patch_model
 from .presets import DEFAULT_PRESET, PRESETS
@@ -151,7 +151,7 @@ class GAGuidanceAdvanced(io.ComfyNode):
                     "blocks",
                     default="",
                     tooltip="Which blocks to guide. UNets (SD1.5, SDXL): d0,d1,m,u or d2.0-3. Transformers (Flux): "
-                    "double 0-18, single 20-37, or numbers counted through, 0,1,47-49. Fewer blocks change less. "
+                    "double 0-18, single 20-37; all of them: numbers counted through, 0,1,47-49. Fewer change less. "
                     "Empty is the family's default: all, for UNets down and up without the middle.",
                 ),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=_START),
@@ -226,6 +226,7 @@ def _guide(
             order=order,
             layers=layers,
             text_call=text_call(family, model),
+            refiner_calls=refiner_calls(family, model),
             apply_to=apply_to,
             start_percent=start_percent,
             end_percent=end_percent,

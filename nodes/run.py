@@ -17,14 +17,16 @@ class Guidance:
     """What one GAG node asks for: plain data.
 
     ``order`` is every text attention of the model in the order of execution, ``layers`` those that are to be guided;
-    ``text_call`` which attention call of a transformer's block reads the text, where that is one of its own.
+    ``text_call`` which attention call of a transformer's block reads the text, where that is one of its own;
+    ``refiner_calls`` how many there are before the blocks.
     """
 
     config: GuidanceConfig
     family: Family
     order: tuple[Layer, ...]
     layers: frozenset[Layer]
-    text_call: int = 1
+    text_call: int = 0
+    refiner_calls: int = 0
     apply_to: Literal["both", "positive"] = "both"
     start_percent: float = 0.0
     end_percent: float = 1.0

@@ -77,16 +77,20 @@ def test_refuses_an_unknown_preset() -> None:
 
 def _unreached() -> Any:
     """A model that today has no family of ours."""
-    return host.build("Lumina2", {
-        "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 32, "cap_feat_dim": 64, "n_layers": 1,
-        "n_refiner_layers": 1, "qk_norm": True, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [4, 6, 6],
-        "axes_lens": [300, 512, 512], "rope_theta": 10000.0, "ffn_dim_multiplier": 1.0, "multiple_of": 16,
+    return host.build("GenmoMochi", {
+        "image_model": "mochi_preview", "depth": 1, "patch_size": 2, "num_heads": 2, "hidden_size_x": 32,
+        "hidden_size_y": 16, "mlp_ratio_x": 384.0, "mlp_ratio_y": 1.0, "in_channels": 12, "qk_norm": True,
+        "qkv_bias": False, "out_bias": True, "attn_drop": 0.0, "patch_embed_bias": True, "posenc_preserve_area": True,
+        "timestep_mlp_bias": True, "attend_to_padding": False, "timestep_scale": 1000.0, "use_t5": True,
+        "t5_feat_dim": 64, "t5_token_length": 16, "rope_theta": 10000.0,
     })  # fmt: skip
 
 
 @pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced"])
 def test_refuses_a_family_it_cannot_reach(node_id: str) -> None:
-    with pytest.raises(ValueError, match=r"GAG cannot reach a text attention in NextDiT \(Lumina2\)") as raised:
+    with pytest.raises(
+        ValueError, match=r"GAG cannot reach a text attention in AsymmDiTJoint \(GenmoMochi\)"
+    ) as raised:
         host.run_node(node_id, model=_unreached())
     for title in ("SD1.x", "SDXL", "Flux.1", "Wan 2.1"):
         assert title in str(raised.value)
@@ -159,3 +163,12 @@ def test_other_unets_come_for_free(class_name: str, caplog: pytest.LogCaptureFix
         out = host.sample(patched, "sd15", positive=[text[0]], negative=[text[1]])
     assert torch.isfinite(out).all()
     assert "Guided 6 of 6 attentions in 2 of 2 calls." in caplog.text
+
+
+def test_says_which_models_no_node_can_reach() -> None:
+    model = host.build("PixArtAlpha", {
+        "image_model": "pixart_alpha", "hidden_size": 32, "depth": 1, "num_heads": 2, "caption_channels": 64,
+        "input_size": 8, "micro_condition": False, "model_max_length": 16,
+    })  # fmt: skip
+    with pytest.raises(ValueError, match=r"GAG cannot guide PixArt \(PixArt\): ComfyUI gives its attention no options"):
+        host.run_node("GAGuidance", model=model)

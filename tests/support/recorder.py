@@ -19,7 +19,7 @@ from tolerances import assert_close
 _NAMED = {
     *("CrossAttention", "DoubleStreamBlock", "SingleStreamBlock", "ChromaDoubleStreamBlock", "ChromaSingleStreamBlock"),
     *("JointBlock", "MMDiTBlock", "DiTBlock", "QwenImageTransformerBlock", "TokenRefinerBlock"),
-    *("WanSelfAttention", "WanT2VCrossAttention", "WanI2VCrossAttention"),
+    *("WanSelfAttention", "WanT2VCrossAttention", "WanI2VCrossAttention", "JointTransformerBlock", "Attention"),
 }
 
 

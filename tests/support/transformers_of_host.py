@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.sample
 import torch
 from torch import Tensor
 
@@ -20,8 +21,9 @@ class Tiny:
     """A model's class and configuration, and the facts that its tests check.
 
     ``guided`` is the number of text attentions. In a joint sequence the text comes first or last, behind
-    ``before_text`` tokens of the model's own, and padded at its front to ``padded_to``. ``text_first`` None is a
-    family with text cross-attention, whose calls come from modules named ``text_modules``.
+    ``before_text`` tokens of the model's own, and padded to ``padded_to``: at its front, or, where the padding is
+    refined with it, at its end, and the image to a multiple of that as well. ``text_first`` None is a family with text
+    cross-attention, whose calls come from modules named ``text_modules``.
     """
 
     class_name: str
@@ -31,6 +33,7 @@ class Tiny:
     text_first: bool | None = True
     before_text: int = 0
     padded_to: int = 0
+    padding_is_refined: bool = False
     text_modules: str = ""
     cond: dict[str, Any] = field(default_factory=dict)
 
@@ -48,15 +51,22 @@ class Tiny:
         return slice(sequence - tokens, sequence)
 
     def words(self, sequence: int, tokens: int) -> slice:
-        """The text without its padding."""
+        """The tokens that a prompt changes: the text without padding that no refiner has touched."""
         text = self.text(sequence, tokens)
-        return slice(text.stop - tokens, text.stop)
+        return text if self.padding_is_refined else slice(text.stop - tokens, text.stop)
+
+    def image_tokens(self) -> int:
+        """How many tokens of the sequence the noise changes."""
+        *frames, height, width = self.latent[1:]
+        area = height * width // (1 if self.class_name in ("Flux2", "LTXV") else 4)
+        tokens = area * (frames[0] if frames else 1)
+        return -(-tokens // self.padded_to) * self.padded_to if self.padding_is_refined else tokens
 
     def sample(self, model: Any, *, tokens: int = 12, cfg: float = 1.0, seed: int = 1, prompt: int = 10) -> Tensor:
         latent = torch.zeros(1, *self.latent)
-        out: Tensor = host.comfy.sample.sample(
+        out: Tensor = comfy.sample.sample(
             model,
-            host.comfy.sample.prepare_noise(latent, seed),
+            comfy.sample.prepare_noise(latent, seed),
             2,
             cfg,
             "euler",
@@ -88,7 +98,7 @@ _WAN = {
     "eps": 1e-6,
     "text_dim": WIDTH,
 }
-_SD3 = {
+_SD3: dict[str, Any] = {
     "in_channels": 16,
     "out_channels": 16,
     "patch_size": 2,
@@ -104,6 +114,23 @@ _SD3 = {
         "params": {"in_features": WIDTH, "out_features": 128},
     },
     "x_block_self_attn_layers": [],
+}
+_LUMINA = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 32,
+    "cap_feat_dim": WIDTH,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "qk_norm": True,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [300, 512, 512],
+    "rope_theta": 10000.0,
+    "ffn_dim_multiplier": 1.0,
+    "multiple_of": 16,
 }
 _POOLED = {"pooled_output": torch.zeros(1, 48)}
 _PICTURE = SimpleNamespace(
@@ -237,5 +264,50 @@ TRANSFORMERS = {
         text_first=None,
         text_modules="attn2",
         cond={"attention_mask": torch.tensor([[1] * 10 + [0] * 2])},
+    ),
+    "lumina2": Tiny("Lumina2", _LUMINA, (16, 8, 8), 2, cond={"num_tokens": 12}),
+    "z-image": Tiny(
+        "ZImage",
+        {
+            **_LUMINA,
+            "dim": 256,
+            "n_heads": 16,
+            "n_kv_heads": 16,
+            "axes_lens": [1536, 512, 512],
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8 / 3,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        },
+        (16, 8, 8),
+        2,
+        padded_to=32,
+        padding_is_refined=True,
+        cond={"num_tokens": 12},
+    ),
+    "cosmos-predict2": Tiny(
+        "CosmosT2IPredict2",
+        {
+            "image_model": "cosmos_predict2",
+            "max_img_h": 240,
+            "max_img_w": 240,
+            "max_frames": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_spatial": 2,
+            "patch_temporal": 1,
+            "model_channels": 64,
+            "num_blocks": 2,
+            "num_heads": 2,
+            "crossattn_emb_channels": WIDTH,
+            "pos_emb_cls": "rope3d",
+            "use_adaln_lora": True,
+            "adaln_lora_dim": 16,
+        },
+        (16, 1, 8, 8),
+        2,
+        text_first=None,
+        text_modules="cross_attn",
     ),
 }
