@@ -153,3 +153,30 @@ def test_beside_another_nodes_block_replacement(name: str) -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, tiny.sample(wrapped(model)))
     assert not torch.equal(first, tiny.sample(guided(model)))
+
+
+@every_transformer
+def test_beside_an_attention_override(name: str) -> None:
+    """Another node's attention computes the host's part of every call; guidance is added to what it gives."""
+    tiny = TRANSFORMERS[name]
+    model = tiny.build()
+    model.model_options["transformer_options"]["optimized_attention_override"] = halved
+    model = guided(model)
+    with recording(model) as calls:
+        tiny.sample(model, tokens=TOKENS)
+    for call in calls:
+        mask = rank_4(call.mask)
+        plain = reference.sparse_dense_attention(call.q, call.k, call.v, mask=mask)[1]
+        change = torch.zeros_like(plain)
+        if reads_text(tiny, call):
+            if tiny.text_first is None:
+                change = reference.guided_attention(call.q, call.k, call.v, PAPER, mask=mask) - plain
+            else:
+                text = tiny.text(call.k.shape[2], TOKENS)
+                change = reference.guided_joint_attention(call.q, call.k, call.v, text, PAPER, mask=mask) - plain
+        call.check(0.5 * plain + change, PAPER.guidance_scale)
+
+
+def halved(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Stands for a node that replaces attention: recognisable in its results."""
+    return 0.5 * function(*args, **kwargs)

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 import host_process as host
+import reference
 from recorder import recording
+from tolerances import assert_close
 
 FAMILIES = ["sd15", "sdxl", "flux", "flux-schnell"]
 
@@ -63,6 +65,29 @@ def test_batches_cfg_and_prompt_lengths(name: str, batch: int, cfg: float, token
     out = host.sample(guided(model), name, **inputs)
     assert out.shape == plain.shape
     check_guided(out, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    """What the model gets is the fp64 reference, rounded once to the model's own dtype."""
+    model = guided(host.build(*host.CONFIGS[name], dtype=dtype), preset="paper")
+    config = host.pack_module("nodes.presets").PRESETS["paper"]
+    with recording(model) as calls:
+        out = host.sample(model, name, cfg=1.0, steps=1)
+    assert torch.isfinite(out).all()
+    text = [c for c in calls if name == "flux" or (c.module.endswith("attn2") and ".middle_block" not in c.module)]
+    assert text
+    for call in text:
+        assert call.out.dtype == dtype
+        if name == "flux":
+            # The joint output that guidance is added to is itself rounded to the dtype.
+            plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
+            wide = reference.guided_joint_attention(call.q, call.k, call.v, slice(0, 77), config)
+            rounding = torch.finfo(dtype).eps * float(plain.abs().max())
+            assert_close(call.out, wide, error=rounding + 3e-4 * float(call.v.abs().max()))
+        else:
+            call.check(reference.guided_attention(call.q, call.k, call.v, config), config.guidance_scale)
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2s_ancestral", "uni_pc", "lcm"])

@@ -126,10 +126,10 @@ def build_model(name: str, seed: int = 0) -> Any:
     return build(*CONFIGS[name], seed)
 
 
-def build(class_name: str, config: dict[str, Any], seed: int = 0) -> Any:
-    """The same of any of the host's supported models and any configuration."""
+def build(class_name: str, config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """The same of any of the host's supported models, any configuration and dtype."""
     configured = getattr(supported, class_name)(dict(config))
-    configured.set_inference_dtype(torch.float32, None)
+    configured.set_inference_dtype(dtype, None)
     model = configured.get_model({}, "")
     fill(model.diffusion_model, seed)
     model.eval()
