@@ -63,11 +63,10 @@ class GuidedBlocks:
 
     def _around(self, layer: Layer, replacement: Block | None) -> Block:
         def guided_block(args: BlockArgs, extra: dict[str, Any]) -> dict[str, Any]:
-            image_tokens = args["img"].shape[1]
+            self.all_tokens = args["img"].shape[1]
             if "txt" in args:
                 self.stream_tokens = args["txt"].shape[1]
-                image_tokens += self.stream_tokens
-            self.all_tokens = image_tokens
+                self.all_tokens += self.stream_tokens
             self.calls = 0
             self.layer = layer if layer in self.guidance.layers else None
             try:
@@ -102,13 +101,14 @@ class GuidedBlocks:
         if self.cross is not None:
             is_text = self.after_self_attention and keys == self.context_tokens
             self.after_self_attention = not is_text and queries == keys
+        elif len(self.refined) < self.guidance.refiner_calls:
+            self.refined.append(queries)
+            is_text = False
         else:
-            refining = len(self.refined) < self.guidance.refiner_calls
-            if refining:
-                self.refined.append(queries)
             # The text is refined first, the image last; joined, they have the tokens of both.
-            is_text = not refining and queries == keys == self.refined[0] + self.refined[-1]
-            self.stream_tokens, self.all_tokens = self.refined[0], queries
+            ends = self.refined[:1] + self.refined[-1:]
+            self.stream_tokens, self.all_tokens = self.refined[0] if ends else 0, sum(ends)
+            is_text = bool(ends) and queries == keys == self.all_tokens
         if not is_text:
             return None
         number, self.calls = self.calls, self.calls + 1
