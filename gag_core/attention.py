@@ -48,7 +48,7 @@ def sparse_dense_attention(
     scale = _scale(q, scale)
     sparse, dense = _empty_output(q, v), _empty_output(q, v)
     for rows in eager.row_chunks(q, k.shape[2]):
-        s, d, _ = eager.retrieve(q[:, :, rows], k, v, alpha, _mask_rows(mask, rows), scale)
+        s, d, _ = eager.retrieve(q[:, :, rows], k, v, alpha, eager.mask_rows(mask, rows), scale)
         sparse[:, :, rows], dense[:, :, rows] = s, d
     return sparse, dense
 
@@ -154,7 +154,7 @@ def guided_joint_attention(
     for image in (slice(0, start), slice(stop, q.shape[2])):
         if image.start == image.stop:
             continue
-        image_mask = _mask_rows(mask, image)
+        image_mask = eager.mask_rows(mask, image)
         if lse is None:
             image_lse = logsumexp_of_logits(q[:, :, image], k, image_mask, scale)
         else:
@@ -203,10 +203,6 @@ def _scale(q: Tensor, scale: float | None) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}.")
     return scale
-
-
-def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
-    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
 
 
 def _mask_columns(mask: Tensor | None, columns: slice) -> Tensor | None:

@@ -27,6 +27,11 @@ def row_chunks(q: Tensor, keys: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    """A mask of rank 4 for some of the queries."""
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+
+
 def work_dtype(q: Tensor) -> torch.dtype:
     """fp32, or fp64 for fp64 tensors: what the mathematics runs in."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -78,8 +83,7 @@ def guide(
     work = work_dtype(q)
     k, v = k.to(work), v.to(work)
     for rows in row_chunks(q, k.shape[2]):
-        row_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        sparse, dense, lse = retrieve(q[:, :, rows], k, v, config.alpha, row_mask, scale)
+        sparse, dense, lse = retrieve(q[:, :, rows], k, v, config.alpha, mask_rows(mask, rows), scale)
         change = correction(sparse, dense, config)
         if joint_lse is not None:
             # A row that may read nothing at all has -inf - -inf here: no text, so no mass.

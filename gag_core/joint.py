@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eager import logits_of, row_chunks, work_dtype
+from .eager import logits_of, mask_rows, row_chunks, work_dtype
 
 _BIAS_ALIGNMENT = 16
 
@@ -34,10 +34,10 @@ def attention_with_logsumexp(
 def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """logsumexp over the keys, ``[B, H, N_q]`` in fp32 (fp64 for fp64); ``-inf`` where no key may be read."""
     k = k.to(work_dtype(q))
-    parts = []
-    for rows in row_chunks(q, k.shape[2]):
-        row_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        parts.append(logits_of(q[:, :, rows], k, row_mask, scale).logsumexp(dim=-1))
+    parts = [
+        logits_of(q[:, :, rows], k, mask_rows(mask, rows), scale).logsumexp(dim=-1)
+        for rows in row_chunks(q, k.shape[2])
+    ]
     return torch.cat(parts, dim=2)
 
 

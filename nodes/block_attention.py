@@ -34,7 +34,7 @@ class GuidedBlocks:
         self.run = run
         self.kinds = options.get("cond_or_uncond", [])
         self.previous = options.get(OVERRIDE)
-        self.batch, self.context_tokens = context.shape[:2]
+        self.context_tokens = context.shape[1]
         self.layer: Layer | None = None
         self.calls = 0
         # The text stream; a block that has the streams joined does not show it, those before it did.
@@ -44,14 +44,11 @@ class GuidedBlocks:
         self.refined: list[int] = []
         self.after_self_attention = False
         self.cross = (
-            TextCrossAttention(guidance, context, options, run) if guidance.family.attention == "cross" else None
+            TextCrossAttention(guidance, run, context, options) if guidance.family.attention == "cross" else None
         )
 
     def installed(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The transformer options with the patches; ``options`` as it came if no row is to be guided."""
-        if not guided_rows(self.guidance.apply_to, self.batch, self.kinds):
-            self.run.no_positive_rows[self.guidance] += 1
-            return options
+        """The transformer options with the patches."""
         if self.guidance.family.refiners is not None:
             return {**options, OVERRIDE: self._override}
         replacements = options.get("patches_replace", {})

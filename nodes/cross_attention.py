@@ -24,7 +24,7 @@ Groups = list[tuple[slice, int]]
 class TextCrossAttention:
     """Guides an attention that reads the text alone, with the rows and tokens of one model call."""
 
-    def __init__(self, guidance: Guidance, context: Tensor, options: dict[str, Any], run: Run) -> None:
+    def __init__(self, guidance: Guidance, run: Run, context: Tensor, options: dict[str, Any]) -> None:
         self.guidance = guidance
         self.run = run
         self.kinds = options.get("cond_or_uncond", [])
@@ -49,13 +49,9 @@ class TextCrossAttention:
         q, k, v, base = (split_heads(tensor, heads) for tensor in (query, key, value, out.to(query.dtype)))
         return merge_heads(self._added_to(base, q, k, v, self._groups(q, k))).to(out.dtype)
 
-    def rows(self, batch: int) -> list[slice]:
-        """The rows to guide."""
-        return guided_rows(self.guidance.apply_to, batch, self.kinds)
-
     def _groups(self, q: Tensor, k: Tensor) -> Groups:
         """The rows to guide, split where the number of text tokens changes."""
-        chosen = self.rows(q.shape[0])
+        chosen = guided_rows(self.guidance.apply_to, q.shape[0], self.kinds)
         if (q.shape[0], k.shape[2]) != self.context_shape:
             # Another node's patch put its own context there.
             return [(rows, k.shape[2]) for rows in chosen]
@@ -96,15 +92,12 @@ class GuidedUNet:
     """The patches of one model call of a UNet; made for it and dropped with it."""
 
     def __init__(self, guidance: Guidance, run: Run, context: Tensor, options: dict[str, Any]) -> None:
-        self.text = TextCrossAttention(guidance, context, options, run)
+        self.text = TextCrossAttention(guidance, run, context, options)
         self.previous = options.get(OVERRIDE)
         self.expected: Layer | None = None
 
     def installed(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The transformer options with the patches; ``options`` as it came if no row is to be guided."""
-        if not self.text.rows(self.text.context_shape[0]):
-            self.text.run.no_positive_rows[self.text.guidance] += 1
-            return options
+        """The transformer options with the patches."""
         patches = options.get("patches", {})
         replacements = options.get("patches_replace", {})
         around = {key: self._around(replacement) for key, replacement in replacements.get("attn2", {}).items()}

@@ -49,7 +49,7 @@ class Family:
         text_first: whether the text comes before the image in the joint sequence.
         refiners: where the blocks are that refine text and image apart before the parts; given for the families whose
             blocks the host does not let be wrapped, so that their attention calls are told by order and shape.
-        refused: classes of the host's model that share the diffusion model but do not read text, and what they read.
+        refused: classes of the host's model that share the diffusion model but read a picture in the place of text.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Family:
     parts: tuple[Part, ...]
     text_first: bool = True
     refiners: tuple[str, ...] | None = None
-    refused: tuple[tuple[str, str], ...] = ()
+    refused: tuple[str, ...] = ()
 
 
 _DOUBLE = Part("double", "double_block", "double_blocks")
@@ -74,12 +74,7 @@ FAMILIES = (
             Part("m", "middle", "middle_block", guided=False),
             Part("u", "output", "output_blocks"),
         ),
-        refused=(
-            ("SVD_img2vid", "a picture"),
-            ("SV3D_u", "a picture"),
-            ("SV3D_p", "a picture"),
-            ("Stable_Zero123", "a picture"),
-        ),
+        refused=("SVD_img2vid", "SV3D_u", "SV3D_p", "Stable_Zero123"),
     ),
     Family(
         title="Flux.1 and Flux.2",
@@ -172,12 +167,11 @@ def family_of(model: Any) -> tuple[Family, Blocks]:
     for family in FAMILIES:
         if family.model_class not in classes:
             continue
-        for refused, reads in family.refused:
-            if host_class == refused:
-                raise UnsupportedModelError(
-                    f"GAG guides what a model reads of the prompt, but {host_class} is conditioned on {reads} and "
-                    "not on text; take the GAG node out of this workflow."
-                )
+        if host_class in family.refused:
+            raise UnsupportedModelError(
+                f"GAG guides what a model reads of the prompt, but {host_class} is conditioned on a picture and "
+                "not on text; take the GAG node out of this workflow."
+            )
         blocks = {part.name: _blocks_of(family, part, diffusion_model) for part in family.parts}
         if any(blocks.values()):
             return family, blocks

@@ -44,8 +44,8 @@ class GAGuidance(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default=DEFAULT_PRESET,
-                    tooltip="How far to push. gentle: small changes, safe on any model. few-step: stronger, meant for "
-                    "runs of 1 to 8 steps. paper: the strongest, the published settings for SDXL with CFG 5; can "
+                    tooltip="How far to push. gentle: small changes, the one to begin with. few-step: stronger, meant "
+                    "for runs of 1 to 8 steps. paper: the strongest, the published settings for SDXL with CFG 5; can "
                     "distort the picture on other models.",
                 ),
                 io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=_STRENGTH),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .block_attention import GuidedBlocks
 from .cross_attention import GuidedUNet
-from .host import sigma_range
+from .host import guided_rows, sigma_range
 from .run import Guidance, Run
 
 KEY = "comfyui-gag"
@@ -54,8 +54,11 @@ class GAGPatch:
         run.model_calls += 1
         guidance = self._active(run, t, executor.class_obj.model_sampling)
         if guidance is not None and c_crossattn is not None:
-            patches = GuidedUNet if guidance.family.attention == "attn2" else GuidedBlocks
-            options = patches(guidance, run, c_crossattn, options).installed(options)
+            if guided_rows(guidance.apply_to, c_crossattn.shape[0], options.get("cond_or_uncond", [])):
+                patches = GuidedUNet if guidance.family.attention == "attn2" else GuidedBlocks
+                options = patches(guidance, run, c_crossattn, options).installed(options)
+            else:
+                run.no_positive_rows[guidance] += 1
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def _active(self, run: Run, t: Tensor, model_sampling: Any) -> Guidance | None:
