@@ -17,7 +17,7 @@ OPTIONS = [
     "--no-header",
     "--no-annotate",
 ]
-CUDA = re.compile(r"(nvidia|cuda)-|triton==")
+CUDA = re.compile(r"(nvidia|cuda)-")
 
 ABOUT = {
     "requirements.lock": "Everything but torch and the CUDA libraries.",
