@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The developer's commands: ``python dev.py demo | test | bench | serve | setup`` and their own options.
+"""The developer's commands: ``python dev.py demo | test | docs | bench | serve | setup`` and their own options.
 
 Needs only Python 3.10 or later and its pip; not part of the pack. Whatever is missing is put into ``.cache/`` first.
 """
@@ -23,11 +23,13 @@ sys.path.insert(0, str(DEV))
 from comfy_host import (  # noqa: E402
     CACHE,
     CACHED_HOST,
+    TEST_RESULTS,
     VENV,
     HostError,
     install_pack,
     missing_modules,
     python_in,
+    python_version,
     users_host,
     users_python,
 )
@@ -37,6 +39,7 @@ usage: python dev.py COMMAND [options]
 
   demo    run a workflow in a real ComfyUI with GAG off and on, and write one picture to compare (see demo --help)
   test    lint, type check and run all tests (options go to pytest)
+  docs    write the pages in docs/ of what the last full run of the tests said (see docs --help)
   bench   time the attention against other ways to compute it (see bench --help)
   serve   start ComfyUI with the pack installed, to look at it in a browser (options go to ComfyUI)
   setup   only prepare the environment, as the other commands do first
@@ -45,8 +48,12 @@ Your own ComfyUI is used where COMFYUI_PATH names it or this folder lies in its 
 if its Python is not found. Otherwise everything is kept in .cache/, which can be deleted at any time.
 """
 
-SCRIPTS = {"demo": DEV / "demo.py", "serve": DEV / "serve.py", "bench": ROOT / "benchmarks" / "attention.py"}
-TEST_TOOLS = ("pytest", "hypothesis", "ruff", "mypy")
+SCRIPTS = {
+    "demo": DEV / "demo.py",
+    "docs": DEV / "pages.py",
+    "bench": ROOT / "benchmarks" / "attention.py",
+    "serve": DEV / "serve.py",
+}
 CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
 
 
@@ -198,18 +205,36 @@ def prepare_host() -> None:
 
 
 def run_tests(python: Path, options: list[str]) -> int:
-    """Run every check, even after one failed, and pytest last."""
-    if missing := missing_modules(python, *TEST_TOOLS):
+    """Run every check, even after one failed, then pytest, then compare docs/ with what a full run said."""
+    if missing := missing_modules(python, *tools_for_tests(python)):
         names = " ".join(missing)
         raise HostError(f"The tests need {names} beside your ComfyUI: run `{python} -m pip install {names}`.")
     install_pack(CACHE / "typing")  # for mypy, which needs a package's folder to have the package's name
+    commands = [["-m", *check] for check in CHECKS]
+    if options:  # which may leave tests out
+        commands.append(["-m", "pytest", *options])
+    else:
+        TEST_RESULTS.unlink(missing_ok=True)
+        commands.append(["-m", "pytest", f"--junit-xml={TEST_RESULTS}"])
+        commands.append([str(SCRIPTS["docs"]), "--check"])
     failed = []
-    for check in (*CHECKS, ["pytest", *options]):
-        say(" ".join(check))
-        if run(python, "-m", *check, cwd=ROOT):
-            failed.append(" ".join(check))
+    for command in commands:
+        name = " ".join(command).replace(f"{ROOT}{os.sep}", "").removeprefix("-m ")
+        say(name)
+        if run(python, *command, cwd=ROOT):
+            failed.append(name)
     say(f"failed: {', '.join(failed)}" if failed else "all checks passed")
     return 1 if failed else 0
+
+
+def tools_for_tests(python: Path) -> list[str]:
+    """What the tests need besides ComfyUI; the same as in dev/requirements.in."""
+    tools = ["pytest", "hypothesis", "ruff", "mypy", "entmax"]
+    if sys.platform == "linux":
+        tools.append("triton")
+    if python_version(python) < (3, 14):  # there is no Ray for later ones yet
+        tools.append("ray")
+    return tools
 
 
 def run(*command: str | Path, cwd: Path | None = None, quiet: bool = False) -> int:

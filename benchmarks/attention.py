@@ -1,149 +1,177 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Time, memory and error of guided attention beside torch's own attention and the sort-based way.
+"""Time, memory and error of guided attention beside torch's own attention and the other ways to compute it.
 
-    python benchmarks/attention.py [--device cpu|cuda] [--dtype float32] [--shapes NAME ...] [--threads N]
+    python dev.py bench [--device cpu|cuda] [--dtype float32] [--shapes NAME ...] [--compiled] [--steps] [--json FILE]
 
-Three ways run on the same tensors in one process, interleaved, so that a busy machine slows all of them:
+All methods (``methods.py``) run on the same tensors in one process and in turns, so that a busy machine slows all of
+them. Extra memory is what a call holds at its peak beyond its inputs and its output, by the allocator's own records.
+Errors are those of some queries from all over the sequence against fp64, relative to the norm of what is exact.
 
-- ``sdpa``: ``torch.nn.functional.scaled_dot_product_attention``, no guidance;
-- ``sort``: sparse attention as other packs have it: all logits at once, every row sorted, cumulative sums, two weight
-  matrices, two products, then the guided combination;
-- ``gag``: ``gag_core.guided_attention``.
-
-The target is at most half the time and a quarter of the extra memory of ``sort``. Extra memory is what a call holds at
-its peak beyond its inputs, result included: storages alive on the CPU, the allocator's own count on CUDA.
+In a joint attention (Flux) the guidance comes on top of an attention that is computed anyway. There "faster than
+sort-based" compares what each adds to the plain joint attention.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import math
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from memory import MIB, cuda_peak, tracked_peak
+import machine
+from memory import MIB, cuda_peak, profiled_peak
 
 if __name__ == "__main__":  # as a script it finds the repository's gag_core itself
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import gag_core
+import methods
+from methods import COMPILED, EAGER, FUSED, OURS, SDPA, SORT, Method
 
-CONFIG = gag_core.GuidanceConfig()
-TIME_TARGET = 1 / 2
-MEMORY_TARGET = 1 / 4
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WARM_UP = 2
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts the memory, else says that it runs
+
 CHECKED_QUERIES = 64
+REPEATS = {"cpu": 5, "cuda": 20}
+# On a GPU one timing is of some calls in a row, launched while the GPU still sleeps: so launches are not part of it, as
+# they are not in a model that keeps the GPU busy.
+CALLS_IN_A_ROW = 10
+SLEEP_CYCLES = 30_000_000
+# A joint attention that guidance adds less to than this counts as this, a share of its time.
+LEAST_ADDED = 0.01
 
 
 class Shape(NamedTuple):
-    """One attention call: ``q [batch, heads, queries, dim]``, ``k`` and ``v`` ``[batch, heads, keys, dim]``."""
+    """One attention call: ``q [batch, heads, queries, dim]``, ``k`` and ``v`` ``[batch, heads, keys, dim]``.
 
-    name: str
+    With ``text`` it is a joint attention of one sequence that begins with so many text tokens. ``cpu_heads`` is how
+    many of the heads a CPU has to do unless told otherwise.
+    """
+
+    model: str
     batch: int
     heads: int
     queries: int
     keys: int
     dim: int
+    text: int = 0
+    cpu_heads: int = 0
+
+    def __str__(self) -> str:
+        joint = f", text {self.text}" if self.text else ""
+        return f"{self.model}: {self.queries} x {self.keys}{joint}, B{self.batch} H{self.heads} d{self.dim}"
 
 
-# UNets run both branches of CFG in one batch. Of Flux's joint attention it is the part where image queries read text.
-SHAPES = [
-    Shape("sd15-4096x77", 2, 8, 4096, 77, 40),
-    Shape("sdxl-4096x77", 2, 10, 4096, 77, 64),
-    Shape("sdxl-1024x77", 2, 20, 1024, 77, 64),
-    Shape("flux-1024x512", 1, 24, 1024, 512, 128),
-]
-
-
-class Way(NamedTuple):
-    """What one of the three ways took."""
-
-    milliseconds: float
-    mebibytes: float
-    error: float | None
+# UNets run both branches of CFG in one batch; Flux has no CFG, and Wan's are run here one at a time.
+SHAPES = {
+    "sd15-512": [
+        Shape("SD1.5 512", 2, 8, 4096, 77, 40, cpu_heads=8),
+        Shape("SD1.5 512", 2, 8, 1024, 77, 80, cpu_heads=8),
+        Shape("SD1.5 512", 2, 8, 256, 77, 160, cpu_heads=8),
+    ],
+    "sd15-768": [Shape("SD1.5 768", 2, 8, 9216, 77, 40, cpu_heads=4)],
+    "sdxl-1024": [
+        Shape("SDXL 1024", 2, 10, 4096, 77, 64, cpu_heads=5),
+        Shape("SDXL 1024", 2, 20, 1024, 77, 64, cpu_heads=20),
+    ],
+    "flux-1024": [
+        Shape("Flux 1024", 1, 24, 4096 + 256, 4096 + 256, 128, text=256, cpu_heads=2),
+        Shape("Flux 1024", 1, 24, 4096 + 512, 4096 + 512, 128, text=512, cpu_heads=2),
+    ],
+    "wan-480p": [Shape("Wan 480p", 1, 12, 32760, 512, 128, cpu_heads=1)],
+}
+UNETS = ("SD1.5 512", "SD1.5 768", "SDXL 1024")
 
 
 class Row(NamedTuple):
-    """The three ways on one shape."""
+    """What one method took on one shape, beside plain and sort-based attention on the same."""
 
     shape: Shape
-    sdpa: Way
-    sort: Way
-    gag: Way
-
-    @property
-    def time_ratio(self) -> float:
-        """Time of ours in parts of the sort-based way's."""
-        return self.gag.milliseconds / self.sort.milliseconds
-
-    @property
-    def memory_ratio(self) -> float:
-        """Extra memory of ours in parts of the sort-based way's."""
-        return self.gag.mebibytes / self.sort.mebibytes
-
-    @property
-    def on_target(self) -> bool:
-        """Whether both ratios are what they should be."""
-        return self.time_ratio <= TIME_TARGET and self.memory_ratio <= MEMORY_TARGET
+    method: str
+    best_ms: float
+    median_ms: float
+    times_sdpa: float
+    faster_than_sort: float | None
+    extra_mib: float
+    extra_to_output: float
+    error: float
+    error_to_sdpa: float
 
 
-def sort_based_entmax15(logits: Tensor) -> Tensor:
-    """1.5-entmax of the last axis from sorted rows (Peters et al. 2019, arXiv 1905.05702). ``[..., n] -> [..., n]``."""
-    x = (logits - logits.amax(dim=-1, keepdim=True)) / 2
-    ordered, _ = torch.sort(x, dim=-1, descending=True)
-    count = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
-    mean = ordered.cumsum(-1) / count
-    mean_of_squares = (ordered**2).cumsum(-1) / count
-    # The threshold of the k largest entries, for every k; k variance above 1 has none and is clamped.
-    missing = (1 - count * (mean_of_squares - mean**2)) / count
-    threshold = mean - missing.clamp(min=0).sqrt()
-    support = (threshold <= ordered).sum(dim=-1, keepdim=True)
-    return (x - threshold.gather(-1, support - 1)).clamp(min=0) ** 2
+class Goal(NamedTuple):
+    """A number to be reached; ``value`` takes it from a row, None where it is not meant for that row."""
+
+    text: str
+    method: Method
+    devices: tuple[str, ...]
+    limit: float
+    value: Callable[[Row], float | None]
+    at_least: bool = False
+
+    def met(self, value: float) -> bool:
+        """Whether the number is good enough."""
+        return value >= self.limit if self.at_least else value <= self.limit
 
 
-def sort_based_guided_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Guided attention the way other packs compute sparse attention. Shapes as in ``gag_core.guided_attention``."""
-    logits = torch.matmul(q.float(), k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5
-    dense_weights = logits.softmax(dim=-1)
-    sparse_weights = sort_based_entmax15(logits)
-    dense = torch.matmul(dense_weights, v.float())
-    sparse = torch.matmul(sparse_weights, v.float())
-    return gag_core.combine(sparse, dense, CONFIG).to(q.dtype)
+def goals(dtype: torch.dtype) -> Iterator[Goal]:
+    """What the project wants to reach."""
+    both, cpu, gpu = ("cpu", "cuda"), ("cpu",), ("cuda",)
+    yield Goal("time at most 4 times SDPA", EAGER, cpu, 4, lambda row: row.times_sdpa)
+    yield Goal("at least 3 times faster than sort-based", EAGER, cpu, 3, lambda row: row.faster_than_sort, True)
+    yield Goal("extra memory at most 2 times the output", EAGER, cpu, 2, lambda row: row.extra_to_output)
+    yield Goal("time at most 2.5 times SDPA", COMPILED, cpu, 2.5, lambda row: row.times_sdpa)
+    yield Goal(
+        "time at most 1.5 times SDPA (UNets)", FUSED, gpu, 1.5,
+        lambda row: row.times_sdpa if row.shape.model in UNETS else None,
+    )  # fmt: skip
+    yield Goal(
+        "adds at most 0.2 of the joint attention (Flux)", FUSED, gpu, 0.2,
+        lambda row: row.times_sdpa - 1 if row.shape.text else None,
+    )  # fmt: skip
+    yield Goal("at least 20 times faster than sort-based", FUSED, gpu, 20, lambda row: row.faster_than_sort, True)
+    yield Goal("extra memory at most 2 times the output", FUSED, gpu, 2, lambda row: row.extra_to_output)
+    for method in OURS:
+        if dtype == torch.float32:
+            yield Goal("error at most 2e-5", method, both, 2e-5, lambda row: row.error)
+        else:
+            yield Goal("error at most 4 times SDPA's own", method, both, 4, lambda row: row.error_to_sdpa)
 
 
-def gag(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Ours."""
-    return gag_core.guided_attention(q, k, v, CONFIG)
+def judged(rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Every goal that something was measured for, with the worst value and where it was."""
+    found = []
+    for goal in goals(dtype):
+        if device.type not in goal.devices:
+            continue
+        values = [(goal.value(row), str(row.shape)) for row in rows if row.method == goal.method.name]
+        known = [(value, shape) for value, shape in values if value is not None]
+        if not known:
+            continue
+        worst, shape = min(known) if goal.at_least else max(known)
+        found.append(
+            {
+                "method": goal.method.name,
+                "goal": goal.text,
+                "limit": goal.limit,
+                "worst": worst,
+                "shape": shape,
+                "shapes_met": sum(goal.met(value) for value, _ in known),
+                "shapes": len(known),
+                "met": goal.met(worst),
+            }
+        )
+    return found
 
 
-WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "sdpa": torch.nn.functional.scaled_dot_product_attention,
-    "sort": sort_based_guided_attention,
-    "gag": gag,
-}
-
-
-def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Guided attention in fp64 by sorting, written out for the default settings without ``gag_core``."""
-    q, k, v = q.double(), k.double(), v.double()
-    logits = torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    sparse = torch.matmul(sort_based_entmax15(logits), v)
-    dense = torch.matmul(logits.softmax(dim=-1), v)
-    along = ((sparse - dense) * sparse).sum(-1, keepdim=True) / (sparse * sparse).sum(-1, keepdim=True)
-    guidance = along * sparse
-    shrink = (CONFIG.norm_threshold / guidance.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_max(1.0)
-    return sparse + CONFIG.guidance_scale * shrink * guidance
-
-
-def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as views of ``[batch, tokens, heads * dim]``, the way models pass them; logits of deviation 2."""
     generator = torch.Generator().manual_seed(0)
 
@@ -154,143 +182,240 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tenso
     return heads(shape.queries, 2**0.5), heads(shape.keys, 2**0.5), heads(shape.keys, 1.0)
 
 
-def measure(shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> Row:
-    """Run the three ways in turns and take the median time of each."""
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Time of one call."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    begin.record()
+    for _ in range(CALLS_IN_A_ROW):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000 / CALLS_IN_A_ROW
+
+
+class Taken(NamedTuple):
+    """What one method took, by itself."""
+
+    times: list[float]
+    extra: int
+    error: float
+
+
+@torch.inference_mode()
+def measure(
+    shape: Shape, candidates: Sequence[Method], dtype: torch.dtype, device: torch.device, repeats: int
+) -> tuple[list[Row], list[str]]:
+    """Run the methods in turns; rows, and notes on methods that could not."""
     q, k, v = inputs(shape, dtype, device)
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
-    with torch.inference_mode():
-        for turn in range(WARM_UP + repeats):
-            for name, way in WAYS.items():
-                _wait(device)
-                start = time.perf_counter()
-                way(q, k, v)
-                _wait(device)
-                if turn >= WARM_UP:
-                    times[name].append(time.perf_counter() - start)
-    peak = cuda_peak if device == "cuda" else tracked_peak
-    found = {}
+    output = q.numel() * q.element_size()
     # Every so many queries, not the first ones: chunks other than the first are among them.
     some = slice(None, None, max(1, shape.queries // CHECKED_QUERIES))
-    truth = exact(q[:, :, some], k, v)
-    for name, way in WAYS.items():
-        error = None if name == "sdpa" else float((way(q, k, v)[:, :, some].double() - truth).abs().max())
-        extra = peak(lambda way=way: way(q, k, v))  # type: ignore[misc]
-        found[name] = Way(1000 * statistics.median(times[name]), extra / MIB, error)
-    return Row(shape, **found)
+    exact = methods.exact(q, k, v, shape.text, some)
+    peak = cuda_peak if device.type == "cuda" else profiled_peak
+    calls: dict[str, tuple[list[methods.Swap], Callable[[], Tensor]]] = {}
+    taken: dict[str, Taken] = {}
+    notes = []
+    for method in candidates:
+        attention = method.attention(shape.text)
+
+        def call(attention: methods.Attention = attention) -> Tensor:
+            return attention(q, k, v)
+
+        if method is COMPILED:
+            say("    compiling for this shape, which can take a minute")
+        swaps = method.swaps()
+        try:
+            with methods.swapped(swaps):
+                # These first calls also set up what is set up once, so that the timed ones are warm.
+                result, right = call()[:, :, some].double(), exact.plain if method.plain else exact.guided
+                extra = peak(call) - output
+        except torch.OutOfMemoryError:
+            notes.append(f"{method.name}: out of memory at {shape}")
+            continue
+        if not methods.still_works(method, q, v):
+            notes.append(f"{method.name}: its kernel failed at {shape}")
+            continue
+        taken[method.name] = Taken([], max(0, extra), float((result - right).norm() / right.norm()))
+        calls[method.name] = swaps, call
+        del result
+    for _ in range(repeats):
+        for name, (swaps, timed) in calls.items():
+            with methods.swapped(swaps):
+                taken[name].times.append(seconds(timed, device))
+    return list(compared(shape, taken, output)), notes
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def compared(shape: Shape, taken: dict[str, Taken], output: int) -> Iterator[Row]:
+    """Rows with their ratios to plain and to sort-based attention."""
+    medians = {name: statistics.median(one.times) for name, one in taken.items()}
+    sdpa, sort = medians[SDPA.name], medians.get(SORT.name)
+    for name, one in taken.items():
+        faster = None
+        if sort is not None and not shape.text:
+            faster = sort / medians[name]
+        elif sort is not None and name != SDPA.name:
+            least = LEAST_ADDED * sdpa
+            faster = max(sort - sdpa, least) / max(medians[name] - sdpa, least)
+        yield Row(
+            shape,
+            name,
+            best_ms=1000 * min(one.times),
+            median_ms=1000 * medians[name],
+            times_sdpa=medians[name] / sdpa,
+            faster_than_sort=faster,
+            extra_mib=one.extra / MIB,
+            extra_to_output=one.extra / output,
+            error=one.error,
+            error_to_sdpa=one.error / max(taken[SDPA.name].error, sys.float_info.min),
+        )
 
 
-def tables(rows: Sequence[Row]) -> str:
-    """The results as two tables in Markdown: time, then memory and error."""
-    times = [
-        "| shape | sdpa | sort | gag | sort : sdpa | gag : sdpa | gag : sort | at most half |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    memory = [
-        "| shape | sdpa memory | sort | gag | gag : sort | at most a quarter | sort error | gag error |",
-        "|---|---:|---:|---:|---:|---|---:|---:|",
+def table(rows: Sequence[Row]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| shape | method | median | best | : SDPA | faster than sort-based | extra memory | : output | error "
+        "| : SDPA's |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        ways = (row.sdpa, row.sort, row.gag)
-        name = f"{row.shape.name}, B{row.shape.batch} H{row.shape.heads} d{row.shape.dim}"
-        times.append(
-            f"| {name} | "
-            + " | ".join(f"{way.milliseconds:.{0 if way.milliseconds >= 100 else 2}f} ms" for way in ways)
-            + f" | {row.sort.milliseconds / row.sdpa.milliseconds:.1f}x"
-            + f" | {row.gag.milliseconds / row.sdpa.milliseconds:.1f}x"
-            + f" | {row.time_ratio:.2f} | {_met(row.time_ratio, TIME_TARGET)} |"
+        faster = "" if row.faster_than_sort is None else f"{row.faster_than_sort:.2f}x"
+        lines.append(
+            f"| {row.shape} | {row.method} | {_ms(row.median_ms)} | {_ms(row.best_ms)} | {row.times_sdpa:.2f}x "
+            f"| {faster} | {row.extra_mib:.1f} MiB | {row.extra_to_output:.2f} | {row.error:.1e} "
+            f"| {row.error_to_sdpa:.1f}x |"
         )
-        memory.append(
-            f"| {name} | "
-            + " | ".join(f"{way.mebibytes:.0f} MiB" for way in ways)
-            + f" | {row.memory_ratio:.2f} | {_met(row.memory_ratio, MEMORY_TARGET)}"
-            + f" | {row.sort.error:.1e} | {row.gag.error:.1e} |"
-        )
-    return "\n".join([*times, "", *memory])
+    return "\n".join(lines)
 
 
-def _met(ratio: float, target: float) -> str:
-    return "met" if ratio <= target else "missed"
-
-
-def environment(device: str, dtype: str, repeats: int) -> dict[str, object]:
-    """What the numbers depend on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    return {
-        "device": name,
-        "dtype": dtype,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "repeats": repeats,
-    }
-
-
-def as_json(rows: Sequence[Row], about: dict[str, object]) -> str:
-    """The results for a program."""
-    results = [
-        {
-            "shape": row.shape._asdict(),
-            **{name: getattr(row, name)._asdict() for name in WAYS},
-            "time_ratio": row.time_ratio,
-            "memory_ratio": row.memory_ratio,
-            "on_target": row.on_target,
-        }
-        for row in rows
+def goal_table(found: Sequence[dict[str, Any]]) -> str:
+    """The goals in Markdown."""
+    lines = ["| method | goal | worst | where | shapes | |", "|---|---|---:|---|---:|---|"]
+    lines += [
+        f"| {goal['method']} | {goal['goal']} | {goal['worst']:.2g} | {goal['shape']} "
+        f"| {goal['shapes_met']} of {goal['shapes']} | {'met' if goal['met'] else 'missed'} |"
+        for goal in found
     ]
-    targets = {"time_ratio": TIME_TARGET, "memory_ratio": MEMORY_TARGET}
-    return json.dumps({"environment": about, "targets": targets, "results": results}, indent=2) + "\n"
+    return "\n".join(lines)
 
 
-def parse_shape(text: str) -> Shape:
-    """A name of the list above, or ``BxHxNqxNkxD``."""
-    for shape in SHAPES:
-        if shape.name == text:
-            return shape
-    numbers = text.split("x")
-    if len(numbers) != 5 or not all(number.isdigit() and int(number) > 0 for number in numbers):
-        names = ", ".join(shape.name for shape in SHAPES)
-        raise argparse.ArgumentTypeError(f"must be one of {names} or batch x heads x queries x keys x dim, not {text}")
-    batch, heads, queries, keys, dim = map(int, numbers)
-    return Shape(text, batch, heads, queries, keys, dim)
+def _ms(value: float) -> str:
+    return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-3))))}f} ms"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and with ``--check`` say by the exit status whether the target is met."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+def as_dict(row: Row) -> dict[str, Any]:
+    """A row for a program."""
+    return {**row._asdict(), "shape": row.shape._asdict()}
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """A name of the list above, or ``BxHxNqxNkxD``, or ``BxHxNxNxDxT`` for a joint attention with T text tokens."""
+    if text in SHAPES:
+        return SHAPES[text]
+    numbers = [int(number) if number.isdigit() else 0 for number in text.split("x")]
+    joint = len(numbers) == 6 and numbers[2] == numbers[3] >= numbers[5]
+    if not (len(numbers) == 5 or joint) or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(SHAPES)}, or batch x heads x queries x keys x dim and for a joint attention "
+            f"x text (queries = keys), not {text}"
+        )
+    return [Shape("custom", *numbers)]
+
+
+def fewer_heads(shape: Shape) -> Shape:
+    """The shape as a CPU gets it."""
+    return shape._replace(heads=shape.cpu_heads or shape.heads)
+
+
+def say(text: str) -> None:
+    """Progress, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_steps(models: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Whole sampling steps, in a process of their own: the host and gag_core's folder do not share a search path."""
+    command = [sys.executable, str(Path(__file__).with_name("steps.py")), "--device", options.device]
+    command += ["--models", *models]
+    command += ["--full"] if options.full else []
+    command += ["--threads", str(options.threads)] if options.threads else []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "steps.json")
+        subprocess.run([*command, "--json", str(file)], check=True)
+        results: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"]
+    return results
+
+
+def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, torch.device]:
+    """The options and the device."""
+    parser = argparse.ArgumentParser(prog="python dev.py bench", description=(__doc__ or "").partition("\n")[0])
+    machine.add_options(parser)
+    parser.add_argument("--dtype", choices=list(machine.DTYPES), default="float32")
     parser.add_argument(
         "--shapes",
         nargs="+",
-        type=parse_shape,
-        default=SHAPES,
+        type=parse_shapes,
+        default=list(SHAPES.values()),
         metavar="SHAPE",
-        help="names (" + ", ".join(shape.name for shape in SHAPES) + ") or BxHxNqxNkxD",
+        help=f"{', '.join(SHAPES)} (default: all); BxHxNqxNkxD; or BxHxNxNxDxT, joint attention with T text tokens",
     )
-    parser.add_argument("--repeats", type=int, default=11, help="timed turns; the median counts (default 11)")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch; 1 gives steady ratios on a busy machine")
+    parser.add_argument("--full", action="store_true", help="all heads and full width on a CPU too")
+    parser.add_argument("--compiled", action="store_true", help="also through torch.compile; slow to start")
+    parser.add_argument("--repeats", type=machine.positive, help="timed turns (default 5, on a GPU 20)")
+    parser.add_argument(
+        "--steps",
+        nargs="*",
+        choices=["sd15", "sdxl", "flux"],
+        metavar="MODEL",
+        help="also whole sampling steps in the real host with the node off and on: sd15 (default), sdxl, flux",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a shape misses the target")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1, not {options.repeats}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no CUDA device")
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads must be at least 1, not {options.threads}")
-        torch.set_num_threads(options.threads)
-    about = environment(options.device, options.dtype, options.repeats)
-    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n", flush=True)
-    rows = [measure(shape, DTYPES[options.dtype], options.device, options.repeats) for shape in options.shapes]
-    print(tables(rows))
+    device = machine.use(parser, options)
+    options.repeats = options.repeats or REPEATS[device.type]
+    return options, device
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and with ``--check`` say by the exit status whether the goals are met."""
+    options, device = parsed(arguments)
+    dtype = machine.DTYPES[options.dtype]
+    shapes: list[Shape] = [shape for chosen in options.shapes for shape in chosen]
+    settings = {**machine.about(device), "dtype": options.dtype, "repeats": options.repeats}
+    candidates, notes = methods.available(device, dtype, options.compiled)
+    if device.type == "cpu" and not options.full:
+        if any(shape != fewer_heads(shape) for shape in shapes):
+            notes.append("some shapes have fewer heads than the model, for the CPU's sake (--full for all of them)")
+        shapes = [fewer_heads(shape) for shape in shapes]
+    print(machine.in_words(settings), flush=True)
+    rows: list[Row] = []
+    for number, shape in enumerate(shapes, 1):
+        say(f"[{number}/{len(shapes)}] {shape}")
+        new_rows, new_notes = measure(shape, candidates, dtype, device, options.repeats)
+        rows += new_rows
+        notes += new_notes
+    met = judged(rows, device, dtype)
+    legend = [f"{method.name}: {method.about}" for method in candidates]
+    print(f"\n{table(rows)}\n\n{goal_table(met)}\n")
+    print("\n".join(f"- {line}" for line in legend + notes), flush=True)
+    steps = [] if options.steps is None else run_steps(options.steps or ["sd15"], options)
     if options.json:
-        options.json.write_text(as_json(rows, about), encoding="utf-8")
-    return 1 if options.check and not all(row.on_target for row in rows) else 0
+        results = {
+            "environment": settings,
+            "notes": notes,
+            "results": [as_dict(row) for row in rows],
+            "goals": met,
+            "steps": steps,
+        }
+        options.json.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        print(f"\nwrote {options.json}")
+    # A step has no goal on a CPU.
+    return 1 if options.check and not all(goal["met"] in (True, None) for goal in (*met, *steps)) else 0
 
 
 if __name__ == "__main__":

@@ -15,8 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
-CACHED_HOST = CACHE / "comfyui-0.3.75"
+# The ComfyUI that dev.py brings, which everything is tested in.
+PINNED = "0.3.75"
+CACHED_HOST = CACHE / f"comfyui-{PINNED}"
 VENV = CACHE / "venv"
+# What pytest said in the last full run.
+TEST_RESULTS = CACHE / "tests.xml"
 
 
 class HostError(Exception):
@@ -58,6 +62,13 @@ def users_python(host: Path) -> Path | None:
     portable = host.parent / "python_embeded" / "python.exe"  # spelled so by ComfyUI's own Windows package
     candidates = [Path(sys.executable), python_in(host / ".venv"), python_in(host / "venv"), portable]
     return next((path for path in candidates if path.is_file() and not missing_modules(path, "torch", "aiohttp")), None)
+
+
+def python_version(python: Path) -> tuple[int, int]:
+    """Major and minor version of a Python."""
+    answer = subprocess.run([python, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
+    major, minor = answer.stdout.split()
+    return int(major), int(minor)
 
 
 def missing_modules(python: Path, *modules: str) -> list[str]:

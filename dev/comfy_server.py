@@ -17,7 +17,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -83,15 +83,18 @@ class ComfyServer:
     """A running server: ``with ComfyServer(cpu=True) as server: server.run(prompt)``.
 
     ``base`` is the folder it works in; what already lies there (models, further packs in ``custom_nodes``) is used.
-    Without one it is a temporary folder.
+    Without one it is a temporary folder. ``node_files`` are Python files with further nodes to be loaded.
     """
 
-    def __init__(self, base: Path | None = None, *, pack: Path = ROOT, cpu: bool = False) -> None:
+    def __init__(
+        self, base: Path | None = None, *, pack: Path = ROOT, cpu: bool = False, node_files: Sequence[Path] = ()
+    ) -> None:
         self._temporary = base is None
         self.base = Path(tempfile.mkdtemp(prefix="gag-comfyui-")) if base is None else base.absolute()
         self.port = free_port()
         self._pack = pack
         self._cpu = cpu
+        self._node_files = node_files
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -99,9 +102,17 @@ class ComfyServer:
         """The server's address."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        assert self._process is not None
+        return self._process.pid
+
     def __enter__(self) -> ComfyServer:
         try:
             prepare_base(self.base, self._pack)
+            for file in self._node_files:
+                shutil.copy(file, self.base / "custom_nodes")
             with self._log_file.open("wb") as log:
                 self._process = subprocess.Popen(
                     server_command(self.base, self.port, cpu=self._cpu),

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from reprlib import repr as short
 
 import torch
 from torch import Tensor
 
-from . import eager
+from . import eager, fused
 from .config import GuidanceConfig, check_config
+from .geometry import to_dtype
 from .joint import attention_with_logsumexp, logsumexp_of_logits
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,7 +51,8 @@ def sparse_dense_attention(
     sparse, dense = _empty_output(q, v), _empty_output(q, v)
     for rows in eager.row_chunks(q, k.shape[2]):
         s, d, _ = eager.retrieve(q[:, :, rows], k, v, alpha, eager.mask_rows(mask, rows), scale)
-        sparse[:, :, rows], dense[:, :, rows] = s, d
+        # Weights may sum to a rounding error more than 1, which at the end of the range is infinity.
+        sparse[:, :, rows], dense[:, :, rows] = to_dtype(s, q.dtype), to_dtype(d, q.dtype)
     return sparse, dense
 
 
@@ -185,7 +188,11 @@ def _guide(
     scale: float,
     joint_lse: Tensor | None = None,
 ) -> None:
-    """Write the guided attention to ``out``. The one place that picks the implementation; today there is one."""
+    """Write the guided attention to ``out``. The one place that picks the implementation."""
+    if fused.takes(q, v, config) and fused.guide(
+        out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse
+    ):
+        return
     eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
 
 
@@ -199,9 +206,9 @@ def _scale(q: Tensor, scale: float | None) -> float:
     if scale is None:
         return q.shape[3] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {scale!r}.")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}.")
+        raise TypeError(f"scale must be a number or None, got {short(scale)}.")
+    if not abs(scale) <= sys.float_info.max:
+        raise ValueError(f"scale must be a finite number, got {short(scale)}.")
     return scale
 
 
@@ -214,18 +221,25 @@ def _text_range(text: slice, tokens: int) -> tuple[int, int]:
         raise TypeError(f"text must be a slice of the joint sequence, got {type(text).__name__}.")
     start = 0 if text.start is None else text.start
     stop = tokens if text.stop is None else text.stop
-    if text.step not in (None, 1) or not 0 <= start < stop <= tokens:
+    whole = isinstance(start, int) and isinstance(stop, int) and text.step in (None, 1)
+    if not whole or not 0 <= start < stop <= tokens:
         raise ValueError(
             f"text must be a non-empty slice of step 1 within the {tokens} tokens of the sequence, got {text}."
         )
     return start, stop
 
 
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}.")
+
+
 def _check_base(base: Tensor | None, q: Tensor, v: Tensor) -> None:
     if base is None:
         return
-    if not isinstance(base, Tensor):
-        raise TypeError(f"base must be a tensor or None, got {type(base).__name__}.")
+    _check_tensor("base", base)
     expected = (*q.shape[:3], v.shape[3])
     if base.shape != expected or base.dtype != q.dtype or base.device != q.device:
         raise ValueError(
@@ -238,8 +252,7 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | N
     """Refuse what does not go together; return the mask as a view of rank 4."""
     tensors = {"q": q, "k": k, "v": v}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+        _check_tensor(name, tensor)
         if tensor.dtype not in _FLOATS:
             raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}.")
         if tensor.ndim != 4:
@@ -260,9 +273,9 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | N
         raise ValueError(f"attention needs at least one batch row, head, key and head dimension, got {shapes}.")
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool or a floating-point tensor, got {given}.")
+    _check_tensor("mask", mask)
+    if not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise TypeError(f"mask must be a bool or a floating-point tensor, got {mask.dtype}.")
     logits_shape = (*q.shape[:3], k.shape[2])
     broadcast = mask.ndim <= 4 and all(
         given in (1, wanted) for given, wanted in zip(reversed(mask.shape), reversed(logits_shape), strict=False)

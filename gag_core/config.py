@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+from reprlib import repr as short
 
 RULES = ("gag", "pladis")
 NORM_MODES = ("absolute", "relative")
@@ -49,7 +51,7 @@ class GuidanceConfig:
         _number("alpha", self.alpha, 1.0, 2.0)
         _number("strength", self.strength, -math.inf, math.inf)
         if not isinstance(self.merge_heads, bool):
-            raise TypeError(f"merge_heads must be True or False, got {self.merge_heads!r}.")
+            raise TypeError(f"merge_heads must be True or False, got {short(self.merge_heads)}.")
 
 
 def check_config(config: GuidanceConfig) -> None:
@@ -63,13 +65,15 @@ def check_config(config: GuidanceConfig) -> None:
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {short(value)}.")
 
 
 def _number(name: str, value: object, low: float, high: float, *, infinite: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
+        raise TypeError(f"{name} must be a number, got {short(value)}.")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be a number that fits in a float, got {short(value)}.")
     if math.isnan(value) or (math.isinf(value) and not infinite) or not low <= value <= high:
         allowed = "a finite number" if math.isinf(high) and not infinite else "a number"
         if not math.isinf(low):

@@ -9,6 +9,8 @@ and falling in t, so Newton's iteration from t = -1 rises towards the root and n
 
 from __future__ import annotations
 
+from reprlib import repr as short
+
 import torch
 from torch import Tensor
 
@@ -46,13 +48,13 @@ def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
 
     Source: arXiv 1905.05702 eq. 10; used as the sparse retrieval of arXiv 2603.02531 v2.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        given = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"entmax needs a floating-point tensor, got {given}.")
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.layout != torch.strided:
+        given = f"{logits.dtype} of layout {logits.layout}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"entmax needs a dense floating-point tensor, got {given}.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 1.0 <= alpha <= 2.0:
-        raise ValueError(f"alpha must be a number from 1 to 2, got {alpha!r}.")
-    if logits.ndim == 0 or not -logits.ndim <= dim < logits.ndim:
-        raise ValueError(f"dim must name one of the {logits.ndim} dimensions of the logits, got {dim!r}.")
+        raise ValueError(f"alpha must be a number from 1 to 2, got {short(alpha)}.")
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -logits.ndim <= dim < logits.ndim:
+        raise ValueError(f"dim must name one of the {logits.ndim} dimensions of the logits, got {short(dim)}.")
     if logits.shape[dim] == 0:
         raise ValueError(f"entmax needs at least one entry along dim {dim}, got shape {tuple(logits.shape)}.")
     moved = logits.movedim(dim, -1)

@@ -41,9 +41,9 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
     Source: arXiv 2603.02531 v2, eq. 12-13; rule "pladis": arXiv 2503.07677.
     """
     for name, tensor in (("sparse", sparse), ("dense", dense)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {given}.")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            given = f"{tensor.dtype} of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a dense floating-point tensor, got {given}.")
     check_config(config)
     if sparse.ndim != 4 or sparse.shape != dense.shape:
         raise ValueError(

@@ -43,8 +43,12 @@ def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float)
 
 def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
     """The mask as torch's kernels take it: to be added, in the dtype of q."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask if mask is None else mask.to(q.dtype)
+    if mask is None or mask.dtype == q.dtype:
+        return mask
+    if mask.dtype != torch.bool:
+        # A finite number beyond the range of the dtype must stay one: infinities added to logits give NaN.
+        limit = min(torch.finfo(mask.dtype).max, torch.finfo(q.dtype).max)
+        return mask.clamp(-limit, limit).masked_fill(mask == -torch.inf, -torch.inf).to(q.dtype)
     return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
 
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import re
+from reprlib import repr as short
 
 from .families import Blocks, Layer
 
-_TERM = re.compile(r"(?P<part>[a-z]+)?\s*(?P<blocks>\d+(?:\s*-\s*\d+)?)?(?:\.(?P<inner>\d+(?:\s*-\s*\d+)?))?")
+_RANGE = r"\d{1,6}(?:\s*-\s*\d{1,6})?"
+_TERM = re.compile(rf"(?P<part>[a-z]+)?\s*(?P<blocks>{_RANGE})?(?:\.(?P<inner>{_RANGE}))?")
 # UNets are addressed by letters alone; a plain number there would be ambiguous between down, middle and up.
 _LETTERS = {"d", "m", "u"}
 
@@ -37,12 +39,12 @@ def parse_blocks(text: str, blocks: Blocks) -> frozenset[Layer]:
         term = term.strip()
         match = _TERM.fullmatch(term)
         if match is None or not term:
-            raise _error(f"{term!r} is not a block", blocks)
+            raise _error(f"{short(term)} is not a block", blocks)
         part = match["part"] or part
         if part is None and blocks.keys() <= _LETTERS:
-            raise _error(f"{term!r} does not say where to count", blocks)
+            raise _error(f"{short(term)} does not say where to count", blocks)
         if part is not None and part not in blocks:
-            raise _error(f"{term!r} names a part {part!r}", blocks)
+            raise _error(f"{short(term)} names a part {short(part)}", blocks)
         listed = blocks[part] if part is not None else [block for p in blocks.values() for block in p]
         for block in _range(match["blocks"], listed, term, blocks):
             if match["inner"] is None:
@@ -56,12 +58,12 @@ def _range(numbers: str | None, items: list, term: str, blocks: Blocks) -> list:
     """The items that a number or a range ``first-last`` picks; all of them for None."""
     if numbers is None:
         if not items:
-            raise _error(f"{term!r} has no text attention", blocks)
+            raise _error(f"{short(term)} has no text attention", blocks)
         return items
     first, _, last = numbers.replace(" ", "").partition("-")
     start, stop = int(first), int(last or first)
     if not start <= stop < len(items):
-        raise _error(f"{term!r} is out of range", blocks)
+        raise _error(f"{short(term)} is out of range", blocks)
     return items[start : stop + 1]
 
 

@@ -22,18 +22,21 @@ Groups = list[tuple[slice, int]]
 
 
 class TextCrossAttention:
-    """Guides an attention that reads the text alone, with the rows and tokens of one model call."""
+    """Guides an attention that reads the text alone, with the rows and tokens of one model call.
+
+    ``reached`` lists the layers that were guided in it.
+    """
 
     def __init__(self, guidance: Guidance, run: Run, context: Tensor, options: dict[str, Any]) -> None:
         self.guidance = guidance
-        self.run = run
-        self.kinds = options.get("cond_or_uncond", [])
+        self.reached: list[Layer] = []
+        self.kinds = run.kinds(options)
         self.context_shape = tuple(context.shape[:2])
         self.token_counts = distinct_tokens(context, options, run.token_counts)
 
     def guided(self, call: AttentionCall, layer: Layer) -> Tensor:
         """The guided result of the host's attention call, in the layout the model expects."""
-        self.run.count(self.guidance, layer)
+        self.reached.append(layer)
         groups = self._groups(call.q, call.k)
         if call.replaced or [rows for rows, _ in groups] != [slice(0, call.q.shape[0])]:
             base = call.host_output_by_head()
@@ -45,7 +48,7 @@ class TextCrossAttention:
 
     def added_to(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, layer: Layer) -> Tensor:
         """``out`` ``[B, N, H * D]``, which somebody else made of these tensors, with guidance added."""
-        self.run.count(self.guidance, layer)
+        self.reached.append(layer)
         q, k, v, base = (split_heads(tensor, heads) for tensor in (query, key, value, out.to(query.dtype)))
         return merge_heads(self._added_to(base, q, k, v, self._groups(q, k))).to(out.dtype)
 
@@ -93,6 +96,7 @@ class GuidedUNet:
 
     def __init__(self, guidance: Guidance, run: Run, context: Tensor, options: dict[str, Any]) -> None:
         self.text = TextCrossAttention(guidance, run, context, options)
+        self.reached = self.text.reached
         self.previous = options.get(OVERRIDE)
         self.expected: Layer | None = None
 

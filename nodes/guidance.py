@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+from reprlib import repr as short
 from typing import Any, Literal
 
 from comfy_api.latest import io
@@ -10,7 +12,7 @@ from comfy_api.latest import io
 from ..gag_core import GuidanceConfig
 from ..gag_core.config import NORM_MODES, RULES
 from .blocks import parse_blocks
-from .families import default_layers, family_of, refiner_calls, text_call
+from .families import default_layers, family_of
 from .host import log, show_on_node
 from .patch import patch_model
 from .presets import DEFAULT_PRESET, PRESETS
@@ -18,6 +20,9 @@ from .run import Guidance
 
 CATEGORY = "model/patch/GAG"
 APPLY_TO = ("both", "positive")
+# Newer hosts find a node by these words too.
+_ALIASES = {"search_aliases": ["geometry aware guidance", "attention guidance", "prompt adherence", "PLADIS"]}
+_NEWER_FIELDS = {name: value for name, value in _ALIASES.items() if name in inspect.signature(io.Schema).parameters}
 
 _STRENGTH = (
     "How much of the guidance reaches the picture. 0 is off: exactly the picture without this node. 1 is the full "
@@ -54,6 +59,7 @@ class GAGuidance(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for the sampler.")],
             hidden=[io.Hidden.unique_id],
+            **_NEWER_FIELDS,
         )
 
     @classmethod
@@ -164,6 +170,7 @@ class GAGuidanceAdvanced(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for the sampler.")],
             hidden=[io.Hidden.unique_id],
+            **_NEWER_FIELDS,
         )
 
     @classmethod
@@ -205,10 +212,11 @@ def _guide(
     verbose: bool = False,
 ) -> Any:
     """A guided clone of ``model``; everything that can be refused is refused here, before anything is patched."""
-    if not 0.0 <= start_percent <= end_percent <= 1.0:
+    numbers = all(isinstance(percent, (int, float)) for percent in (start_percent, end_percent))
+    if not numbers or not 0.0 <= start_percent <= end_percent <= 1.0:
         raise ValueError(
             "start_percent and end_percent must lie between 0 and 1, the start not after the end, "
-            f"got {start_percent:g} and {end_percent:g}."
+            f"got {short(start_percent)} and {short(end_percent)}."
         )
     family, all_blocks = family_of(model)
     layers = parse_blocks(blocks, all_blocks) if blocks.strip() else default_layers(family, all_blocks)
@@ -225,8 +233,6 @@ def _guide(
             family=family,
             order=order,
             layers=layers,
-            text_call=text_call(family, model),
-            refiner_calls=refiner_calls(family, model),
             apply_to=apply_to,
             start_percent=start_percent,
             end_percent=end_percent,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,14 +53,22 @@ class AttentionCall:
     previous: Override | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    q: Tensor = field(init=False)
+    k: Tensor = field(init=False)
+    v: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         bound = {**dict(zip(_ATTENTION_PARAMETERS, self.args, strict=False)), **self.kwargs}
         heads = bound["heads"]
         separate = bound.get("skip_reshape", False)
-        self.q, self.k, self.v = (
-            bound[name] if separate else split_heads(bound[name], heads) for name in ("q", "k", "v")
-        )
+        self.q = bound["q"] if separate else split_heads(bound["q"], heads)
+        # Newer hosts let keys have fewer heads than queries, each of them shared by as many queries in a row.
+        grouped = bound.get("enable_gqa", False)
+        for name in ("k", "v"):
+            tensor: Tensor = bound[name]
+            if not separate:
+                tensor = split_heads(tensor, tensor.shape[-1] // self.q.shape[3] if grouped else heads)
+            setattr(self, name, tensor.repeat_interleave(heads // tensor.shape[1], dim=1) if grouped else tensor)
         self.mask: Tensor | None = rank_4(bound.get("mask"))
         self.scale: float | None = bound.get("scale")
         self._separate_output: bool = bound.get("skip_output_reshape", False)
@@ -108,18 +116,52 @@ def batch_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[rows]
 
 
-def guided_rows(apply_to: str, batch: int, cond_or_uncond: list[int]) -> list[slice]:
+@dataclass(frozen=True)
+class PositivePrompt:
+    """How to tell the positive prompt's part of a batch: by the ids of its conditionings and their kind.
+
+    The kind alone is not enough: nodes that call the model once more (SAG, PerpNeg) hand over a negative prompt as the
+    first and only one, which is what the positive one usually is. Nor is the id: see :func:`distinct_tokens`.
+    """
+
+    ids: frozenset[Any]
+    kind: int
+
+    @classmethod
+    def of_guider(cls, guider: Any) -> PositivePrompt | None:
+        """The positive prompt of a run; None for a guider that does not keep prompts as the host's own do."""
+        prompts = getattr(guider, "original_conds", None) or {}
+        if "positive" not in prompts:
+            return None
+        # The guider with two positive prompts hands them over in reverse order.
+        kind = list(reversed(prompts)).index("positive") if "middle" in prompts else _POSITIVE
+        return cls(frozenset(prompt.get("uuid") for prompt in prompts["positive"]), kind)
+
+
+def prompt_kinds(options: dict[str, Any], positive: PositivePrompt | None) -> list[int]:
+    """What ``cond_or_uncond`` says of the parts of a batch, 0 for the positive prompt, with exceptions put right."""
+    kinds: list[int] = options.get("cond_or_uncond", [])
+    ids = options.get("uuids", [])
+    if positive is None or len(ids) != len(kinds):
+        return kinds
+    return [
+        _POSITIVE if kind == positive.kind and prompt in positive.ids else _POSITIVE + 1
+        for kind, prompt in zip(kinds, ids, strict=True)
+    ]
+
+
+def guided_rows(apply_to: str, batch: int, kinds: list[int]) -> list[slice]:
     """The rows of a batch that are to be guided: all, or those of the positive prompt.
 
-    The host puts the prompts' rows one after the other, in equal parts, in the order of ``cond_or_uncond``.
+    The host puts the prompts' rows one after the other, in equal parts, in the order of ``kinds``.
     """
     if apply_to == "both":
         return [slice(0, batch)]
-    if not cond_or_uncond or batch % len(cond_or_uncond):
+    if not kinds or batch % len(kinds):
         return []
-    size = batch // len(cond_or_uncond)
+    size = batch // len(kinds)
     rows: list[slice] = []
-    for number, kind in enumerate(cond_or_uncond):
+    for number, kind in enumerate(kinds):
         if kind != _POSITIVE:
             continue
         if rows and rows[-1].stop == number * size:
@@ -129,7 +171,9 @@ def guided_rows(apply_to: str, batch: int, cond_or_uncond: list[int]) -> list[sl
     return rows
 
 
-def distinct_tokens(context: Tensor, options: dict[str, Any], known: dict[Any, int]) -> list[tuple[slice, int]]:
+def distinct_tokens(
+    context: Tensor, options: dict[str, Any], known: dict[Any, list[tuple[slice, int]]]
+) -> list[tuple[slice, int]]:
     """Batch rows of a text context ``[B, N, C]`` with the number of its tokens before the host repeated them.
 
     To batch prompts of different lengths the host repeats each up to the least common multiple. Softmax does not
@@ -138,25 +182,27 @@ def distinct_tokens(context: Tensor, options: dict[str, Any], known: dict[Any, i
     Args:
         context: the text of all rows of one model call.
         options: the transformer options of that call.
-        known: what was found so far in this run, by the prompt's id; each prompt is compared once, because the
-            comparison waits for the device.
+        known: what was found so far in this run, by the prompts in a call; each is compared once, because the
+            comparison waits for the device. One prompt's id would not do: where the positive prompt has an area, the
+            host gives the negative one's copy for that area the positive one's id.
     """
     ids = options.get("uuids") or []
     batch, tokens = context.shape[:2]
     if len(ids) < 2 or batch % len(ids):
         return [(slice(0, batch), tokens)]
-    size = batch // len(ids)
-    found: list[tuple[slice, int]] = []
-    for number, prompt in enumerate(ids):
-        rows = slice(number * size, (number + 1) * size)
-        if (prompt, tokens) not in known:
-            known[prompt, tokens] = _period(context[rows])
-        period = known[prompt, tokens]
-        if found and found[-1][1] == period:
-            found[-1] = (slice(found[-1][0].start, rows.stop), period)
-        else:
-            found.append((rows, period))
-    return found
+    call = (*ids, *options.get("cond_or_uncond", []), batch, tokens)
+    if call not in known:
+        size = batch // len(ids)
+        found: list[tuple[slice, int]] = []
+        for start in range(0, batch, size):
+            rows = slice(start, start + size)
+            period = _period(context[rows])
+            if found and found[-1][1] == period:
+                found[-1] = (slice(found[-1][0].start, rows.stop), period)
+            else:
+                found.append((rows, period))
+        known[call] = found
+    return known[call]
 
 
 def _period(context: Tensor) -> int:
@@ -169,6 +215,16 @@ def _period(context: Tensor) -> int:
         if torch.equal(context[:, :period].repeat(1, parts, 1), context):
             return period
     return tokens
+
+
+def compiled_carelessly(guider: Any) -> bool:
+    """Whether torch.compile may have been told not to look at the transformer options, as newer TorchCompileModel do.
+
+    What was compiled in one model call is then also run in calls with other patches. Which options it was given cannot
+    be seen afterwards, because torch takes this one out of them; older nodes give none.
+    """
+    settings = guider.model_options.get("torch_compile_kwargs") or {}
+    return settings.get("options") is not None
 
 
 def sigma_range(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:

@@ -9,24 +9,20 @@ from typing import Any, Literal
 
 from ..gag_core import GuidanceConfig
 from .families import Family, Layer
-from .host import log, show_on_node
+from .host import PositivePrompt, log, prompt_kinds, show_on_node
 
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
     """What one GAG node asks for: plain data.
 
-    ``order`` is every text attention of the model in the order of execution, ``layers`` those that are to be guided;
-    ``text_call`` which attention call of a transformer's block reads the text, where that is one of its own;
-    ``refiner_calls`` how many there are before the blocks.
+    ``order`` is every text attention of the model in the order of execution, ``layers`` those that are to be guided.
     """
 
     config: GuidanceConfig
     family: Family
     order: tuple[Layer, ...]
     layers: frozenset[Layer]
-    text_call: int = 0
-    refiner_calls: int = 0
     apply_to: Literal["both", "positive"] = "both"
     start_percent: float = 0.0
     end_percent: float = 1.0
@@ -38,17 +34,27 @@ class Guidance:
 class Run:
     """Counts of one sampling run, by guidance; and what was found out once and holds for all of it."""
 
+    positive: PositivePrompt | None = None
+    uncompiled: bool = False
     model_calls: int = 0
     in_range: Counter[Guidance] = field(default_factory=Counter)
     overruled: Counter[Guidance] = field(default_factory=Counter)
+    no_text: Counter[Guidance] = field(default_factory=Counter)
     no_positive_rows: Counter[Guidance] = field(default_factory=Counter)
     guided: dict[Guidance, Counter[Layer]] = field(default_factory=dict)
     sigmas: dict[Guidance, tuple[float, float]] = field(default_factory=dict)
-    token_counts: dict[Any, int] = field(default_factory=dict)
+    token_counts: dict[Any, list[tuple[slice, int]]] = field(default_factory=dict)
 
-    def count(self, guidance: Guidance, layer: Layer) -> None:
-        """One attention was guided."""
-        self.guided.setdefault(guidance, Counter())[layer] += 1
+    def kinds(self, options: dict[str, Any]) -> list[int]:
+        """The prompts whose rows a model call has, in their order; 0 is the positive one."""
+        return prompt_kinds(options, self.positive)
+
+    def count_call(self, guidance: Guidance, reached: list[Layer]) -> None:
+        """A model call has come to its end in which these attentions were guided.
+
+        Not sooner: torch.compile compiles anew what reads growing counts, and the calls of several devices overlap.
+        """
+        self.guided.setdefault(guidance, Counter()).update(reached)
 
     def report(self, guidance: Guidance) -> None:
         """Say on the node, and where it matters in the log, what became of a guidance.
@@ -61,8 +67,11 @@ class Run:
             show_on_node(f"Nothing guided: {short}.", guidance.node_id)
             log.warning("GAG guided nothing in this run: %s.", reason)
             return
-        layers, chosen, calls = len(counts), len(guidance.layers), self.in_range[guidance]
+        # Not every call in range reaches its attentions: step caches such as EasyCache leave the model out.
+        layers, chosen, calls = len(counts), len(guidance.layers), max(counts.values())
         text = f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls."
+        if self.overruled[guidance]:
+            text += f" In {self.overruled[guidance]} a later GAG node acted."
         show_on_node(text, guidance.node_id)
         if guidance.verbose:
             listed = ", ".join(f"{'.'.join(map(str, layer))}: {counts[layer]}" for layer in sorted(counts))
@@ -77,6 +86,8 @@ class Run:
             if self.overruled[guidance]:
                 return "a later GAG node acts", "a later GAG node on the same model acts in all steps of its range"
             return f"no step within {span}", f"no step lies within its start_percent and end_percent, {span}"
+        if self.no_text[guidance] == self.in_range[guidance]:
+            return "the prompts are empty", "no model call had a single token of text"
         if self.no_positive_rows[guidance] == self.in_range[guidance]:
             return "no positive prompt", 'apply_to is "positive" and no model call had a positive prompt'
         return (

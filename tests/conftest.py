@@ -3,15 +3,19 @@
 
 The root has a folder ``nodes``, and so has ComfyUI a module of that name, which the host tests import into the same
 process.
+
+Triton's kernels run in its interpreter here, which has to be said before anything imports Triton.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _load_gag_core() -> None:

@@ -1,4 +1,16 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The tests in this folder run in one process with the host, which this import brings up before they import it."""
 
-import host_process  # noqa: F401
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import host_process as host
+
+
+@pytest.fixture(autouse=True, scope="session")
+def host_in_the_results(record_testsuite_property: Any) -> None:
+    """The report says which ComfyUI was tested, for dev/pages.py."""
+    record_testsuite_property("host", host.VERSION)

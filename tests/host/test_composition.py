@@ -1,148 +1,253 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Beside other people's patches guidance gives the right result, whichever node comes first."""
+"""Beside other people's nodes guidance gives the right result, whichever comes first; the list is in companions.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
+import comfy.samplers
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
+import torch._dynamo.utils
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor
 
+import companions
 import host_process as host
 import reference
+from companions import COMPANIONS, FIRST, LAST, Companion, ForeignAttention, ImageAdapter, extra
 from recorder import Call, recording
 from tolerances import assert_close
 
-GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
-PAPER = GuidanceConfig()
-TOKENS = 19
+PAPER = host.pack_module("nodes.presets").PRESETS["paper"]
+TOKENS = 77
 
 
-def guided(model: Any) -> Any:
-    (out,) = host.run_node("GAGuidance", model=model, preset="paper")
+def rows(name: str) -> pytest.MarkDecorator:
+    """Parametrises a test by the orders of one companion, under the ids of its rows in the table."""
+    (companion,) = (c for c in COMPANIONS if c.name == name)
+    return pytest.mark.parametrize("order", companion.orders, ids=companion.labels)
+
+
+MATRIX = [
+    pytest.param(
+        companion,
+        order,
+        id=label,
+        marks=pytest.mark.skipif(
+            companion.since is not None and importlib.util.find_spec(companion.since) is None,
+            reason="this ComfyUI does not have the node",
+        ),
+    )
+    for companion in COMPANIONS
+    if companion.patched is not None
+    for order, label in zip(companion.orders, companion.labels, strict=True)
+]
+each_row = pytest.mark.parametrize(("companion", "order"), MATRIX)
+
+
+def guided(model: Any, **settings: Any) -> Any:
+    (out,) = host.run_node("GAGuidance", model=model, **{"preset": "paper", **settings})
     return out
 
 
-class Shared:
-    """Stays one object when the host copies a model's options."""
-
-    def __deepcopy__(self, _: Any) -> Shared:
-        return self
+def guided_positive(model: Any) -> Any:
+    (out,) = host.run_node("GAGuidanceAdvanced", model=model, apply_to="positive")
+    return out
 
 
-class ForeignAttention(Shared):
-    """Stands for a node that replaces attention (sage, flash, block-sparse): recognisable, since it halves."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        self.calls += 1
-        return function(*args, **kwargs) * 0.5
+def in_order(order: str, model: Any, patch: Callable[[Any], Any], guide: Callable[[Any], Any] = guided) -> Any:
+    return patch(guide(model)) if order == FIRST else guide(patch(model))
 
 
-def set_on_model(model: Any, override: ForeignAttention) -> Any:
-    model = model.clone()
-    model.model_options["transformer_options"]["optimized_attention_override"] = override
-    return model
+@lru_cache
+def guidance_alone(name: str) -> Tensor:
+    return companions.sample(guided(companions.build(name)), name)
 
 
-def set_while_running(model: Any, override: ForeignAttention) -> Any:
-    """As some nodes do: at the model call, around what is there."""
-    model = model.clone()
-
-    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        options = dict(args[5])
-        earlier = options.get("optimized_attention_override")
-
-        def chained(function: Callable[..., Tensor], *a: Any, **k: Any) -> Tensor:
-            inner = function if earlier is None else (lambda *x, **y: earlier(function, *x, **y))
-            return override(inner, *a, **k)
-
-        options["optimized_attention_override"] = chained
-        return executor(*args[:5], options, *args[6:], **kwargs)
-
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "foreign", wrapper)
-    return model
+@lru_cache
+def companion_alone(companion: Companion) -> Tensor:
+    assert companion.patched is not None
+    return companions.sample(companion.patched(companions.build(companion.model)), companion.model, **companion.run())
 
 
-@pytest.mark.parametrize("guided_first", [True, False], ids=["GAG before it", "GAG after it"])
-@pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_attention_override(name: str, guided_first: bool) -> None:
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the nodes say in this test."""
+    texts: list[str] = []
+    monkeypatch.setattr(host.pack_module("nodes.run"), "show_on_node", lambda text, _: texts.append(text))
+    return texts
+
+
+def is_text(name: str, call: Call) -> bool:
+    """Whether guidance by default acts in this call; in a ControlNet it does not."""
+    if call.module.startswith("ControlNet."):
+        return False
+    if name in ("sd15", "sdxl"):
+        return call.module.endswith("attn2") and ".middle_block" not in call.module
+    return call.module.endswith("cross_attn") if name.startswith("wan") else True
+
+
+def words(keys: Tensor) -> int:
+    """How many tokens of one row's keys ``[H, N, D]`` there are before they repeat."""
+    tokens = keys.shape[1]
+    sizes = (size for size in range(1, tokens + 1) if tokens % size == 0)
+    return next(size for size in sizes if torch.equal(keys, keys[:, :size].repeat(1, tokens // size, 1)))
+
+
+def with_guidance(name: str, call: Call) -> Tensor:
+    """What fp64 makes of a call's tensors, each row by its own words."""
+    if not name.startswith(("sd", "wan")):
+        return reference.guided_joint_attention(call.q, call.k, call.v, slice(0, TOKENS), PAPER, mask=call.mask)
+    outs = []
+    for row in range(call.q.shape[0]):
+        tokens = words(call.k[row])
+        q, k, v = call.q[row : row + 1], call.k[row : row + 1, :, :tokens], call.v[row : row + 1, :, :tokens]
+        outs.append(reference.guided_attention(q, k, v, PAPER))
+    return torch.cat(outs)
+
+
+def check_every_call(name: str, calls: list[Call]) -> int:
+    """Text attention is guided, and every other attention is the host's own. Returns the number of the former."""
+    for call in calls:
+        if is_text(name, call):
+            call.check(with_guidance(name, call), PAPER.guidance_scale)
+            continue
+        # HyperTile passes tiled queries; the host's attention then splits the keys in as many parts.
+        batch, heads, _, size = call.q.shape
+        k, v = (t.transpose(1, 2).reshape(batch, -1, heads, size).transpose(1, 2) for t in (call.k, call.v))
+        call.check(reference.sparse_dense_attention(call.q, k, v, mask=call.mask)[1])
+    return sum(is_text(name, call) for call in calls)
+
+
+@each_row
+def test_every_attention_is_right(companion: Companion, order: str, reports: list[str]) -> None:
+    """Guided where the text is read and nowhere else; both act; and the node says what is true."""
+    assert companion.patched is not None
+    name, run = companion.model, companion.run()
+    model = in_order(order, companions.build(name), companion.patched)
+    nets = [settings["control"].control_model for _, settings in run.get("positive", []) if "control" in settings]
+    with recording(model, *nets) as calls:
+        out = companions.sample(model, name, **run)
+    assert all(any(call.module.startswith(type(net).__name__) for call in calls) for net in nets)
+    said = reports[0]
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out, companion_alone(companion))
+    assert out.shape != guidance_alone(name).shape or not torch.equal(out, guidance_alone(name))
+    assert check_every_call(name, calls) > 0
+    layers = Counter(call.module for call in calls if is_text(name, call))
+    assert said.startswith(f"Guided {len(layers)} of {len(layers)} attentions in {max(layers.values())} of ")
+
+
+@each_row
+def test_off_leaves_the_companions_own_result(companion: Companion, order: str) -> None:
+    assert companion.patched is not None
+    name = companion.model
+    off = in_order(order, companions.build(name), companion.patched, lambda model: guided(model, strength=0.0))
+    assert torch.equal(companions.sample(off, name, **companion.run()), companion_alone(companion))
+
+
+@each_row
+def test_order_makes_no_difference(companion: Companion, order: str) -> None:
+    if order == FIRST or len(companion.orders) < 2:
+        pytest.skip("compared in the other row")
+    assert companion.patched is not None
+    name, run = companion.model, companion.run()
+    outs = [
+        companions.sample(in_order(place, companions.build(name), companion.patched), name, **run)
+        for place in companion.orders
+    ]
+    assert torch.equal(*outs)
+
+
+FORMULAS = ("APG", "TCFG", "FreSca", "RescaleCFG", "CFGZeroStar")
+
+
+@pytest.mark.parametrize(
+    ("companion", "order"),
+    [row for row in MATRIX if isinstance(row.values[0], Companion) and row.values[0].name in FORMULAS],
+)
+def test_formulas_get_guided_predictions(companion: Companion, order: str) -> None:
+    """What comes out of a step is the companion's own function of what guidance alone predicts."""
+    assert companion.patched is not None
+    seen: dict[str, Any] = {}
+
+    def watch(args: dict[str, Any]) -> Any:
+        seen.setdefault("predictions", args)
+        return args["conds_out"]
+
+    only_guided = guided(companions.build("sd15"))
+    only_guided.set_model_sampler_pre_cfg_function(watch)
+    host.sample(only_guided, "sd15")
+    args = seen["predictions"]
+
+    model = companions.build("sd15")
+    options = companion.patched(model).model_options
+    out = args["conds_out"]
+    for function in options.get("sampler_pre_cfg_function", []):
+        out = function({**args, "conds_out": out})
+    expected = comfy.samplers.cfg_function(
+        model.model, out[0], out[1], args["cond_scale"], args["input"], args["sigma"], model_options=options
+    )
+
+    def keep(step: int, denoised: Tensor, *_: Any) -> None:
+        seen.setdefault("denoised", denoised.clone())
+
+    host.sample(in_order(order, model, companion.patched), "sd15", callback=keep)
+    assert torch.equal(seen["denoised"], expected)
+
+
+def halved_plus_correction(name: str, call: Call) -> Tensor:
+    plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
+    return 0.5 * plain + (with_guidance(name, call) - plain if is_text(name, call) else 0.0)
+
+
+def check_foreign_attention(name: str, model: Any, foreign: ForeignAttention) -> None:
     """The foreign attention computes the host's part of every call; guidance is added to what it gives."""
-    model, foreign = host.build_model(name), ForeignAttention()
-    model = set_on_model(guided(model), foreign) if guided_first else guided(set_on_model(model, foreign))
     with recording(model) as calls:
-        host.sample(model, name, cfg=1.0, positive=host.conditioning(name, 10, TOKENS))
+        host.sample(model, name, cfg=1.0)
     assert foreign.calls == len(calls) > 0
     for call in calls:
-        expected = halved_plus_correction(name, call, 0.5)
-        call.check(expected, PAPER.guidance_scale)
+        call.check(halved_plus_correction(name, call), PAPER.guidance_scale)
 
 
-def halved_plus_correction(name: str, call: Call, factor: float) -> Tensor:
-    plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
-    if name == "flux":
-        change = reference.guided_joint_attention(call.q, call.k, call.v, slice(0, TOKENS), PAPER) - plain
-    elif call.module.endswith("attn2") and ".middle_block" not in call.module:
-        change = reference.guided_attention(call.q, call.k, call.v, PAPER) - plain
-    else:
-        change = torch.zeros_like(plain)
-    return factor * plain + change
+@rows("attention override (sage, flash) set on the model")
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_attention_override_on_the_model(name: str, order: str) -> None:
+    foreign = ForeignAttention()
+    check_foreign_attention(name, in_order(order, host.build_model(name), foreign.on_the_model), foreign)
 
 
-@pytest.mark.parametrize("guided_first", [True, False], ids=["GAG before it", "GAG after it"])
-def test_override_installed_while_running(guided_first: bool) -> None:
-    """Whoever wraps later is inside; in both orders every attention passes through both."""
-    model, foreign = host.build_model("sd15"), ForeignAttention()
-    model = set_while_running(guided(model), foreign) if guided_first else guided(set_while_running(model, foreign))
+@rows("attention override set when a run is prepared")
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_attention_override_when_a_run_is_prepared(name: str, order: str) -> None:
+    foreign = ForeignAttention()
+    check_foreign_attention(name, in_order(order, host.build_model(name), foreign.before_sampling), foreign)
+
+
+@rows("attention override set at each model call")
+def test_attention_override_at_the_model_call(order: str) -> None:
+    foreign = ForeignAttention()
+    model = in_order(order, host.build_model("sd15"), foreign.at_the_model_call)
     with recording(model) as calls:
         host.sample(model, "sd15", cfg=1.0)
     assert foreign.calls == len(calls) > 0
     for call in calls:
-        plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
-        if not call.module.endswith("attn2") or ".middle_block" in call.module:
-            call.check(0.5 * plain)
-        elif guided_first:  # theirs is around ours and halves the guided result
-            call.check(0.5 * reference.guided_attention(call.q, call.k, call.v, PAPER), PAPER.guidance_scale)
+        if is_text("sd15", call) and order == FIRST:  # theirs is around ours and halves the guided result
+            call.check(0.5 * with_guidance("sd15", call), PAPER.guidance_scale)
         else:
-            call.check(halved_plus_correction("sd15", call, 0.5), PAPER.guidance_scale)
+            call.check(halved_plus_correction("sd15", call), PAPER.guidance_scale)
 
 
-class ImageAdapter(Shared):
-    """Stands for an image adapter's attn2 replacement: the text attention plus one of its own over image tokens."""
-
-    def __init__(self, passes_options: bool) -> None:
-        self.passes_options = passes_options
-        self.seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-        heads = options["n_heads"]
-        extra = {"transformer_options": options} if self.passes_options else {}
-        out = host_attention.optimized_attention(query, key, value, heads, **extra)
-        out = out + 0.3 * host_attention.optimized_attention(query, key[:, :4] * 0.5, value[:, :4] * 2.0, heads)
-        self.seen.append((query.clone(), key.clone(), value.clone(), out.clone()))
-        return out
-
-
-@pytest.mark.parametrize("passes_options", [False, True], ids=["own attention", "attention with options"])
-@pytest.mark.parametrize("guided_first", [True, False], ids=["GAG before it", "GAG after it"])
-@pytest.mark.parametrize("key", [("input", 1), ("input", 3, 0), ("middle", 0)], ids=str)
-def test_attn2_replacement(key: tuple[Any, ...], guided_first: bool, passes_options: bool) -> None:
+def check_adapter(model: Any, adapter: ImageAdapter, block: tuple[Any, ...]) -> None:
     """The adapter's result comes out whole, plus what guidance changes in the reading of the text, once."""
-    model, adapter = host.build_model("sd15"), ImageAdapter(passes_options)
-
-    def with_adapter(target: Any) -> Any:
-        target = target.clone()
-        target.set_model_attn2_replace(adapter, *key)
-        return target
-
-    model = with_adapter(guided(model)) if guided_first else guided(with_adapter(model))
-    blocks = {"input": "input_blocks.{}.1", "middle": "middle_block.1"}[key[0]].format(key[1])
+    blocks = {"input": "input_blocks.{}.1", "middle": "middle_block.1"}[block[0]].format(block[1])
     attention = model.model.diffusion_model.get_submodule(f"{blocks}.transformer_blocks.0.attn2")
     results: list[Tensor] = []
     handle = attention.to_out.register_forward_pre_hook(lambda _, args: results.append(args[0].clone()))
@@ -151,36 +256,82 @@ def test_attn2_replacement(key: tuple[Any, ...], guided_first: bool, passes_opti
     finally:
         handle.remove()
     assert len(adapter.seen) == len(results) > 0
-    heads = attention.heads
     for (query, keys, values, out), result in zip(adapter.seen, results, strict=True):
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, keys, values))
+        q, k, v = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in (query, keys, values))
         change = reference.guided_attention(q, k, v, PAPER) - reference.sparse_dense_attention(q, k, v)[1]
-        if key[0] == "middle":  # not among the default blocks
+        if block[0] == "middle":  # not among the default blocks
             change = torch.zeros_like(change)
         expected = out.double() + change.transpose(1, 2).flatten(2)
         assert_close(result, expected, error=3e-4 * float(v.abs().max()))
 
 
-def test_attn2_patch_that_brings_its_own_text() -> None:
+@rows("image adapter in attn2 (IPAdapter)")
+@pytest.mark.parametrize("passes_options", [False, True], ids=["own attention", "attention with options"])
+@pytest.mark.parametrize("block", [("input", 1), ("input", 3, 0), ("middle", 0)], ids=str)
+def test_image_adapter(block: tuple[Any, ...], order: str, passes_options: bool) -> None:
+    adapter = ImageAdapter(passes_options)
+    model = in_order(order, host.build_model("sd15"), lambda target: adapter.on(target, *block))
+    check_adapter(model, adapter, block)
+
+
+@rows("image adapter, a second image added")
+def test_second_image_of_an_adapter(order: str) -> None:
+    """It is added to the object that stands in the slot, which therefore has to be the adapter's own."""
+    adapter, block = ImageAdapter(), ("input", 1)
+
+    def add(model: Any) -> Any:
+        model = model.clone()
+        model.model_options["transformer_options"]["patches_replace"]["attn2"][block].add(0.7)
+        return model
+
+    model = host.build_model("sd15")
+    model = adapter.on(guided(model) if order == FIRST else model, *block)
+    model = add(guided(model) if order == "GAG between" else model)
+    model = guided(model) if order == LAST else model
+    assert adapter.weights == [0.3, 0.7]
+    check_adapter(model, adapter, block)
+
+
+@rows("PLADIS of another pack (attn2 replacement)")
+def test_pladis_of_another_pack(order: str) -> None:
+    """Their extrapolation comes out whole, plus what guidance changes."""
+    adapter, block = ImageAdapter(), ("input", 1)
+
+    def extrapolated(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        q, k, v = (t.unflatten(-1, (options["n_heads"], -1)).transpose(1, 2) for t in (query, key, value))
+        sparse, dense = reference.sparse_dense_attention(q, k, v, alpha=1.5)
+        out = (dense + 2.0 * (sparse - dense)).transpose(1, 2).flatten(2).to(query.dtype)
+        adapter.seen.append((query.clone(), key.clone(), value.clone(), out.clone()))
+        return out
+
+    def theirs(model: Any) -> Any:
+        model = model.clone()
+        model.set_model_attn2_replace(extrapolated, *block)
+        return model
+
+    check_adapter(in_order(order, host.build_model("sd15"), theirs), adapter, block)
+
+
+@rows("attn2 patch that brings its own text")
+def test_attn2_patch_that_brings_its_own_text(order: str) -> None:
     """Nodes that swap the context (regional prompts) may change its length; what arrives is what is guided."""
     model = host.build_model("sd15")
-    extra = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(8))
+    more = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(8))
 
     def lengthen(query: Tensor, key: Tensor, value: Tensor, _: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        more = extra.expand(key.shape[0], -1, -1)
-        return query, torch.cat([key, more], dim=1), torch.cat([value, more], dim=1)
+        added = more.expand(key.shape[0], -1, -1)
+        return query, torch.cat([key, added], dim=1), torch.cat([value, added], dim=1)
 
     model.set_model_attn2_patch(lengthen)
     model = guided(model)
     with recording(model) as calls:
         host.sample(model, "sd15", negative=host.conditioning("sd15", 11, 154))
-    chosen = [c for c in calls if c.module.endswith("attn2") and ".middle_block" not in c.module]
-    assert {c.k.shape[2] for c in chosen} == {194}
-    for call in chosen:
-        call.check(reference.guided_attention(call.q, call.k, call.v, PAPER), PAPER.guidance_scale)
+    assert {call.k.shape[2] for call in calls if is_text("sd15", call)} == {194}
+    check_every_call("sd15", calls)
 
 
-def test_attn2_patch_that_multiplies_the_rows() -> None:
+@rows("attn2 patch that brings its own text")
+def test_attn2_patch_that_multiplies_the_rows(order: str) -> None:
     """Some regional nodes run several prompts per row; every one of them is guided."""
     model = host.build_model("sd15")
 
@@ -195,7 +346,242 @@ def test_attn2_patch_that_multiplies_the_rows() -> None:
     model = guided(model)
     with recording(model) as calls:
         host.sample(model, "sd15")
-    chosen = [c for c in calls if c.module.endswith("attn2") and ".middle_block" not in c.module]
-    assert {c.q.shape[0] for c in chosen} == {4}
-    for call in chosen:
-        call.check(reference.guided_attention(call.q, call.k, call.v, PAPER), PAPER.guidance_scale)
+    assert {call.q.shape[0] for call in calls if is_text("sd15", call)} == {4}
+    check_every_call("sd15", calls)
+
+
+@rows("regions: ConditioningSetArea, ConditioningSetMask")
+def test_words_of_a_negative_prompt_in_an_area(order: str) -> None:
+    """The host gives the negative prompt's copy for an area the positive one's id; their words are not the same."""
+    model = guided(host.build_model("sd15"))
+    positive = host.conditioning("sd15", 10, 154, area=(8, 4, 0, 0), strength=1.0, set_area_to_bounds=False)
+    with recording(model) as calls:
+        host.sample(model, "sd15", positive=positive)
+    lengths = {tuple(words(keys) for keys in call.k) for call in calls if is_text("sd15", call)}
+    assert sorted(lengths) == [(77,), (77, 154)] or sorted(lengths) == [(77,), (154, 77)]
+    check_every_call("sd15", calls)
+
+
+@rows("regions: ConditioningSetArea, ConditioningSetMask")
+def test_negative_prompt_in_an_area_is_not_positive(order: str) -> None:
+    """Nor is it taken for the positive prompt because of that id."""
+    model = guided_positive(host.build_model("sd15"))
+    left = host.conditioning("sd15", 10, area=(8, 4, 0, 0), strength=1.0, set_area_to_bounds=False)
+    check_only_positive_is_guided(model, lambda: host.sample(model, "sd15", positive=left), left)
+
+
+def check_only_positive_is_guided(model: Any, run: Callable[[], Any], positive: list[Any]) -> None:
+    """Guided are the rows whose keys come of the positive prompt's text, and no others."""
+    with recording(model) as calls:
+        run()
+    network = model.model.diffusion_model
+    keys = {}
+    for call in calls:
+        if is_text("sd15", call) and call.module not in keys:
+            to_k = network.get_submodule(call.module.split(".", 1)[1]).to_k
+            keys[call.module] = to_k(positive[0][0]).detach()[0]
+    kinds: Counter[bool] = Counter()
+    for call in calls:
+        plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
+        if not is_text("sd15", call):
+            continue
+        expected = []
+        for row, own in enumerate(call.k.transpose(1, 2).flatten(2)):
+            is_positive = torch.allclose(own, keys[call.module], atol=1e-4)
+            kinds[is_positive] += 1
+            expected.append(with_guidance("sd15", call)[row] if is_positive else plain[row])
+        call.check(torch.stack(expected), PAPER.guidance_scale)
+    assert kinds[True] and kinds[False]
+
+
+@rows("SelfAttentionGuidance (SAG)")
+def test_positive_only_beside_sag(order: str) -> None:
+    """Its own pass has the negative prompt, alone in a batch, where the positive one usually is."""
+    (sag,) = (c for c in COMPANIONS if c.name.startswith("SelfAttentionGuidance"))
+    assert sag.patched is not None
+    model = in_order(order, host.build_model("sd15"), sag.patched, guided_positive)
+    positive = host.conditioning("sd15", 10)
+    check_only_positive_is_guided(model, lambda: host.sample(model, "sd15", positive=positive), positive)
+
+
+@rows("PerpNeg")
+def test_positive_only_beside_perp_neg(order: str) -> None:
+    (node,) = (c for c in COMPANIONS if c.name == "PerpNeg")
+    assert node.patched is not None
+    model = in_order(order, host.build_model("sd15"), node.patched, guided_positive)
+    positive = host.conditioning("sd15", 10)
+    check_only_positive_is_guided(model, lambda: host.sample(model, "sd15", positive=positive), positive)
+
+
+def guiders(model: Any) -> Iterator[tuple[Any, int]]:
+    """The host's guiders with three prompts, and how many they ask the model for."""
+    first, second, third = (host.conditioning("sd15", seed) for seed in (10, 11, 12))
+    yield (
+        extra(
+            "nodes_perpneg",
+            "PerpNegGuider",
+            model=model,
+            positive=first,
+            negative=second,
+            empty_conditioning=third,
+            cfg=7.0,
+            neg_scale=1.0,
+        ),
+        3,
+    )
+    for style in ("regular", "nested"):
+        yield (
+            extra(
+                "nodes_custom_sampler",
+                "DualCFGGuider",
+                model=model,
+                cond1=first,
+                cond2=second,
+                negative=third,
+                cfg_conds=7.0,
+                cfg_cond2_negative=3.0,
+                style=style,
+            ),
+            3,
+        )
+
+
+def run_guider(guider: Any) -> Tensor:
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 2)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    sampler = comfy.samplers.sampler_object("euler")
+    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
+
+
+@rows("PerpNegGuider, DualCFGGuider")
+def test_guiders_with_three_prompts(order: str) -> None:
+    model = guided(host.build_model("sd15"))
+    for guider, prompts in guiders(model):
+        with recording(model) as calls:
+            run_guider(guider)
+        assert {call.q.shape[0] for call in calls} == {prompts}
+        check_every_call("sd15", calls)
+
+
+@rows("PerpNegGuider, DualCFGGuider")
+def test_positive_only_with_guiders_of_three_prompts(order: str) -> None:
+    model = guided_positive(host.build_model("sd15"))
+    for guider, _ in guiders(model):
+        check_only_positive_is_guided(model, partial(run_guider, guider), host.conditioning("sd15", 10))
+
+
+@pytest.fixture
+def traceable_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's attention for CPUs asks for free memory in every call, which cannot be traced; that for GPUs can."""
+    for module in [module for path, module in sys.modules.items() if path.startswith("comfy.ldm.")]:
+        if hasattr(module, "optimized_attention"):
+            monkeypatch.setattr(module, "optimized_attention", host_attention.attention_pytorch)
+    torch.compiler.reset()
+
+
+def guided_at_first(model: Any) -> Any:
+    return guided(model, end_percent=0.1)
+
+
+def build_shallow(name: str) -> Any:
+    """With few attentions, because tracing them takes long."""
+    shallow: dict[str, Any] = {
+        "sd15": {
+            "channel_mult": [1],
+            "num_res_blocks": [1],
+            "transformer_depth": [1],
+            "transformer_depth_output": [1, 0],
+        },
+        "flux": {"depth": 1, "depth_single_blocks": 1},
+    }
+    class_name, config = host.CONFIGS[name]
+    return host.build(class_name, {**config, **shallow[name]})
+
+
+@pytest.mark.usefixtures("traceable_attention")
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        pytest.param(name, order, id=f"{name}-TorchCompileModel, {order}")
+        for name, order in (("flux", FIRST), ("wan-t2v", FIRST), ("sd15", LAST))
+    ],
+)
+def test_torch_compile(name: str, order: str, reports: list[str]) -> None:
+    """The same picture, with guidance in some steps only.
+
+    With the backend that only traces: what the others make of what it finds is theirs, and takes them minutes.
+    """
+    compiled = companions.by_node("nodes_torch_compile", "TorchCompileModel", backend="eager")
+    build = companions.build if name == "wan-t2v" else build_shallow
+    expected = companions.sample(guided_at_first(build(name)), name)
+    assert not torch.equal(expected, companions.sample(build(name), name))
+    model = in_order(order, build(name), compiled, guided_at_first)
+    assert torch.equal(companions.sample(model, name), expected)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    assert torch.equal(companions.sample(model, name), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew in the second run"
+    assert len(set(reports)) == 1
+    assert reports[0].endswith(" in 1 of 2 calls.")
+
+
+@rows("TorchCompileModel of newer ComfyUIs")
+@pytest.mark.usefixtures("traceable_attention")
+def test_torch_compile_that_does_not_look_at_patches(order: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It would run what it compiled in one call in all others, guided or not."""
+
+    def compiled(model: Any) -> Any:
+        model = model.clone()
+        options: Any = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
+        set_torch_compile_wrapper(model, backend="eager", options=options)
+        return model
+
+    expected = companions.sample(guided_at_first(companions.build("wan-t2v")), "wan-t2v")
+    model = in_order(order, companions.build("wan-t2v"), compiled, guided_at_first)
+    for _ in range(2):
+        assert torch.equal(companions.sample(model, "wan-t2v"), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert "the model calls in which GAG acts run uncompiled" in caplog.text
+
+
+@rows("batches split by memory")
+@pytest.mark.parametrize("apply_to", ["both", "positive"])
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_batches_split_by_memory(name: str, apply_to: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little memory the host runs the prompts one by one, each in its own length."""
+    # Mild settings: a network of random weights makes much of a rounding, all the more under strong guidance.
+    settings = {"guidance_scale": 1.0, "norm_threshold": 0.05, "norm_mode": "relative", "apply_to": apply_to}
+    (model,) = host.run_node("GAGuidanceAdvanced", model=host.build_model(name), **settings)
+    run: dict[str, Any] = {"batch": 2, "positive": host.conditioning(name, 10, 154)}
+    with recording(model) as calls:
+        together = host.sample(model, name, **run)
+    assert name == "flux" or {call.q.shape[0] for call in calls} == {4}
+    monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 2**60)
+    with recording(model) as calls:
+        apart = host.sample(model, name, **run)
+    assert {call.q.shape[0] for call in calls} == {2}
+    assert_close(apart, together, error=0.02 * float(together.abs().max()))
+    assert not torch.allclose(together, host.sample(host.build_model(name), name, **run), rtol=0.1)
+
+
+@rows("GAG twice")
+def test_guidance_twice(order: str, reports: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """Each in its range; where they overlap the later node acts, which is what both say."""
+    model = host.build_model("sd15")
+    caplog.set_level("INFO", logger="comfyui-gag")
+    early = guided(model, end_percent=0.6)
+    both = guided(early, preset="gentle", start_percent=0.4)
+    assert "Two GAG nodes on one model overlap: from 0.4 to 0.6 of the run the later one acts." in caplog.text
+    caplog.clear()
+    guided(guided(model, end_percent=0.4), start_percent=0.4)
+    assert "Two GAG nodes" not in caplog.text
+
+    steps: dict[Any, dict[int, Tensor]] = {}
+    for name, patched in (("both", both), ("early", early), ("late", guided(model, preset="gentle"))):
+        seen = steps.setdefault(name, {})
+        host.sample(patched, "sd15", steps=10, callback=lambda i, x0, *_, seen=seen: seen.update({i: x0.clone()}))
+    assert torch.equal(steps["both"][0], steps["early"][0])
+    first, second = reports[:2]
+    assert first == "Guided 6 of 6 attentions in 4 of 10 calls. In 2 a later GAG node acted."
+    assert second == "Guided 6 of 6 attentions in 6 of 10 calls."

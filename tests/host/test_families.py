@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,15 +12,34 @@ import torch
 import host_process as host
 import reference
 from recorder import Call, recording
-from transformers_of_host import TRANSFORMERS, Tiny
+from tiny import Tiny
+from transformers_of_host import TRANSFORMERS
 
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 PAPER = GuidanceConfig()
 TOKENS = 12
 JOINT = [name for name, tiny in TRANSFORMERS.items() if tiny.text_first is not None]
-# The host lets no node wrap the blocks of these.
-BLOCKS_NOT_WRAPPED = ("lumina2", "z-image", "cosmos-predict2")
 every_transformer = pytest.mark.parametrize("name", TRANSFORMERS)
+
+
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {},
+    "sdxl": {},
+    "SD20": {"use_linear_in_transformer": True},
+    "SDXLRefiner": {"num_classes": "sequential", "adm_in_channels": 2560},
+    "SSD1B": {"num_classes": "sequential", "adm_in_channels": 2816, "transformer_depth_middle": -1},
+    "KOALA_700M": {"num_classes": "sequential", "adm_in_channels": 2816, "transformer_depth_middle": -2},
+}
+_SD15 = {**host.CONFIGS["sd15"][1], "model_channels": 64}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def families_in_the_results(record_testsuite_property: Any) -> None:
+    """The report says which family a model belongs to, for dev/pages.py."""
+    for name in UNETS:
+        record_testsuite_property(f"family of {name}", "unet")
+    for name, tiny in TRANSFORMERS.items():
+        record_testsuite_property(f"family of {name}", tiny.family)
 
 
 def guided(model: Any, **settings: Any) -> Any:
@@ -30,7 +50,7 @@ def guided(model: Any, **settings: Any) -> Any:
 def reads_text(tiny: Tiny, call: Call) -> bool:
     """Told from the shapes and the module, not from what the patch thinks."""
     if tiny.text_first is None:
-        return call.module.endswith(tiny.text_modules) and call.k.shape[2] == TOKENS
+        return re.search(f"{tiny.text_modules}$", call.module) is not None and call.k.shape[2] == TOKENS
     if "refiner" in call.module:
         return False  # text and image apart
     return call.k.shape[2] > tiny.image_tokens()
@@ -79,23 +99,37 @@ def test_off_is_bit_identical_to_no_node(name: str) -> None:
 
 @pytest.mark.parametrize("name", JOINT)
 def test_the_text_slice_is_what_the_prompt_changes(name: str) -> None:
-    """Another prompt changes just the keys of the slice in the first block, other noise just the keys outside."""
+    """Another prompt changes just the keys of the slice in the first block, other noise just the keys outside.
+
+    One token alone changes one key, or, where refiners come before the first block, keys of its own stream.
+    """
     tiny = TRANSFORMERS[name]
     model = tiny.build()
 
-    def first_keys(**inputs: int) -> torch.Tensor:
+    def first_keys(**inputs: Any) -> torch.Tensor:
         with recording(model) as calls:
             tiny.sample(model, tokens=TOKENS, **inputs)
         return next(call.k for call in calls if reads_text(tiny, call))
 
     keys = first_keys()
+
+    def changed_by(**inputs: Any) -> torch.Tensor:
+        return (first_keys(**inputs) != keys).any(dim=(0, 1, 3))
+
     text = torch.zeros(keys.shape[2], dtype=torch.bool)
     text[tiny.words(keys.shape[2], TOKENS)] = True
-    by_prompt = (first_keys(prompt=20) != keys).any(dim=(0, 1, 3))
-    by_noise = (first_keys(seed=2) != keys).any(dim=(0, 1, 3))
-    assert torch.equal(by_prompt, text)
+    whole = torch.ones_like(text)
+    assert torch.equal(changed_by(prompt=20), whole if tiny.prompt_modulates else text)
+    by_noise = changed_by(seed=2)
     assert not (by_noise & text).any()
     assert int(by_noise.sum()) == tiny.image_tokens()
+    by_patch = changed_by(other_patch=True)
+    assert not (by_patch & ~by_noise).any()
+    assert int(by_patch.sum()) in (1, tiny.image_tokens())
+    by_token = changed_by(other_token=True)
+    if not tiny.prompt_modulates:
+        assert not (by_token & ~text).any()
+        assert int(by_token.sum()) in (1, TOKENS, int(text.sum()))
 
 
 @every_transformer
@@ -130,7 +164,7 @@ def test_one_block_by_number(name: str) -> None:
     assert len(changed) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSFORMERS if name not in BLOCKS_NOT_WRAPPED])
+@pytest.mark.parametrize("name", [name for name, tiny in TRANSFORMERS.items() if tiny.wrapped])
 def test_beside_another_nodes_block_replacement(name: str) -> None:
     """A node that wraps the same blocks runs as it would alone, around or inside of ours, in both orders."""
     tiny = TRANSFORMERS[name]
@@ -180,3 +214,32 @@ def test_beside_an_attention_override(name: str) -> None:
 def halved(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Stands for a node that replaces attention: recognisable in its results."""
     return 0.5 * function(*args, **kwargs)
+
+
+@every_transformer
+def test_belongs_to_its_family(name: str) -> None:
+    tiny = TRANSFORMERS[name]
+    family, blocks = host.pack_module("nodes.families").family_of(tiny.build())
+    assert family.name == tiny.family
+    assert sum(map(len, blocks.values())) == tiny.guided
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unets_are_guided_in_their_text_cross_attention(name: str) -> None:
+    model = host.build_model(name) if name in host.CONFIGS else host.build(name, {**_SD15, **UNETS[name]})
+    prompt = host.conditioning("sdxl", 3, tokens=11)
+    model = guided(model)
+    with recording(model) as calls:
+        host.sample(model, "sd15", positive=prompt, negative=prompt)
+    guided_calls = 0
+    for call in calls:
+        if call.module.endswith("attn2") and "middle" not in call.module:
+            call.check(reference.guided_attention(call.q, call.k, call.v, PAPER), PAPER.guidance_scale)
+            guided_calls += 1
+        else:
+            call.check_plain()
+    assert guided_calls == 2 * sum("attn2" in name and name.endswith("to_q") for name in _down_and_up(model))
+
+
+def _down_and_up(model: Any) -> list[str]:
+    return [name for name, _ in model.model.diffusion_model.named_modules() if not name.startswith("middle")]

@@ -76,21 +76,15 @@ def test_refuses_an_unknown_preset() -> None:
 
 
 def _unreached() -> Any:
-    """A model that today has no family of ours."""
-    return host.build("GenmoMochi", {
-        "image_model": "mochi_preview", "depth": 1, "patch_size": 2, "num_heads": 2, "hidden_size_x": 32,
-        "hidden_size_y": 16, "mlp_ratio_x": 384.0, "mlp_ratio_y": 1.0, "in_channels": 12, "qk_norm": True,
-        "qkv_bias": False, "out_bias": True, "attn_drop": 0.0, "patch_embed_bias": True, "posenc_preserve_area": True,
-        "timestep_mlp_bias": True, "attend_to_padding": False, "timestep_scale": 1000.0, "use_t5": True,
-        "t5_feat_dim": 64, "t5_token_length": 16, "rope_theta": 10000.0,
+    """A model that has no family of ours: text, picture and the image itself are read in one and the same attention."""
+    return host.build("Stable_Cascade_C", {
+        "stable_cascade_stage": "c", "c_hidden": [32, 32], "nhead": [2, 2], "blocks": [[1, 1], [1, 1]], "c_cond": 32,
     })  # fmt: skip
 
 
 @pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced"])
 def test_refuses_a_family_it_cannot_reach(node_id: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"GAG cannot reach a text attention in AsymmDiTJoint \(GenmoMochi\)"
-    ) as raised:
+    with pytest.raises(ValueError, match=r"GAG cannot reach a text attention in StageC \(StableCascade_C\)") as raised:
         host.run_node(node_id, model=_unreached())
     for title in ("SD1.x", "SDXL", "Flux.1", "Wan 2.1"):
         assert title in str(raised.value)
@@ -112,7 +106,7 @@ def test_refuses_a_unet_that_reads_a_picture() -> None:
         "video_kernel_size": [3, 1, 1],
     }
     model = host.build("SVD_img2vid", config)
-    with pytest.raises(ValueError, match=r"SVD_img2vid is conditioned on a picture and not on text"):
+    with pytest.raises(ValueError, match=r"cannot guide SVD_img2vid: it is conditioned on a picture and not on text"):
         host.run_node("GAGuidance", model=model)
 
 

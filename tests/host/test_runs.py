@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import gc
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 from typing import Any
 
-import comfy.cldm.cldm
-import comfy.controlnet
-import comfy.lora
 import comfy.model_management
-import comfy.ops
-import comfy.sd
 import pytest
 import torch
 from torch import Tensor
 
+import companions
 import host_process as host
 import reference
 from recorder import recording
 from tolerances import assert_close
+from transformers_of_host import TRANSFORMERS
 
 FAMILIES = ["sd15", "sdxl", "flux", "flux-schnell"]
 
@@ -113,73 +113,6 @@ def test_image_to_image_with_a_noise_mask(name: str) -> None:
     assert torch.allclose(out[..., :4], latent[..., :4], atol=1e-4)
 
 
-def test_two_area_conditionings_of_different_sizes() -> None:
-    model = host.build_model("sd15")
-    left = host.conditioning("sd15", 10, 77, area=(8, 4, 0, 0), strength=1.0, set_area_to_bounds=False)
-    right = host.conditioning("sd15", 12, 154, area=(6, 6, 2, 2), strength=1.0, set_area_to_bounds=False)
-    plain = host.sample(model, "sd15", positive=left + right)
-    check_guided(host.sample(guided(model), "sd15", positive=left + right), plain)
-
-
-def control_net() -> Any:
-    """A tiny ControlNet of the host's own class for the tiny SD1.5, with seeded weights."""
-    config = dict(host.CONFIGS["sd15"][1])
-    for key in ("out_channels", "transformer_depth_output", "use_temporal_attention", "use_temporal_resblock"):
-        config.pop(key)
-    net = comfy.cldm.cldm.ControlNet(
-        **config, num_heads=8, hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init
-    )
-    host.fill(net, seed=4)
-    wrapped = comfy.controlnet.ControlNet(
-        net, load_device=torch.device("cpu"), manual_cast_dtype=None, latent_format=None
-    )
-    hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    wrapped.set_cond_hint(hint, 1.0, (0.0, 1.0))
-    return wrapped
-
-
-def test_controlnet_works_and_is_not_guided_itself() -> None:
-    model = host.build_model("sd15")
-    net = control_net()
-    positive = host.conditioning("sd15", 10, 77, control=net, control_apply_to_uncond=True)
-    without_control = host.sample(guided(model), "sd15")
-    plain = host.sample(model, "sd15", positive=positive)
-    patched = guided(model)
-    with recording(patched, net.control_model) as calls:
-        out = host.sample(patched, "sd15", positive=positive)
-    check_guided(out, plain)
-    assert not torch.equal(out, without_control)
-    own = [call for call in calls if call.module.startswith("ControlNet.")]
-    assert own
-    for call in own:
-        call.check_plain()
-
-
-@pytest.mark.parametrize("guided_first", [True, False])
-def test_lora_before_and_after(guided_first: bool) -> None:
-    model = host.build_model("sd15")
-    keys = comfy.lora.model_lora_keys_unet(model.model)
-    weights = model.model.state_dict()
-    generator = torch.Generator().manual_seed(6)
-    lora = {}
-    for name, key in keys.items():
-        if isinstance(key, str) and name.startswith("lora_unet_") and key.endswith("attn2.to_k.weight"):
-            rows, columns = weights[key].shape
-            lora[f"{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator)
-            lora[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator) * 0.2
-    assert lora
-
-    def with_lora(target: Any) -> Any:
-        return comfy.sd.load_lora_for_models(target, None, lora, 1.0, 0.0)[0]
-
-    both = with_lora(guided(model)) if guided_first else guided(with_lora(model))
-    out = host.sample(both, "sd15")
-    check_guided(out, host.sample(with_lora(model), "sd15"))
-    assert not torch.equal(out, host.sample(guided(model), "sd15"))
-    other = guided(with_lora(model)) if guided_first else with_lora(guided(model))
-    assert torch.equal(out, host.sample(other, "sd15"))
-
-
 def test_two_models_patched_differently_in_one_graph() -> None:
     sd15, flux = host.build_model("sd15"), host.build_model("flux")
     strong, weak = guided(sd15, preset="paper"), guided(sd15, strength=0.3)
@@ -207,7 +140,10 @@ class StopHereError(Exception):
     """Raised by a test in the middle of a run."""
 
 
-@pytest.mark.parametrize("error", [StopHereError, comfy.model_management.InterruptProcessingException])
+ERRORS = [StopHereError, comfy.model_management.InterruptProcessingException]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_a_run_after_an_error_or_interrupt_equals_a_fresh_one(name: str, error: type[BaseException]) -> None:
     model = host.build_model(name)
@@ -225,33 +161,96 @@ def test_a_run_after_an_error_or_interrupt_equals_a_fresh_one(name: str, error: 
     assert torch.equal(host.sample(model, name, steps=3), plain)
 
 
-def test_an_error_in_the_middle_of_an_attention_leaves_nothing() -> None:
-    model = host.build_model("sd15")
-    patched = guided(model)
-    fresh = host.sample(patched, "sd15")
+# One of each way to find the text: attn2, wrapped blocks, a module of its own, a stream that is measured.
+PATCHES = ["sd15", "flux", "wan-t2v", "mochi"]
+
+
+def hooks_in(model: Any) -> int:
+    modules = model.model.diffusion_model.modules()
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("name", PATCHES)
+def test_an_error_in_the_middle_of_a_model_call_leaves_nothing(name: str, error: type[BaseException]) -> None:
+    patched = guided(companions.build(name))
+    fresh = companions.sample(patched, name)
+    calls = []
+
+    def fails(function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(hooks_in(patched))
+        if len(calls) == 3:
+            raise error
+        out: Tensor = function(*args, **kwargs)
+        return out
+
     broken = patched.clone()
-    calls = [0]
-
-    def fails(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        calls[0] += 1
-        if calls[0] == 3:
-            raise StopHereError
-        return query, key, value
-
-    broken.set_model_attn2_patch(fails)
-    with pytest.raises(StopHereError):
-        host.sample(broken, "sd15")
-    assert torch.equal(host.sample(patched, "sd15"), fresh)
+    broken.model_options["transformer_options"]["optimized_attention_override"] = fails
+    with pytest.raises(error):
+        companions.sample(broken, name)
+    assert bool(calls[-1]) == (name in ("wan-t2v", "mochi"))
+    assert hooks_in(patched) == 0
+    assert torch.equal(companions.sample(patched, name), fresh)
 
 
-def test_nothing_of_a_run_outlives_it() -> None:
+def test_hooks_that_cannot_all_be_set_leave_none() -> None:
+    """Another node took a block out that is to be guided."""
+    patched = guided(companions.build("wan-t2v"))
+    network = patched.model.diffusion_model
+    network.blocks = network.blocks[:1]
+    with pytest.raises(KeyError):
+        companions.sample(patched, "wan-t2v")
+    assert hooks_in(patched) == 0
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_two_copies_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the host's multi-GPU has it: the prompts of a step go to copies of the model, each in a thread of its own."""
+    model, other = guided(companions.build(name)), companions.build(name)
+    other.wrappers, other.model_options, other.model.current_patcher = model.wrappers, model.model_options, other
+    run = TRANSFORMERS[name].sample if name in TRANSFORMERS else partial(host.sample, name=name)
+    together = Barrier(2, timeout=60)
+    said: list[str] = []
+    monkeypatch.setattr(host.pack_module("nodes.run"), "show_on_node", lambda text, _: said.append(text))
+
+    def by_prompt(apply_model: Any, args: dict[str, Any]) -> Tensor:
+        assert len(args["cond_or_uncond"]) == 2
+
+        def part(number: int) -> Tensor:
+            rows = slice(number, number + 1)
+            inputs = {key: value[rows] if torch.is_tensor(value) else value for key, value in args["c"].items()}
+            options = dict(args["c"]["transformer_options"])
+            for key in ("cond_or_uncond", "uuids"):
+                options[key] = options[key][rows]
+            inputs["transformer_options"] = options
+            together.wait()
+            with torch.no_grad():
+                out: Tensor = (apply_model, other.model.apply_model)[number](
+                    args["input"][rows], args["timestep"][rows], **inputs
+                )
+            return out
+
+        with ThreadPoolExecutor(2) as pool:
+            return torch.cat(list(pool.map(part, range(2))))
+
+    spread = model.clone()
+    spread.set_model_unet_function_wrapper(by_prompt)
+    out = run(model=spread, cfg=4.0)
+    monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 2**60)  # one prompt at a time
+    assert torch.equal(out, run(model=model, cfg=4.0))
+    assert said[0] == said[1]
+    assert said[0].endswith(" in 4 of 4 calls.")
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_nothing_of_a_run_outlives_it(name: str) -> None:
     """Neither the model's options nor a cycle of references keeps what a run or a model call made."""
-    patched = guided(host.build_model("sd15"))
+    patched = guided(companions.build(name))
     gc.collect()
     gc.disable()
     try:
-        host.sample(patched, "sd15")
-        names = ("Run", "GuidedUNet", "TextCrossAttention", "AttentionCall")
+        companions.sample(patched, name)
+        names = ("Run", "GuidedUNet", "GuidedBlocks", "TextCrossAttention", "AttentionCall")
         left = [type(o).__name__ for o in gc.get_objects() if type(o).__name__ in names]
     finally:
         gc.enable()
@@ -293,6 +292,12 @@ def test_says_why_nothing_was_guided_when_blocks_are_replaced(caplog: pytest.Log
             model.set_model_patch_replace(lambda args, _: args, "dit", part, number)
     host.sample(model, "flux", cfg=1.0)
     assert "none of the chosen attentions ran" in messages(caplog)
+
+
+def test_says_that_there_is_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    prompt = host.conditioning("sd15", 10, tokens=0)
+    host.sample(guided(host.build_model("sd15")), "sd15", positive=prompt, negative=prompt)
+    assert "GAG guided nothing in this run: no model call had a single token of text." in messages(caplog)
 
 
 def test_says_that_strength_0_is_off(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,8 @@ because its folder ``nodes`` would hide the host's module of that name.
 from __future__ import annotations
 
 import asyncio
+import importlib
+import inspect
 import sys
 from typing import Any
 
@@ -32,6 +34,14 @@ from torch import Tensor  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402
 
+
+def version_of(text: str) -> tuple[int, ...]:
+    """A release's number, to be compared."""
+    return tuple(int(part) for part in text.split("."))
+
+
+VERSION: str = importlib.import_module("comfyui_version").__version__
+
 # The models are so small that threads cost more than they bring, by far so on a busy machine.
 torch.set_num_threads(1)
 
@@ -52,6 +62,13 @@ def run_node(node_id: str, **inputs: Any) -> tuple[Any, ...]:
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
     output: tuple[Any, ...] = node.execute(**{**defaults, **inputs}).result
     return output
+
+
+def known(target: str, **settings: Any) -> dict[str, Any]:
+    """Those of a configuration's settings that a class of the host knows; later hosts have more of them."""
+    module, _, name = target.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    return {key: value for key, value in settings.items() if key in parameters}
 
 
 _UNET = {
@@ -82,6 +99,7 @@ _FLUX = {
     "depth": 2,
     "depth_single_blocks": 3,
     "guidance_embed": True,
+    **known("comfy.ldm.flux.model.FluxParams", txt_ids_dims=[]),
 }
 # The smallest configurations of the host's own classes that have every kind of block.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -126,10 +144,17 @@ def build_model(name: str, seed: int = 0) -> Any:
     return build(*CONFIGS[name], seed)
 
 
-def build(class_name: str, config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """The same of any of the host's supported models, any configuration and dtype."""
+def build(
+    class_name: str,
+    config: dict[str, Any],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    computed_in: torch.dtype | None = None,
+) -> Any:
+    """The same of any of the host's supported models, with any configuration and weights of any dtype."""
     configured = getattr(supported, class_name)(dict(config))
-    configured.set_inference_dtype(dtype, None)
+    configured.unet_config.update(config)  # over the sizes that some of them fix
+    configured.set_inference_dtype(dtype, computed_in)
     model = configured.get_model({}, "")
     fill(model.diffusion_model, seed)
     model.eval()

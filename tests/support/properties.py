@@ -3,14 +3,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import cases
 
 PROPERTY = settings(
     max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+def examples(number: int) -> settings:
+    """The same settings with another number of examples."""
+    return settings(PROPERTY, max_examples=number)
+
 
 SEEDS = st.integers(0, 10_000)
 STDS = st.sampled_from([0.01, 0.3, 1.0, 3.0, 10.0, 30.0])
@@ -23,3 +35,147 @@ SHAPES = st.builds(
     keys=st.integers(1, 40),
     dim=st.sampled_from([4, 8, 16, 40]),
 )
+
+# --- whole attention calls, for fuzzing ---------------------------------------------------------------------------
+
+FLOATS = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
+
+
+def _normal(x: Tensor, _: float) -> Tensor:
+    return x
+
+
+def _largest(x: Tensor, end: float) -> Tensor:
+    return x.sign() * end
+
+
+def _denormal(x: Tensor, _: float) -> Tensor:
+    return x.sign() * torch.finfo(x.dtype).smallest_normal / 4
+
+
+def _any_size(x: Tensor, end: float) -> Tensor:
+    """Every number of another size, over all of the range."""
+    reach = math.log10(end)
+    return (x.sign() * 10.0 ** (x.double() * reach / 2).clamp(-reach, reach)).to(x.dtype).clamp(-end, end)
+
+
+def _one_hot(x: Tensor, _: float) -> Tensor:
+    return (x == x.amax(-1, keepdim=True)).to(x.dtype) * 100
+
+
+# From normal numbers, and the end of the range, to the numbers of a tensor.
+VALUES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "normal": _normal,
+    "large": lambda x, end: (x * 1e4).clamp(-min(end, 6e4), min(end, 6e4)),
+    "zeros": lambda x, _: torch.zeros_like(x),
+    "ties": lambda x, _: torch.ones_like(x),
+    "one-hot": _one_hot,
+    "denormal": _denormal,
+    "any size": _any_size,
+    "largest": _largest,
+}
+TAME = ("normal", "zeros", "ties")
+
+
+def end_of(dtype: torch.dtype) -> float:
+    """The largest number of a dtype."""
+    return float(torch.finfo(dtype).max)
+
+
+def end_of_factors(dtype: torch.dtype) -> float:
+    """The largest query and key whose logits, of up to 16 products and twice that, can be told in the work dtype."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return min(end_of(dtype), end_of(wide) ** 0.5 / 16)
+
+
+# An axis that a broadcast repeats is one number seen many times: writing to it would show everywhere.
+FUZZ_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    **cases.LAYOUTS,
+    "expanded-batch": lambda x: x[:1].expand_as(x),
+    "expanded-heads": lambda x: x[:, :1].expand_as(x),
+    "expanded-tokens": lambda x: x[:, :, :1].expand_as(x),
+}
+
+
+def _all_masked(s: cases.Shape) -> Tensor:
+    return torch.zeros(1, 1, 1, s.keys, dtype=torch.bool)
+
+
+def _additive_largest(s: cases.Shape) -> Tensor:
+    """Half of either end of fp32's range, in the place of True and False: with the logits added they still fit."""
+    end = end_of(torch.float32) / 2
+    return torch.where(cases.bool_full(s), end, -end)
+
+
+FUZZ_MASKS: dict[str, Callable[[cases.Shape], Tensor]] = {
+    **cases.MASKS,
+    "all-masked": _all_masked,
+    "all-masked-additive": lambda s: torch.full((s.queries, s.keys), -math.inf),
+    "additive-one-number": lambda s: torch.tensor(3.0),
+    "additive-largest": _additive_largest,
+}
+# Beside the ends of the range a half-precision attention forgets its logits sooner than the reference does.
+TAME_MASKS = tuple(mask for mask in FUZZ_MASKS if mask != "additive-largest")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tensors of one attention call, and what they are made of."""
+
+    shape: cases.Shape
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    base: Tensor | None
+    mask: Tensor | None
+    scale: float | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the call is given."""
+        return [t for t in (self.q, self.k, self.v, self.base, self.mask) if t is not None]
+
+
+@st.composite
+def calls(
+    draw: st.DrawFn,
+    *,
+    dtypes: st.SearchStrategy[torch.dtype] = FLOATS,
+    values: tuple[str, ...] = tuple(VALUES),
+    joint: bool = False,
+    queries: int = 0,
+    masks: tuple[str, ...] = tuple(FUZZ_MASKS),
+) -> Call:
+    """Any attention call of finite numbers; ``joint`` has as many queries as keys, ``queries`` is the least of them.
+
+    Queries and keys go as far as their logits can be told in the work dtype, all else to the end of its dtype. One
+    exception: torch's own attention, which gives the joint output, adds values up before it divides.
+    """
+    tokens = draw(st.integers(2 if joint else 1, 12))
+    shape = cases.Shape(
+        batch=draw(st.integers(1, 3)),
+        heads=draw(st.integers(1, 3)),
+        queries=tokens if joint else draw(st.integers(queries, 9)),
+        keys=tokens,
+        dim=draw(st.sampled_from([1, 3, 8, 16])),
+    )
+    width = shape.dim if joint else draw(st.sampled_from([shape.dim, 1, 5]))
+    dtype = draw(dtypes)
+    seed = draw(SEEDS)
+
+    def tensor(number: int, tokens: int, dim: int, end: float) -> Tensor:
+        normal = cases.random(shape.batch, shape.heads, tokens, dim, seed=seed + number, std=1.5, dtype=dtype)
+        made = VALUES[draw(st.sampled_from(values))](normal, end)
+        return FUZZ_LAYOUTS[draw(st.sampled_from(list(FUZZ_LAYOUTS)))](made) if tokens else made
+
+    mask = draw(st.none() | st.sampled_from(masks))
+    factors, end = end_of_factors(dtype), end_of(dtype)
+    return Call(
+        shape,
+        tensor(0, shape.queries, shape.dim, factors),
+        tensor(1, shape.keys, shape.dim, factors),
+        tensor(2, shape.keys, width, end / 16 if joint else end),
+        tensor(3, shape.queries, width, end) if draw(st.booleans()) else None,
+        None if mask is None else FUZZ_MASKS[mask](shape),
+        draw(st.none() | st.sampled_from([0.0, 1e-3, 1.0, -2.0])),
+    )

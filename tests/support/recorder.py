@@ -20,6 +20,7 @@ _NAMED = {
     *("CrossAttention", "DoubleStreamBlock", "SingleStreamBlock", "ChromaDoubleStreamBlock", "ChromaSingleStreamBlock"),
     *("JointBlock", "MMDiTBlock", "DiTBlock", "QwenImageTransformerBlock", "TokenRefinerBlock"),
     *("WanSelfAttention", "WanT2VCrossAttention", "WanI2VCrossAttention", "JointTransformerBlock", "Attention"),
+    *("AsymmetricAttention", "HiDreamAttention", "VideoAttn", "SelfAttention", "BooguJointAttention", "JointAttention"),
 }
 
 
@@ -65,7 +66,10 @@ def recording(*models: Any) -> Iterator[list[Call]]:
             out = original(q, k, v, heads, mask=mask, **kwargs)
             separate = kwargs.get("skip_reshape", False)
             q, k, v = (t.clone() if separate else _split(t, heads).clone() for t in (q, k, v))
-            calls.append(Call(running[0], q, k, v, mask, _split(out, heads).clone()))
+            if kwargs.get("enable_gqa", False):
+                k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+            seen = out if kwargs.get("skip_output_reshape", False) else _split(out, heads)
+            calls.append(Call(running[0], q, k, v, mask, seen.clone()))
             return out
 
         return attention

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The device that a benchmark runs on: choosing it, describing it, waiting for it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that :func:`use` reads."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument(
+        "--threads", type=positive, help="CPU threads of torch; 1 gives steady ratios on a busy machine"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, not {text}")
+    return int(text)
+
+
+def use(parser: argparse.ArgumentParser, options: argparse.Namespace) -> torch.device:
+    """The device asked for, made the current one; ends the program in words if there is no such device."""
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, not {options.device}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            parser.error(f"--device {options.device}: this torch sees {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device.index or 0)
+    return device
+
+
+def about(device: torch.device) -> dict[str, object]:
+    """What the numbers depend on beside the settings."""
+    on_gpu = device.type == "cuda"
+    has_triton = importlib.util.find_spec("triton") is not None
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if has_triton else "none",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def in_words(settings: dict[str, object]) -> str:
+    """Settings on one line."""
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

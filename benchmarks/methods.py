@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The ways to compute an attention that the benchmark compares, and the same in fp64 to measure their errors by.
+
+All but plain attention are the public functions of ``gag_core``, with another implementation of the guidance put into
+the one place that picks it. So the checks, the output's layout and a joint attention are the same for all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import gag_core
+from gag_core import attention as picks
+from gag_core import eager, fused
+
+CONFIG = gag_core.GuidanceConfig()
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Entmax = Callable[[Tensor], Tensor]
+Guide = Callable[..., None]  # the arguments of gag_core.eager.guide; joint_lse may be missing
+Swap = tuple[ModuleType, str, Callable[..., object]]
+
+
+class Method(NamedTuple):
+    """One way. ``swaps`` gives what to put in whose place, made anew for each shape."""
+
+    name: str
+    about: str
+    swaps: Callable[[], list[Swap]] = list
+    plain: bool = False
+
+    def attention(self, text: int) -> Attention:
+        """Attention of q, k and v; with text, joint attention of a sequence that begins with so many text tokens."""
+        if self.plain:
+            return torch.nn.functional.scaled_dot_product_attention
+
+        def guided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if text:
+                return gag_core.guided_joint_attention(q, k, v, slice(0, text), CONFIG)
+            return gag_core.guided_attention(q, k, v, CONFIG)
+
+        return guided
+
+
+@contextmanager
+def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
+    """Calls inside find other functions."""
+    with ExitStack() as stack:
+        for module, name, function in swaps:
+            stack.enter_context(mock.patch.object(module, name, function))
+        yield
+
+
+def guided_by(guide: Guide) -> Callable[[], list[Swap]]:
+    """The guidance by this function in the place of what ``gag_core`` picks."""
+    return lambda: [(picks, "_guide", guide)]
+
+
+def compiled() -> list[Swap]:
+    """The plain path whose work on one chunk of queries is compiled; compiling the loop over all takes far longer."""
+    torch.compiler.reset()  # or it gives up after some shapes
+    parts: list[Swap] = [
+        (eager, name, torch.compile(getattr(eager, name), dynamic=False)) for name in ("retrieve", "correction")
+    ]
+    return [*guided_by(_eager_guide)(), *parts]
+
+
+def all_at_once(entmax: Entmax) -> Guide:
+    """Guidance as other packs compute it: all logits at once, both weight matrices, two products."""
+
+    def guide(
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: gag_core.GuidanceConfig,
+        *,
+        base: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        joint_lse: Tensor | None = None,
+    ) -> None:
+        assert mask is None, "the benchmark has no masks"
+        logits = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
+        dense_weights = logits.softmax(dim=-1)
+        sparse_weights = entmax(logits)
+        dense = torch.matmul(dense_weights, v.float())
+        sparse = torch.matmul(sparse_weights, v.float())
+        guided = gag_core.combine(sparse, dense, config)
+        if base is not None and joint_lse is not None:
+            mass = (logits.logsumexp(dim=-1) - joint_lse).exp().unsqueeze(-1)
+            guided = base + mass * (guided - dense)
+        out.copy_(guided)
+
+    return guide
+
+
+def sort_based_entmax15(logits: Tensor) -> Tensor:
+    """1.5-entmax of the last axis from sorted rows (Peters et al. 2019, arXiv 1905.05702). ``[..., n] -> [..., n]``."""
+    x = (logits - logits.amax(dim=-1, keepdim=True)) / 2
+    ordered, _ = torch.sort(x, dim=-1, descending=True)
+    count = torch.arange(1, x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    mean = ordered.cumsum(-1) / count
+    mean_of_squares = (ordered**2).cumsum(-1) / count
+    # The threshold of the k largest entries, for every k; k variance above 1 has none and is clamped.
+    missing = (1 - count * (mean_of_squares - mean**2)) / count
+    threshold = mean - missing.clamp(min=0).sqrt()
+    support = (threshold <= ordered).sum(dim=-1, keepdim=True)
+    return (x - threshold.gather(-1, support - 1)).clamp(min=0) ** 2
+
+
+def package_entmax15(logits: Tensor) -> Tensor:
+    """The same by the package ``entmax`` of its inventors."""
+    weights: Tensor = importlib.import_module("entmax").entmax15(logits, dim=-1)
+    return weights
+
+
+SDPA = Method("SDPA", "torch's scaled_dot_product_attention, no guidance", plain=True)
+FUSED = Method("fused", "gag_core's kernel, as gag_core picks it")
+_eager_guide = partial(eager.guide, joint_lse=None)
+EAGER = Method("eager", "gag_core's plain PyTorch path", guided_by(_eager_guide))
+COMPILED = Method("compiled", "the same, its work on each chunk of queries through torch.compile", compiled)
+SORT = Method(
+    "sort-based", "as other packs have it: all logits at once, rows sorted", guided_by(all_at_once(sort_based_entmax15))
+)
+PACKAGE = Method(
+    "entmax package", "the same with the weights from that package", guided_by(all_at_once(package_entmax15))
+)
+OURS = (FUSED, EAGER, COMPILED)
+
+
+def available(device: torch.device, dtype: torch.dtype, with_compiled: bool) -> tuple[list[Method], list[str]]:
+    """The methods that can run here, and why others cannot."""
+    methods, notes = [SDPA, EAGER, SORT], []
+    sample = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests; its times would mean nothing
+    if fused.takes(sample, sample, CONFIG) and not interpreted:
+        methods.insert(1, FUSED)
+    else:
+        notes.append(f"{FUSED.name}: its kernel does not run on {device} here")
+    if with_compiled:
+        methods.insert(methods.index(SORT), COMPILED)
+    else:
+        notes.append(f"{COMPILED.name}: only with --compiled")
+    if importlib.util.find_spec("entmax") is not None:
+        methods.append(PACKAGE)
+    else:
+        notes.append(f"{PACKAGE.name}: not installed (pip install entmax)")
+    return methods, notes
+
+
+def still_works(method: Method, q: Tensor, v: Tensor) -> bool:
+    """Whether a method that ran really ran: a kernel that failed leaves its place to the plain path."""
+    return method is not FUSED or fused.takes(q, v, CONFIG)
+
+
+class Exact(NamedTuple):
+    """Plain and guided attention in fp64."""
+
+    plain: Tensor
+    guided: Tensor
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, text: int = 0, rows: slice = slice(None)) -> Exact:
+    """Attention of some of the queries in fp64, by sorting and written out for the default settings.
+
+    ``text``: as in :meth:`Method.attention`.
+    """
+    q, k, v = q[:, :, rows].double(), k.double(), v.double()
+    logits = torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    plain = torch.matmul(logits.softmax(dim=-1), v)
+    if not text:
+        return Exact(plain, _extrapolated(logits, plain, v))
+    text_logits, text_values = logits[..., :text], v[:, :, :text]
+    dense = torch.matmul(text_logits.softmax(dim=-1), text_values)
+    mass = logits.softmax(dim=-1)[..., :text].sum(dim=-1, keepdim=True)
+    guided = plain + mass * (_extrapolated(text_logits, dense, text_values) - dense)
+    is_text = torch.arange(k.shape[2], device=q.device)[rows, None] < text
+    return Exact(plain, torch.where(is_text, plain, guided))
+
+
+def _extrapolated(logits: Tensor, dense: Tensor, v: Tensor) -> Tensor:
+    sparse = torch.matmul(sort_based_entmax15(logits), v)
+    along = ((sparse - dense) * sparse).sum(-1, keepdim=True) / (sparse * sparse).sum(-1, keepdim=True)
+    guidance = along * sparse
+    shrink = (CONFIG.norm_threshold / guidance.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_max(1.0)
+    return sparse + CONFIG.guidance_scale * shrink * guidance

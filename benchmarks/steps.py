@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whole sampling steps in the real ComfyUI, with the GAG node off and on.
+
+    python dev.py bench --steps [sd15] [sdxl] [flux]        or, alone: python benchmarks/steps.py --help
+
+The host's own model classes with random weights, its own sampler, and the pack's node as the host loaded it, at its
+default settings. Runs alternate, and a pair of them gives one ratio. The first step of a run, in which the host moves
+weights, is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import inspect
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import machine
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dev"))
+from comfy_host import ROOT, find_host
+
+
+class Model(NamedTuple):
+    """A model to build. ``narrow`` is what a CPU gets instead of it unless told otherwise."""
+
+    title: str
+    class_name: str
+    config: dict[str, Any]
+    narrow: dict[str, Any]
+    narrow_title: str
+    latent_channels: int
+    text: tuple[int, int]
+    pooled: int
+    cfg: float
+    size: int
+    dtype: str
+    most: float
+
+
+_UNET: dict[str, Any] = {
+    "use_checkpoint": False,
+    "image_size": 32,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "model_channels": 320,
+}
+MODELS = {
+    "sd15": Model(
+        "SD1.5",
+        "SD15",
+        {
+            **_UNET,
+            "adm_in_channels": None,
+            "context_dim": 768,
+            "num_heads": 8,
+            "num_res_blocks": [2, 2, 2, 2],
+            "channel_mult": [1, 2, 4, 4],
+            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_middle": 1,
+            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+            "use_linear_in_transformer": False,
+        },
+        {"model_channels": 160, "num_heads": 4},
+        "half as wide",
+        latent_channels=4,
+        text=(77, 768),
+        pooled=0,
+        cfg=7.0,
+        size=512,
+        dtype="float16",
+        most=1.02,
+    ),
+    "sdxl": Model(
+        "SDXL",
+        "SDXL",
+        {
+            **_UNET,
+            "num_classes": "sequential",
+            "adm_in_channels": 2816,
+            "context_dim": 2048,
+            "num_head_channels": 64,
+            "num_res_blocks": [2, 2, 2],
+            "channel_mult": [1, 2, 4],
+            "transformer_depth": [0, 0, 2, 2, 10, 10],
+            "transformer_depth_middle": 10,
+            "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+            "use_linear_in_transformer": True,
+        },
+        {"model_channels": 96},
+        "0.3 as wide",
+        latent_channels=4,
+        text=(77, 2048),
+        pooled=1280,
+        cfg=7.0,
+        size=1024,
+        dtype="float16",
+        most=1.02,
+    ),
+    # All blocks of a kind cost the same, so a few of them in Flux's proportion tell what a step of all would take.
+    "flux": Model(
+        "Flux (3 double and 6 single blocks of 19 and 38)",
+        "Flux",
+        {
+            "image_model": "flux",
+            "axes_dim": [16, 56, 56],
+            "num_heads": 24,
+            "mlp_ratio": 4.0,
+            "theta": 10000,
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": 2,
+            "qkv_bias": True,
+            "hidden_size": 3072,
+            "context_in_dim": 4096,
+            "vec_in_dim": 768,
+            "depth": 3,
+            "depth_single_blocks": 6,
+            "guidance_embed": True,
+        },
+        {"num_heads": 4, "hidden_size": 512},
+        "a sixth as wide",
+        latent_channels=16,
+        text=(512, 4096),
+        pooled=768,
+        cfg=1.0,
+        size=1024,
+        dtype="bfloat16",
+        most=1.04,
+    ),
+}
+
+
+def start_host(device: torch.device) -> None:
+    """Bring up ComfyUI in this process, and let it load the pack."""
+    host = str(find_host())
+    if host not in sys.path:
+        sys.path.insert(0, host)
+    importlib.import_module("comfy.options")  # its argument parsing stays off, so ours are left alone
+    cli_args = importlib.import_module("comfy.cli_args")
+    cli_args.args.cpu = device.type == "cpu"  # before comfy.model_management is imported, which looks for devices then
+    host_nodes = importlib.import_module("nodes")
+    if "GAGuidance" not in host_nodes.NODE_CLASS_MAPPINGS and not asyncio.run(host_nodes.load_custom_node(str(ROOT))):
+        raise RuntimeError("the host could not load the pack")
+
+
+def build(model: Model, narrow: bool, dtype: torch.dtype) -> Any:
+    """The model with random weights, as the host's loaders give it to a workflow."""
+    management = importlib.import_module("comfy.model_management")
+    patcher = importlib.import_module("comfy.model_patcher")
+    config = {**model.config, **(model.narrow if narrow else {})}
+    if model.class_name == "Flux":
+        parameters = inspect.signature(importlib.import_module("comfy.ldm.flux.model").FluxParams).parameters
+        config.update({"txt_ids_dims": []} if "txt_ids_dims" in parameters else {})  # later hosts want it
+    configured = getattr(importlib.import_module("comfy.supported_models"), model.class_name)(dict(config))
+    configured.unet_config.update(config)
+    configured.set_inference_dtype(dtype, None)
+    built = configured.get_model({}, "")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in built.diffusion_model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.fill_(0.5)  # the scales of norms and the biases
+    return patcher.ModelPatcher(
+        built.eval(), load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
+    )
+
+
+def guided(model: Any) -> Any:
+    """The model behind the pack's node at its default settings."""
+    node = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["GAGuidance"]
+    defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+    return node.execute(**{**defaults, "model": model}).result[0]
+
+
+def run(patcher: Any, model: Model, size: int, steps: int, device: torch.device) -> tuple[float, Tensor]:
+    """One run of the host's sampler: seconds per step, and the finished latent."""
+    host_sample = importlib.import_module("comfy.sample")
+    generator = torch.Generator().manual_seed(1)
+
+    def prompt() -> list[Any]:
+        extra = {"pooled_output": torch.randn(1, model.pooled, generator=generator)} if model.pooled else {}
+        return [[torch.randn(1, *model.text, generator=generator), extra]]
+
+    latent = torch.zeros(1, model.latent_channels, size // 8, size // 8)
+    ends: list[float] = []
+
+    def step_done(*_: object) -> None:
+        machine.wait(device)
+        ends.append(time.perf_counter())
+
+    noise = host_sample.prepare_noise(latent, 1)
+    result: Tensor = host_sample.sample(
+        patcher, noise, steps, model.cfg, "euler", "simple", prompt(), prompt(), latent,
+        callback=step_done, disable_pbar=True, seed=1,
+    )  # fmt: skip
+    if not torch.isfinite(result).all():
+        raise RuntimeError(f"{model.title} with these random weights gave no finite picture")
+    return (ends[-1] - ends[0]) / (len(ends) - 1), result
+
+
+@torch.inference_mode()
+def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Pairs of runs of one model."""
+    model = MODELS[name]
+    narrow = device.type == "cpu" and not options.full
+    dtype = options.dtype or ("float32" if device.type == "cpu" else model.dtype)
+    size = options.size or model.size
+    title = f"{model.title}{', ' + model.narrow_title if narrow else ''}, {size} px, {dtype}, CFG {model.cfg}"
+    print(f"building {title}", file=sys.stderr, flush=True)
+    off = build(model, narrow, machine.DTYPES[dtype])
+    on = guided(off)
+    runs: dict[str, list[float]] = {"off": [], "on": []}
+    pictures: dict[str, Tensor] = {}
+    for pair in range(-1, options.pairs):  # the first pair warms up
+        # Whoever goes second finds a warmer machine.
+        for which in ("off", "on") if pair % 2 == 0 else ("on", "off"):
+            patcher = off if which == "off" else on
+            taken, pictures[which] = run(patcher, model, size, options.steps, device)
+            if pair >= 0:
+                runs[which].append(taken)
+        if torch.equal(pictures["off"], pictures["on"]):
+            raise RuntimeError(f"the node changed nothing in {title}: nothing was measured")
+        print(f"  pair {pair + 1} of {options.pairs}", file=sys.stderr, flush=True)
+    ratios = [on_ / off_ for on_, off_ in zip(runs["on"], runs["off"], strict=True)]
+    ratio = statistics.median(ratios)
+    goal = None if device.type == "cpu" else model.most
+    return {
+        "model": name,
+        "title": title,
+        "off_ms": 1000 * statistics.median(runs["off"]),
+        "on_ms": 1000 * statistics.median(runs["on"]),
+        "ratio": ratio,
+        "ratios": ratios,
+        "limit": goal,
+        "met": None if goal is None else ratio <= goal,
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| whole sampling step | node off | node on | on : off | from - to | goal |",
+        "|---|---:|---:|---:|---|---|",
+    ]
+    for one in results:
+        goal = "" if one["limit"] is None else f"at most {one['limit']}: {'met' if one['met'] else 'missed'}"
+        lines.append(
+            f"| {one['title']} | {one['off_ms']:.1f} ms | {one['on_ms']:.1f} ms | {one['ratio']:.3f} "
+            f"| {min(one['ratios']):.3f} - {max(one['ratios']):.3f} | {goal} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    machine.add_options(parser)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["sd15"])
+    parser.add_argument("--dtype", choices=list(machine.DTYPES), help="default: float32 on a CPU, else the model's own")
+    parser.add_argument("--full", action="store_true", help="full width on a CPU too")
+    parser.add_argument("--size", type=machine.positive, help="pixels of each side (default: the model's own size)")
+    parser.add_argument("--steps", type=machine.positive, default=3, help="steps per run (default 3)")
+    parser.add_argument("--pairs", type=machine.positive, default=5, help="pairs of runs (default 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error("--steps must be at least 2: the first step is left out")
+    device = machine.use(parser, options)
+    start_host(device)
+    about = {**machine.about(device), "steps": options.steps, "pairs": options.pairs}
+    results = [measure(name, options, device) for name in options.models]
+    print(f"\n{machine.in_words(about)}\n\n{table(results)}")
+    if options.json:
+        text = json.dumps({"environment": about, "results": results}, indent=2, allow_nan=False)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

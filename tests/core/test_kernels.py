@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The Triton kernels in Triton's interpreter, against the fp64 reference; and who computes what.
+
+The interpreter runs the kernels' own code on the CPU, program by program. What it cannot show is speed, and whether a
+card's compiler takes them: see test_kernel_builds.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cases
+import reference
+from cases import LAYOUTS, MASKS, Shape, shape_id
+from gag_core import GuidanceConfig, eager, fused, guided_attention, guided_joint_attention
+from properties import SEEDS, examples
+from tolerances import SMALLEST_STEP
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton is published for Linux"),
+    # The interpreter computes in NumPy, which warns of every infinity that the kernels take care of.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Keys: one, a prompt, two and three prompts, a long one that is computed in several passes; each needs other tiles.
+SHAPES = [
+    Shape(1, 1, 3, 1, 32),
+    Shape(2, 2, 20, 77, 40),
+    Shape(1, 2, 70, 77, 64),
+    Shape(1, 1, 18, 154, 80),
+    Shape(1, 1, 17, 231, 96),
+    Shape(1, 1, 9, 77, 160),
+    Shape(1, 1, 5, 512, 128),
+    Shape(1, 1, 20, 700, 48),
+    Shape(1, 1, 4, 33, 256),
+]
+SMALL = Shape(2, 2, 14, 77, 32)
+LONG = Shape(1, 1, 14, 530, 32)
+CONFIGS = {
+    "paper": GuidanceConfig(),
+    "gentle": GuidanceConfig(guidance_scale=2.0, norm_mode="relative", norm_threshold=0.1),
+    "orthogonal": GuidanceConfig(orthogonal_scale=0.5, norm_threshold=2.0),
+    "no-cap": GuidanceConfig(norm_threshold=math.inf, norm_mode="relative", guidance_scale=-1.0),
+    "pladis": GuidanceConfig(rule="pladis", guidance_scale=2.0),
+    "sparsemax-half": GuidanceConfig(alpha=2.0, strength=0.5, guidance_scale=3.0),
+}
+# Goals of the kernels: fp32 close to fp64 relative to the output's norm, half precision close to torch's attention.
+FP32_ERROR = 2e-5
+# The interpreter cuts bf16 off where cards round it.
+HALF_ERROR = {torch.float16: 4.0, torch.bfloat16: 8.0}
+
+
+def by_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    *,
+    base: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    joint_lse: Tensor | None = None,
+) -> Tensor:
+    out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype)
+    mask = mask if mask is None else mask[(None,) * (4 - mask.ndim)]
+    fused._launch(out, q, k, v, config, base, mask, scale or q.shape[3] ** -0.5, joint_lse)
+    return out
+
+
+def assert_matches(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    *,
+    base: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> None:
+    result = by_kernel(q, k, v, config, base=base, mask=mask, scale=scale)
+    expected = reference.guided_attention(q, k, v, config, base=base, mask=mask, scale=scale)
+    assert torch.isfinite(result).all()
+    size = expected.norm()
+    error = (result.double() - expected).norm()
+    if q.dtype == torch.float32:
+        assert error <= FP32_ERROR * size
+        return
+    wide = [tensor.double() for tensor in (q, k, v)]
+    additive = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+    own = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=additive, scale=scale)
+    exact = reference.sparse_dense_attention(*wide, alpha=1.0, mask=mask, scale=scale)[1]
+    readable = torch.isfinite(own).all(dim=-1, keepdim=True)
+    own_error = torch.where(readable, own.double() - exact, 0.0).norm() / exact.norm()
+    assert error <= (HALF_ERROR[q.dtype] * own_error + SMALLEST_STEP[q.dtype]) * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_shapes_and_dtypes(shape: Shape, dtype: torch.dtype) -> None:
+    assert_matches(*cases.qkv(shape, dtype=dtype, std=1.0), CONFIGS["gentle"])
+
+
+@pytest.mark.parametrize("shape, with_base", [(SMALL, False), (SMALL, True), (LONG, True)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(name: str, with_base: bool, shape: Shape) -> None:
+    q, k, v = cases.qkv(shape)
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    assert_matches(q, k, v, CONFIGS[name], base=base)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str) -> None:
+    change = LAYOUTS[layout]
+    q, k, v = cases.qkv(SMALL)
+    assert_matches(change(q), change(k), change(v), CONFIGS["paper"])
+    out = change(torch.zeros_like(q))
+    fused._launch(out, q, k, v, CONFIGS["paper"], None, None, 0.2, None)
+    assert torch.equal(out, by_kernel(q, k, v, CONFIGS["paper"], scale=0.2))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str) -> None:
+    assert_matches(*cases.qkv(SMALL), CONFIGS["gentle"], mask=MASKS[name](SMALL))
+
+
+@pytest.mark.parametrize("name", ["bool-some-rows-empty", "additive-inf", "additive-lowest"])
+def test_masks_of_long_text(name: str) -> None:
+    assert_matches(*cases.qkv(LONG), CONFIGS["gentle"], mask=MASKS[name](LONG))
+
+
+def test_values_of_another_width() -> None:
+    q, k, _ = cases.qkv(SMALL)
+    v = cases.random(SMALL.batch, SMALL.heads, SMALL.keys, 20, seed=9)
+    assert_matches(q, k, v, CONFIGS["paper"])
+
+
+@pytest.mark.parametrize("shape", [SMALL, LONG], ids=["on-chip", "long"])
+@pytest.mark.parametrize("std", [0.01, 6.0, 30.0])
+def test_flat_and_peaked_logits(std: float, shape: Shape) -> None:
+    assert_matches(*cases.qkv(shape, std=std), CONFIGS["gentle"])
+
+
+def test_blocks_of_long_text_that_are_passed_over() -> None:
+    """All that can be read stands in one block of keys; the others lie far below the threshold."""
+    q, k, v = cases.qkv(LONG)
+    k[:, :, :256] *= 0.01
+    k[:, :, 300:] *= 0.01
+    assert_matches(q * 6, k, v, CONFIGS["paper"])
+
+
+@pytest.mark.parametrize("shape", [SMALL, LONG], ids=["on-chip", "long"])
+def test_the_text_part_of_a_joint_attention(shape: Shape) -> None:
+    q, k, v = cases.qkv(shape)
+    joint_lse = reference.attention_logits(q, k).logsumexp(-1) + cases.random(*q.shape[:3], seed=5).abs()
+    # A query whose share is more than all, by rounding, and one that reads nothing in the whole sequence.
+    joint_lse[..., 0] -= 5.0
+    mask = torch.ones(1, 1, shape.queries, 1, dtype=torch.bool)
+    mask[:, :, 1] = False
+    joint_lse[..., 1] = -math.inf
+    base = cases.random(*q.shape, seed=6)
+    result = by_kernel(q, k, v, CONFIGS["gentle"], base=base, mask=mask, joint_lse=joint_lse.float())
+    expected = torch.empty_like(result)
+    eager.guide(
+        expected,
+        *(q, k, v, CONFIGS["gentle"]),
+        base=base,
+        mask=mask,
+        scale=q.shape[3] ** -0.5,
+        joint_lse=joint_lse.float(),
+    )
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(result[:, :, 1], base[:, :, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["paper", "orthogonal", "pladis"])
+def test_extreme_values_stay_finite(name: str, dtype: torch.dtype) -> None:
+    q, k, v = cases.qkv(Shape(1, 1, 6, 40, 16), dtype=dtype)
+    config = dataclasses.replace(CONFIGS[name], guidance_scale=1e30, norm_threshold=math.inf)
+    v[..., ::2, :] *= torch.finfo(dtype).max / v.abs().max()
+    v[..., 1::2, :] *= torch.finfo(dtype).tiny
+    assert torch.isfinite(by_kernel(q * 8, k * 8, v / 64, config)).all()
+    assert torch.isfinite(by_kernel(q, k, torch.zeros_like(v), config)).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_query_that_is_not_finite_spoils_its_own_row_alone(bad: float) -> None:
+    q, k, v = cases.qkv(SMALL)
+    clean = by_kernel(q, k, v, CONFIGS["gentle"])
+    q[0, 1, 3, 2] = bad
+    result = by_kernel(q, k, v, CONFIGS["gentle"])
+    assert torch.isnan(result[0, 1, 3]).all()
+    result[0, 1, 3] = clean[0, 1, 3]
+    assert torch.equal(result, clean)
+
+
+@examples(25)
+@hypothesis.given(
+    SEEDS,
+    st.integers(1, 20),
+    st.integers(1, 130),
+    st.sampled_from([16, 24, 40, 72]),
+    st.sampled_from(DTYPES),
+    st.sampled_from(sorted(CONFIGS)),
+    st.booleans(),
+)
+def test_any_call(seed: int, queries: int, keys: int, dim: int, dtype: torch.dtype, name: str, masked: bool) -> None:
+    shape = Shape(1, 2, queries, keys, dim)
+    q, k, v = cases.qkv(shape, seed=seed, dtype=dtype, std=1.0)
+    mask = cases.cast_mask(cases.additive_bias(shape), dtype) if masked else None
+    result = by_kernel(q, k, v, CONFIGS[name], mask=mask)
+    expected = torch.empty_like(result)
+    eager.guide(expected, q, k, v, CONFIGS[name], base=None, mask=mask, scale=dim**-0.5, joint_lse=None)
+    limit = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 6e-2}[dtype]
+    assert (result - expected).double().norm() <= limit * expected.double().norm()
+
+
+# --- who computes what -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are chosen for CPU tensors as they are for a card's."""
+    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "_failed", set())
+    monkeypatch.setattr(fused, "_warned", set())
+
+
+def not_eager(*args: object, **kwargs: object) -> None:
+    raise AssertionError("the eager path ran")
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_the_public_functions_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = cases.qkv(SMALL)
+    j = cases.qkv(Shape(1, 2, 40, 40, 32))
+    expected = reference.guided_attention(q, k, v, CONFIGS["gentle"])
+    expected_joint = reference.guided_joint_attention(*j, slice(0, 13), CONFIGS["gentle"])
+    monkeypatch.setattr(eager, "guide", not_eager)
+    torch.testing.assert_close(guided_attention(q, k, v, CONFIGS["gentle"]).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        guided_joint_attention(*j, slice(0, 13), CONFIGS["gentle"]).double(), expected_joint, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("config", [GuidanceConfig(alpha=1.25), GuidanceConfig(merge_heads=True)], ids=str)
+def test_what_the_kernels_do_not_know_is_computed_without_them(
+    config: GuidanceConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = cases.qkv(SMALL)
+    monkeypatch.setattr(fused, "_launch", not_eager)
+    torch.testing.assert_close(
+        guided_attention(q, k, v, config).double(),
+        reference.guided_attention(q, k, v, config),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_a_cpu_is_not_given_the_kernels() -> None:
+    q, _, v = cases.qkv(SMALL)
+    assert not fused.takes(q, v, CONFIGS["paper"])
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_kernel_that_fails_is_named_once_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def broken(*args: object) -> None:
+        calls.append(args)
+        raise RuntimeError("ptxas died of\nold age")
+
+    q, k, v = cases.qkv(SMALL)
+    monkeypatch.setattr(fused, "_launch", broken)
+    with caplog.at_level(logging.WARNING):
+        results = [guided_attention(q, k, v, CONFIGS["paper"]) for _ in range(3)]
+        other = cases.qkv(Shape(1, 1, 4, 9, 16))
+        guided_attention(*other, CONFIGS["paper"])
+    monkeypatch.undo()
+    assert all(torch.equal(result, guided_attention(q, k, v, CONFIGS["paper"])) for result in results)
+    assert len(calls) == 2, "tried again after it failed, or not tried for other sizes"
+    [record] = caplog.records
+    assert "ptxas died of old age" in record.getMessage() and "cpu" in record.getMessage()
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    q, k, v = cases.qkv(SMALL)
+    monkeypatch.setattr(fused, "_launch", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        guided_attention(q, k, v, CONFIGS["paper"])
+    assert fused.takes(q, v, CONFIGS["paper"])
+
+
+@pytest.mark.parametrize(
+    "length, largest, widths",
+    [
+        (1, 64, [16]),
+        (40, 128, [32, 16]),
+        (77, 64, [64, 16]),
+        (96, 128, [64, 32]),
+        (154, 64, [64, 64, 32]),
+        (160, 128, [128, 32]),
+        (60, 64, [64]),
+        (512, 64, [64] * 8),
+    ],
+)
+def test_tiles(length: int, largest: int, widths: list[int]) -> None:
+    found = fused.tiles(length, largest)
+    assert [width for _, width in found] == widths
+    assert [first for first, _ in found] == [sum(widths[:i]) for i in range(len(widths))]

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The part of the benchmark command that samples with the real host runs, on the smallest pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import steps
+
+
+def test_whole_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The narrow SD1.5; the command itself refuses to report a node that changes nothing."""
+    file = tmp_path / "steps.json"
+    assert steps.main(["--size", "64", "--steps", "2", "--pairs", "1", "--threads", "1", "--json", str(file)]) == 0
+    (result,) = json.loads(file.read_text())["results"]
+    assert result["model"] == "sd15" and len(result["ratios"]) == 1
+    assert all(math.isfinite(result[key]) and result[key] > 0 for key in ("off_ms", "on_ms", "ratio"))
+    assert f"| {result['title']} |" in capsys.readouterr().out
+    assert "half as wide" in result["title"]
+
+
+def test_one_step_is_too_few(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        steps.main(["--steps", "1"])
+    assert "at least 2" in capsys.readouterr().err

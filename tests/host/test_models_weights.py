@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Models as users have them: half and 8-bit weights, kept partly away from the device, and several taking turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_patcher
+import pytest
+import torch
+from torch import Tensor
+
+import host_process as host
+import reference
+from recorder import Call, recording
+from tolerances import ROUNDING, assert_close
+from transformers_of_host import TRANSFORMERS
+
+PAPER = host.pack_module("gag_core").GuidanceConfig()
+TOKENS = 12
+# How weights are stored and in what the host computes with them.
+STORED = {
+    "fp16": (torch.float16, None),
+    "bf16": (torch.bfloat16, None),
+    "fp16 computed in fp32": (torch.float16, torch.float32),
+    "fp8 computed in bf16": (torch.float8_e4m3fn, torch.bfloat16),
+    "fp8 computed in fp32": (torch.float8_e5m2, torch.float32),
+}
+# One for each way of finding the text: UNet, blocks wrapped and watched, text cross-attention.
+WAYS = ("sd15", "flux", "lumina2", "wan-t2v")
+
+
+def build(name: str, stored: tuple[torch.dtype, torch.dtype | None] = (torch.float32, None)) -> Any:
+    class_name, config = host.CONFIGS[name] if name == "sd15" else _tiny(name)
+    return host.build(class_name, config, 0, *stored)
+
+
+def _tiny(name: str) -> tuple[str, dict[str, Any]]:
+    tiny = TRANSFORMERS[name]
+    return tiny.class_name, tiny.config
+
+
+def sample(model: Any, name: str) -> Tensor:
+    if name != "sd15":
+        return TRANSFORMERS[name].sample(model, tokens=TOKENS)
+    prompt = host.conditioning(name, 10, TOKENS)
+    return host.sample(model, name, cfg=1.0, positive=prompt, negative=prompt)
+
+
+def guided(model: Any) -> Any:
+    (out,) = host.run_node("GAGuidanceAdvanced", model=model)
+    return out
+
+
+def expected(name: str, call: Call) -> Tensor | None:
+    """What the model should get of a call that reads the text, None for other calls; told by module and shapes."""
+    if name == "sd15":
+        reads_text = call.module.endswith("attn2") and "middle" not in call.module
+    else:
+        tiny = TRANSFORMERS[name]
+        if tiny.text_first is not None:
+            if "refiner" in call.module or call.k.shape[2] <= tiny.image_tokens():
+                return None
+            text = tiny.text(call.k.shape[2], TOKENS)
+            return reference.guided_joint_attention(call.q, call.k, call.v, text, PAPER)
+        reads_text = call.module.endswith("cross_attn")
+    return reference.guided_attention(call.q, call.k, call.v, PAPER) if reads_text else None
+
+
+@pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
+@pytest.mark.parametrize("name", WAYS)
+def test_small_weights(name: str, stored: tuple[torch.dtype, torch.dtype | None]) -> None:
+    """The guided calls give the reference of the tensors that came in, in their dtype; off is bit-identical."""
+    model = build(name, stored)
+    weights = {weight.dtype for weight in model.model.diffusion_model.parameters() if weight.ndim >= 2}
+    assert stored[0] in weights
+    plain = sample(model, name)
+    with recording(guided(model)) as calls:
+        out = sample(guided(model), name)
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out, plain)
+    checked = 0
+    for call in calls:
+        wanted = expected(name, call)
+        if wanted is not None:
+            assert call.out.dtype == call.v.dtype == (stored[1] or stored[0])
+            # In a joint sequence guidance is added to the host's own result, which has been rounded as well.
+            largest = float(call.v.abs().max())
+            error = (3e-5 * (1.0 + PAPER.guidance_scale) + ROUNDING[call.v.dtype]) * largest
+            assert_close(call.out, wanted, error=error)
+            checked += 1
+    assert checked >= 4
+    (off,) = host.run_node("GAGuidance", model=model, strength=0.0)
+    assert torch.equal(sample(off, name), plain)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_partly_offloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device cannot hold the model, the host patches its weights layer by layer while it runs."""
+    whole = sample(guided(_with_lora(build(name))), name)
+    original: Callable[..., Any] = comfy.model_patcher.ModelPatcher.load
+
+    def load_a_part(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(lowvram_model_memory=self.model_size() // 3, full_load=False)
+        return original(self, *args[:1], **kwargs)
+
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", load_a_part)
+    model = guided(_with_lora(build(name)))
+    out = sample(model, name)
+    assert model.model.model_lowvram
+    assert any(getattr(module, "weight_function", None) for module in model.model.modules())
+    assert torch.allclose(out, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+    assert not torch.allclose(out, sample(guided(build(name)), name), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+
+
+def _with_lora(model: Any) -> Any:
+    """A patch on every matrix, as a LoRA brings it."""
+    model = model.clone()
+    generator = torch.Generator().manual_seed(7)
+    patches = {
+        key: (torch.randn(weight.shape, generator=generator) * 0.02,)
+        for key, weight in model.model.state_dict().items()
+        if key.endswith("weight") and weight.ndim == 2
+    }
+    assert model.add_patches(patches)
+    return model
+
+
+def test_families_take_turns_in_one_process() -> None:
+    """Each gives what it gives alone, whatever ran before, and also unguided in between."""
+    names = [*WAYS, *(name for name in ("hunyuan-video", "hidream", "sd3") if name in TRANSFORMERS)]
+    alone = {name: sample(guided(build(name)), name) for name in names}
+    plain = {name: sample(build(name), name) for name in names}
+    models = {name: build(name) for name in names}
+    patched = {name: guided(model) for name, model in models.items()}
+    for name in [*names, *reversed(names), names[0], names[1], names[0]]:
+        assert torch.equal(sample(patched[name], name), alone[name]), name
+        assert torch.equal(sample(models[name], name), plain[name]), name

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The guidance nodes with inputs nobody thought of: refused in a sentence with the model as it was, or a finite run."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import host_process as host
+from properties import examples
+
+FAMILIES = st.sampled_from(["sd15", "sdxl", "flux"])
+NODES = ["GAGuidance", "GAGuidanceAdvanced"]
+INPUTS: dict[str, dict[str, Any]] = {
+    node: {item.id: item for item in host.NODES[node].GET_SCHEMA().inputs if item.id != "model"} for node in NODES
+}
+
+# What the host's own loaders and samplers take beside a diffusion model, and what is none at all.
+NO_MODELS = [None, 5, "model", object(), [], SimpleNamespace(model=None)]
+FLOATS = st.floats() | st.floats(-3, 3) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0, 1e30, 5e-324])
+JUNK = FLOATS | st.integers(-3, 3) | st.none() | st.booleans() | st.text(max_size=4) | st.just(10**400) | st.just([1.0])
+BLOCKS = (
+    st.sampled_from(["", "  ", "d", "m,u", "d1.0", "double 0-1, single 1", "0,1,3-4", "d" + "9" * 5000, "d," * 3000])
+    | st.text(alphabet="dmu0123456789.,- ", max_size=12)
+    | st.lists(st.sampled_from(["d", "u", "m", "double", "single", "0", "1-2", ".0", "-1", ""]), max_size=4).map(
+        ",".join
+    )
+    | st.text(max_size=20)
+)
+SENTENCE = re.compile(r"[\w, ]+( must|:) .+(got .+\.|leave it empty for the default\.)", re.DOTALL)
+
+
+@cache
+def built(name: str) -> Any:
+    return host.build_model(name)
+
+
+def options_of(model: Any) -> bytes:
+    """All that a node could leave on a model."""
+    return pickle.dumps(
+        (model.model_options, model.wrappers, model.callbacks, model.attachments, model.object_patches, model.patches)
+    )
+
+
+def valid(item: Any) -> st.SearchStrategy[Any]:
+    """Anything that an input lets users choose."""
+    if item.id == "blocks":
+        return st.just("")
+    if hasattr(item, "options"):
+        return st.sampled_from(item.options)
+    if isinstance(item.default, bool):
+        return st.booleans()
+    return st.sampled_from([item.min, item.max, item.default]) | st.floats(item.min, item.max)
+
+
+@st.composite
+def settings(draw: st.DrawFn, node: str, *, wrong: bool = True) -> dict[str, Any]:
+    """Every input of a node, some of them with anything at all."""
+    chosen: dict[str, Any] = {}
+    for name, item in INPUTS[node].items():
+        if wrong and draw(st.integers(0, 5)) == 0:
+            # Lists and switches come from the host as one of their values or as another text.
+            chosen[name] = draw(st.text(max_size=5) if hasattr(item, "options") else JUNK)
+        else:
+            chosen[name] = draw(valid(item))
+    if "blocks" in chosen and wrong:
+        chosen["blocks"] = draw(BLOCKS)
+    if not wrong:
+        ends = sorted((chosen["start_percent"], chosen["end_percent"]))
+        chosen["start_percent"], chosen["end_percent"] = ends
+    return chosen
+
+
+def guided(node: str, model: Any, **inputs: Any) -> Any:
+    """The guided model, or None where the inputs were refused in a sentence of ours and nothing was changed."""
+    before = options_of(model)
+    try:
+        (out,) = host.run_node(node, model=model, **inputs)
+    except (ValueError, TypeError) as error:
+        assert SENTENCE.fullmatch(str(error)), f"not a sentence of ours: {error}"
+        assert len(str(error)) < 700
+        return None
+    finally:
+        assert options_of(model) == before
+    return out
+
+
+def check_finite(model: Any, name: str, **inputs: Any) -> None:
+    assert torch.isfinite(host.sample(model, name, steps=1, **inputs)).all()
+
+
+@examples(600)
+@hypothesis.given(node=st.sampled_from(NODES), name=FAMILIES, data=st.data())
+def test_any_inputs_are_taken_or_refused_in_a_sentence(node: str, name: str, data: st.DataObject) -> None:
+    model = built(name)
+    out = guided(node, model, **data.draw(settings(node)))
+    assert out is not model
+
+
+@examples(500)
+@hypothesis.given(name=FAMILIES, blocks=BLOCKS)
+def test_any_blocks_are_taken_or_refused_in_a_sentence(name: str, blocks: str) -> None:
+    out = guided("GAGuidanceAdvanced", built(name), blocks=blocks)
+    if out is not None:
+        (wrapper,) = out.get_wrappers("apply_model", "comfyui-gag")
+        (guidance,) = wrapper.__self__.guidances
+        assert guidance.layers <= set(guidance.order) and guidance.layers
+
+
+@examples(60)
+@hypothesis.given(node=st.sampled_from(NODES), name=FAMILIES, cfg=st.sampled_from([1.0, 7.0]), data=st.data())
+def test_any_allowed_inputs_sample_finite_numbers(node: str, name: str, cfg: float, data: st.DataObject) -> None:
+    out = guided(node, built(name), **data.draw(settings(node, wrong=False)))
+    assert out is not None
+    check_finite(out, name, cfg=cfg)
+
+
+@examples(40)
+@hypothesis.given(
+    name=FAMILIES,
+    positive=st.sampled_from([1, 2, 77, 154, 231, 500]),
+    negative=st.sampled_from([1, 3, 77, 154, 231]),
+    batch=st.integers(1, 3),
+    cfg=st.sampled_from([1.0, 7.0]),
+    apply_to=st.sampled_from(["both", "positive"]),
+)
+def test_prompts_of_any_length_sample_finite_numbers(
+    name: str, positive: int, negative: int, batch: int, cfg: float, apply_to: str
+) -> None:
+    model = guided("GAGuidanceAdvanced", built(name), apply_to=apply_to, guidance_scale=2.0)
+    prompts: dict[str, Any] = {
+        "positive": host.conditioning(name, 1, positive),
+        "negative": host.conditioning(name, 2, negative),
+    }
+    check_finite(model, name, cfg=cfg, batch=batch, **prompts)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 7.0])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_without_any_text_the_picture_is_that_without_the_node(name: str, cfg: float) -> None:
+    nothing: dict[str, Any] = {"positive": host.conditioning(name, 1, 0), "negative": host.conditioning(name, 2, 0)}
+    model = built(name)
+    plain = host.sample(model, name, steps=1, cfg=cfg, **nothing)
+    assert torch.equal(host.sample(guided("GAGuidance", model), name, steps=1, cfg=cfg, **nothing), plain)
+
+
+@pytest.mark.parametrize("node", NODES)
+@pytest.mark.parametrize("wrong", NO_MODELS, ids=lambda wrong: type(wrong).__name__)
+def test_what_is_no_model_is_refused_in_a_sentence(node: str, wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got \w+\.$"):
+        host.run_node(node, model=wrong)
+
+
+def test_a_text_encoders_patcher_is_refused_in_a_sentence() -> None:
+    patcher = built("sd15").clone()
+    patcher.model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got Linear\.$"):
+        host.run_node("GAGuidance", model=patcher)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The patch travels: multi-GPU nodes copy the patched model, Ray-based packs send it to other processes.
+
+What is installed on a model is plain data, before and after a run, and gives the same picture wherever it ends up.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import pickle
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import host_process as host
+import other_process
+from other_process import Sampled
+
+FAMILIES = ["sd15", "flux"]
+SUPPORT = Path(other_process.__file__).parent
+DEV = SUPPORT.parents[1] / "dev"
+
+
+def models_can_be_copied() -> bool:
+    """Not on later hosts: their configurations answer None for whatever copy and pickle ask them for."""
+    try:
+        copy.deepcopy(host.build_model("flux").model.model_config)
+    except TypeError:
+        return False
+    return True
+
+
+whole_models = pytest.mark.skipif(
+    not models_can_be_copied(), reason="models of this ComfyUI cannot be copied or pickled, with or without guidance"
+)
+
+
+def guided_twice(name: str) -> Any:
+    """A model with two GAG nodes, each in a stretch of the run of its own."""
+    model = host.build_model(name)
+    (model,) = host.run_node("GAGuidance", model=model, preset="paper", end_percent=0.5)
+    (model,) = host.run_node(
+        "GAGuidanceAdvanced", model=model, start_percent=0.5, guidance_scale=3.0, apply_to="positive", verbose=True
+    )
+    return model
+
+
+def installed(model: Any) -> Any:
+    """All that a node leaves on a ModelPatcher."""
+    return model.wrappers, model.model_options
+
+
+def check_same(there: Sampled, here: Sampled) -> None:
+    assert np.array_equal(there[0], here[0])
+    assert any("Guided " in text for text in here[1])
+    assert there[1] == here[1]
+
+
+# --- other processes ----------------------------------------------------------------------------------------------
+
+
+def test_a_spawned_process_samples_the_same_with_the_pickled_patch() -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name in FAMILIES:
+            model = guided_twice(name)
+            patch = pickle.dumps(installed(model))
+            here = other_process.sampled(model, name)
+            plain = other_process.sampled(host.build_model(name), name)
+            there = pool.submit(other_process.sampled_with_patch, patch, name).result()
+            check_same(there, here)
+            assert not np.array_equal(there[0], plain[0])
+
+
+if sys.version_info < (3, 14):  # there is no Ray for later ones yet
+
+    @pytest.fixture(scope="module")
+    def worker() -> Iterator[Any]:
+        """An actor of a Ray of its own, which nobody but this machine can reach."""
+        # Sockets in it have paths of limited length.
+        folder = tempfile.mkdtemp(prefix="ray", dir="/tmp" if Path("/tmp").is_dir() else None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+            # Else Ray makes a token and keeps it in the user's home.
+            patch.setenv("RAY_AUTH_MODE", "token")
+            patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+            import ray
+            from ray._private import ray_constants
+
+            # The only way to have Ray listen on the loopback address alone, whatever address it is given.
+            patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
+            ray.init(
+                address="local",
+                num_cpus=1,
+                include_dashboard=False,
+                object_store_memory=100 * 2**20,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+                log_to_driver=False,
+                configure_logging=False,
+                runtime_env={"env_vars": {"PYTHONPATH": f"{SUPPORT}{os.pathsep}{DEV}", "OMP_NUM_THREADS": "1"}},
+            )
+            try:
+                yield ray.remote(other_process.Worker).remote()
+            finally:
+                ray.shutdown()
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_a_ray_worker_samples_the_same_with_the_pickled_patch(worker: Any, name: str) -> None:
+        import ray
+
+        model = guided_twice(name)
+        there = ray.get(worker.sampled_with_patch.remote(pickle.dumps(installed(model)), name))
+        check_same(there, other_process.sampled(model, name))
+
+    @whole_models
+    @pytest.mark.parametrize("ran_before", [False, True], ids=["fresh", "after a run"])
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_a_ray_worker_samples_the_same_with_the_whole_model(worker: Any, name: str, ran_before: bool) -> None:
+        """As Ray sends any object: weights, patches and all."""
+        import ray
+
+        model = guided_twice(name)
+        if ran_before:
+            host.sample(model, name)
+        there = ray.get(worker.sampled.remote(model, name))
+        check_same(there, other_process.sampled(model, name))
+
+
+# --- copies in this process ---------------------------------------------------------------------------------------
+
+
+def parts_of(thing: Any, seen: set[int]) -> Iterator[Any]:
+    """A thing and everything it holds."""
+    if id(thing) in seen or isinstance(thing, type) or (callable(thing) and not hasattr(thing, "__self__")):
+        return
+    seen.add(id(thing))
+    yield thing
+    held: list[Any] = [getattr(thing, "__self__", None), *vars(thing).values()] if hasattr(thing, "__dict__") else []
+    if isinstance(thing, dict):
+        held += [*thing.keys(), *thing.values()]
+    elif isinstance(thing, (list, tuple, set, frozenset)):
+        held += thing
+    if hasattr(thing, "__self__"):
+        held.append(thing.__self__)
+    for part in held:
+        yield from parts_of(part, seen)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_patch_holds_no_tensor_and_no_device(name: str) -> None:
+    model = guided_twice(name)
+    before = pickle.dumps(installed(model))
+    host.sample(model, name)
+    assert pickle.dumps(installed(model)) == before, "a run left something on the model"
+    kinds = {type(part) for part in parts_of(installed(model), set())}
+    assert host.pack_module("nodes.run").Guidance in kinds, "the search did not come to the patch"
+    assert not {kind for kind in kinds if kind.__module__.split(".")[0] == "torch"}
+    assert len(before) < 20_000
+
+
+@whole_models
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_deep_copy_samples_the_same(name: str) -> None:
+    model = guided_twice(name)
+    copied = copy.deepcopy(model)
+    assert copied.model is not model.model
+    check_same(other_process.sampled(copied, name), other_process.sampled(model, name))
+
+
+def for_another_device(model: Any, name: str) -> Any:
+    """The patches of one model on other weights: as the host does it, or as nodes did before it could."""
+    if hasattr(model, "deepclone_multigpu"):
+        model.cached_patcher_init = (host.build_model, (name,))  # as a loader leaves it
+        return model.deepclone_multigpu()
+    clone = model.clone()
+    clone.model = copy.deepcopy(model.model)
+    clone.model.current_patcher = clone
+    return clone
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_copy_for_another_device_samples_the_same(name: str) -> None:
+    model = guided_twice(name)
+    clone = for_another_device(model.clone(), name)
+    assert clone.model is not model.model
+    check_same(other_process.sampled(clone, name), other_process.sampled(model, name))
+
+
+def test_a_clone_that_is_guided_again_leaves_the_first_as_it_was() -> None:
+    model = guided_twice("sd15")
+    before = host.sample(model, "sd15")
+    (again,) = host.run_node("GAGuidance", model=model.clone(), preset="paper")
+    assert not torch.equal(host.sample(again, "sd15"), before)
+    assert torch.equal(host.sample(model, "sd15"), before)

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""200 graphs on one server, of several families, with errors and interrupts between them: nothing adds up.
+
+Each result is bit for bit that of a fresh server, and memory stays where it is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from comfy_server import ComfyServer, Json, RunResult
+
+NODES = Path(__file__).with_name("soak_nodes.py")
+GRAPHS = 200
+WARM_UP = 50
+GROWTH = 32 * 2**20
+SAMPLER = "sampler"
+
+
+def simple(**inputs: Any) -> Json:
+    settings = {"preset": "gentle", "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    return {"class_type": "GAGuidance", "inputs": {**settings, **inputs}}
+
+
+def advanced(**inputs: Any) -> Json:
+    settings = {
+        "rule": "gag",
+        "guidance_scale": 4.0,
+        "norm_threshold": 2.0,
+        "norm_mode": "absolute",
+        "orthogonal_scale": 0.5,
+        "alpha": 1.5,
+        "strength": 1.0,
+        "merge_heads": False,
+        "apply_to": "both",
+        "blocks": "",
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "verbose": True,
+    }
+    return {"class_type": "GAGuidanceAdvanced", "inputs": {**settings, **inputs}}
+
+
+OFF: list[Json] = []
+GUIDANCES = [
+    OFF,
+    [simple()],
+    [simple(preset="paper")],
+    [advanced(rule="pladis", guidance_scale=2.0)],
+    [advanced(alpha=2.0, merge_heads=True, apply_to="positive")],
+    [simple(preset="paper", end_percent=0.5), advanced(start_percent=0.5)],
+]
+FAMILIES = ("demo", "flux", "wan")
+# What is wrong, and what the user is told.
+ERRORS = [
+    (advanced(blocks="sideways"), "blocks: 'sideways' names a part"),
+    (advanced(blocks="!?,"), "blocks: '!?' is not a block"),
+    (simple(start_percent=0.9, end_percent=0.1), "the start not after the end, got 0.9 and 0.1."),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One graph: a family, what is done to it, and how long it runs."""
+
+    family: str
+    guidances: list[Json] = field(default_factory=list)
+    seed: int = 1
+    steps: int = 2
+
+    def graph(self, tidy: bool = False) -> Json:
+        """In API form; ``tidy`` has the server collect its garbage at the end."""
+        nodes: Json = {}
+        if self.family == "demo":
+            encoder = ["model", 1]
+            nodes["model"] = {"class_type": "GAGDemoLoader", "inputs": {}}
+            for name, text in (("positive", "a red circle above a blue square"), ("negative", "")):
+                nodes[name] = {"class_type": "GAGDemoPrompt", "inputs": {"text_encoder": encoder, "text": text}}
+            nodes["latent"] = {"class_type": "GAGDemoEmptyLatent", "inputs": {"batch_size": 1}}
+        else:
+            nodes["model"] = {"class_type": "SoakModel", "inputs": {"name": self.family}}
+            # Prompts of two lengths, so that the host repeats them to a common one.
+            for name, tokens in (("positive", 14), ("negative", 7)):
+                nodes[name] = {"class_type": "SoakPrompt", "inputs": {"seed": tokens, "tokens": tokens}}
+            nodes["latent"] = {"class_type": "SoakLatent", "inputs": {"name": self.family}}
+        model = "model"
+        for number, guidance in enumerate(self.guidances):
+            name = f"guidance {number}"
+            nodes[name] = {**guidance, "inputs": {"model": [model, 0], **guidance["inputs"]}}
+            model = name
+        nodes[SAMPLER] = {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": [model, 0],
+                "positive": ["positive", 0],
+                "negative": ["negative", 0],
+                "latent_image": ["latent", 0],
+                "seed": self.seed,
+                "steps": self.steps,
+                "cfg": 4.0,
+                "sampler_name": "euler",
+                "scheduler": "simple",
+                "denoise": 1.0,
+            },
+        }
+        nodes["digest"] = {"class_type": "SoakDigest", "inputs": {"samples": [SAMPLER, 0], "tidy": tidy}}
+        return nodes
+
+
+CASES = [Case(family, guidances, seed) for seed, family in enumerate(FAMILIES, start=1) for guidances in GUIDANCES]
+
+
+def digest(result: RunResult) -> str:
+    assert result.status == "success", result.error
+    ran = {data["node"] for kind, data in result.messages if kind == "executing"}
+    assert SAMPLER in ran, "the result came from the server's memory"
+    assert result.outputs["digest"]["finite"] == [True]
+    return str(result.outputs["digest"]["digest"][0])
+
+
+def interrupted(server: ComfyServer, case: Case) -> RunResult:
+    """A run that is stopped after its first step."""
+    stopped: list[Any] = []
+
+    def stop(kind: str, data: Any) -> None:
+        if kind == "progress" and not stopped:
+            stopped.append(data)
+            server.interrupt()
+
+    return server.run(case.graph(), on_progress=stop)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[int, str]:
+    """The digest of each case on a server that has not run it before."""
+    with ComfyServer(cpu=True, node_files=[NODES]) as server:
+        return {number: digest(server.run(case.graph())) for number, case in enumerate(CASES)}
+
+
+def test_200_graphs_on_one_server(fresh: dict[int, str]) -> None:
+    choose = random.Random(0)
+    done: Counter[str] = Counter()
+    sizes: list[int] = []
+    last = -1
+    with ComfyServer(cpu=True, node_files=[NODES]) as server:
+        for number in range(1, GRAPHS + 1):
+            measured = number in (WARM_UP, GRAPHS)
+            what = "run" if measured else choose.choices(["run", "error", "interrupt"], [7, 1, 1])[0]
+            done[what] += 1
+            if what == "run":
+                # Not the last one again, which the server would only remember.
+                last = choose.choice([case for case in range(len(CASES)) if case != last])
+                assert digest(server.run(CASES[last].graph(tidy=measured))) == fresh[last], CASES[last]
+            elif what == "error":
+                guidance, sentence = choose.choice(ERRORS)
+                result = server.run(Case(choose.choice(FAMILIES), [simple(), guidance]).graph())
+                assert result.status == "error"
+                assert sentence in result.error
+            else:
+                case = Case(choose.choice(FAMILIES), choose.choice(GUIDANCES), seed=1000 + number, steps=2000)
+                assert interrupted(server, case).status == "interrupted"
+            if measured:
+                sizes.append(psutil.Process(server.pid).memory_info().rss)
+        for number, case in enumerate(CASES):
+            if case.guidances == OFF and number != last:
+                assert digest(server.run(case.graph())) == fresh[number], "something is left where GAG is off"
+    assert min(done[what] for what in ("run", "error", "interrupt")) >= 15
+    grown = sizes[1] - sizes[0]
+    assert grown < GROWTH, f"{grown / 2**20:.0f} MiB more in use after {GRAPHS} graphs than after {WARM_UP}"

@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What users put beside guidance, each applied as its node does it, and what is right there: one list.
+
+The nodes are the host's own. Third-party packs are stood for by small patches that hook in the same way; none of their
+code is here. The rows of ``docs/composition.md`` are made of this list and of what the tests say.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.ldm.modules.attention as host_attention
+import comfy.lora
+import comfy.ops
+import comfy.sd
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+import host_process as host
+from transformers_of_host import TRANSFORMERS
+
+FIRST, LAST = "GAG first", "GAG last"
+BOTH_ORDERS = (FIRST, LAST)
+EITHER = ("any order",)  # it is not a node on the model's line
+
+Model = Any
+Patch = Callable[[Model], Model]
+
+
+@dataclass(frozen=True)
+class Companion:
+    """One row for each order.
+
+    Attributes:
+        name: what users know it as.
+        result: what is right beside guidance, in one sentence.
+        patched: the model with it. Where there is none, the companion has tests of its own.
+        model: which of the tiny models it is tried on.
+        run: settings of the run that it needs, or that bring it in.
+        orders: where GAG stands.
+        since: the host's module that has it, where not every host does.
+    """
+
+    name: str
+    result: str
+    patched: Patch | None = None
+    model: str = "sd15"
+    run: Callable[[], dict[str, Any]] = field(default=dict)
+    orders: tuple[str, ...] = BOTH_ORDERS
+    since: str | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The ids of its rows."""
+        return tuple(f"{self.name}, {order}" for order in self.orders)
+
+
+def build(name: str) -> Model:
+    return TRANSFORMERS[name].build() if name in TRANSFORMERS else host.build_model(name)
+
+
+def sample(model: Model, name: str, **settings: Any) -> Tensor:
+    return TRANSFORMERS[name].sample(model) if name not in host.CONFIGS else host.sample(model, name, **settings)
+
+
+def extra(module: str, node: str, **inputs: Any) -> Any:
+    """The first output of a node of the host, run as the host runs it."""
+    found = getattr(importlib.import_module(f"comfy_extras.{module}" if module != "nodes" else "nodes"), node)
+    if hasattr(found, "GET_SCHEMA"):
+        defaults = {entry.id: entry.default for entry in found.GET_SCHEMA().inputs if hasattr(entry, "default")}
+        answer = found.execute(**{**defaults, **inputs})
+        return getattr(answer, "result", answer)[0]
+    return getattr(found(), found.FUNCTION)(**inputs)[0]
+
+
+def by_node(module: str, node: str, **inputs: Any) -> Patch:
+    return lambda model: extra(module, node, model=model, **inputs)
+
+
+class Shared:
+    """Stays one object when the host copies a model's options."""
+
+    def __deepcopy__(self, _: Any) -> Shared:
+        return self
+
+
+class ForeignAttention(Shared):
+    """Stands for attention that a pack brings (sage, flash, block-sparse): recognisable, since it halves."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return function(*args, **kwargs) * 0.5
+
+    def on_the_model(self, model: Model) -> Model:
+        """As most packs do it: over whatever is there."""
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = self
+        return model
+
+    def before_sampling(self, model: Model) -> Model:
+        """When a run is prepared, over whatever is there."""
+        model = model.clone()
+
+        def prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            kwargs["model_options"]["transformer_options"]["optimized_attention_override"] = self
+            return executor(*args, **kwargs)
+
+        model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "foreign", prepare)
+        return model
+
+    def at_the_model_call(self, model: Model) -> Model:
+        """At each model call, around what is there."""
+        model = model.clone()
+
+        def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            options = dict(args[5])
+            earlier = options.get("optimized_attention_override")
+
+            def chained(function: Callable[..., Tensor], *a: Any, **k: Any) -> Tensor:
+                inner = function if earlier is None else (lambda *x, **y: earlier(function, *x, **y))
+                return self(inner, *a, **k)
+
+            options["optimized_attention_override"] = chained
+            return executor(*args[:5], options, *args[6:], **kwargs)
+
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "foreign", wrapper)
+        return model
+
+
+class ImageAdapter(Shared):
+    """Stands for an image adapter's attn2 replacement: the text attention plus one of its own over image tokens.
+
+    More images are added to the same object, as IPAdapter does.
+    """
+
+    def __init__(self, passes_options: bool = False) -> None:
+        self.passes_options = passes_options
+        self.weights = [0.3]
+        self.seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def add(self, weight: float) -> None:
+        self.weights.append(weight)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        heads = options["n_heads"]
+        passed = {"transformer_options": options} if self.passes_options else {}
+        out = host_attention.optimized_attention(query, key, value, heads, **passed)
+        for weight in self.weights:
+            out = out + weight * host_attention.optimized_attention(query, key[:, :4] * weight, value[:, :4], heads)
+        self.seen.append((query.clone(), key.clone(), value.clone(), out.clone()))
+        return out
+
+    def on(self, model: Model, *block: Any) -> Model:
+        model = model.clone()
+        model.set_model_attn2_replace(self, *block)
+        return model
+
+
+def normalized_guidance(model: Model) -> Model:
+    """Stands for the core's NAGuidance, which not every host has.
+
+    Positive and negative rows are mixed behind the attention of image tokens, in one batch even at CFG 1.
+    """
+    model = model.clone()
+
+    def mix(out: Tensor, options: dict[str, Any]) -> Tensor:
+        kinds = options["cond_or_uncond"]
+        if sorted(kinds) != [0, 1]:
+            return out
+        parts = list(out.chunk(2))
+        positive, negative = parts[kinds.index(0)], parts[kinds.index(1)]
+        parts[kinds.index(0)] = positive + 2.0 * (positive - negative)
+        return torch.cat(parts)
+
+    model.set_model_attn1_output_patch(mix)
+    model.set_model_sampler_post_cfg_function(lambda args: args["denoised"], disable_cfg1_optimization=True)
+    return model
+
+
+def unchanged(model: Model) -> Model:
+    """For what comes in with the conditionings or the latent."""
+    return model
+
+
+class WrappedLinear(torch.nn.Module):
+    """Stands for GGUF's linears: the weight is kept small and made whole at every use."""
+
+    scale: Tensor
+    quantised: Tensor
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("scale", linear.weight.detach().abs().amax() / 127)
+        self.register_buffer("quantised", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.quantised * self.scale, self.bias)
+
+
+def with_wrapped_linears(model: Model) -> Model:
+    network = model.model.diffusion_model
+    for name, module in list(network.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            network.set_submodule(name, WrappedLinear(module))
+    return model
+
+
+@lru_cache
+def lora() -> dict[str, Tensor]:
+    """A LoRA for the text attention of the tiny SD1.5."""
+    model = host.build_model("sd15").model
+    weights = model.state_dict()
+    generator = torch.Generator().manual_seed(6)
+    found = {}
+    for name, key in comfy.lora.model_lora_keys_unet(model).items():
+        if isinstance(key, str) and name.startswith("lora_unet_") and key.endswith("attn2.to_k.weight"):
+            rows, columns = weights[key].shape
+            found[f"{name}.lora_up.weight"] = torch.randn(rows, 2, generator=generator)
+            found[f"{name}.lora_down.weight"] = torch.randn(2, columns, generator=generator) * 0.2
+    assert found
+    return found
+
+
+def with_lora(model: Model) -> Model:
+    return comfy.sd.load_lora_for_models(model, None, lora(), 1.0, 0.0)[0]
+
+
+def hooked_lora() -> dict[str, Any]:
+    """The positive prompt has a LoRA of its own, which weakens half-way."""
+    hooks = comfy.hooks.create_hook_lora(lora=lora(), strength_model=1.0, strength_clip=0.0)
+    frames = extra("nodes_hooks", "CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)
+    frames = extra("nodes_hooks", "CreateHookKeyframe", strength_mult=0.2, start_percent=0.5, prev_hook_kf=frames)
+    hooks = extra("nodes_hooks", "SetHookKeyframes", hooks=hooks, hook_kf=frames)
+    positive = extra(
+        "nodes_hooks",
+        "ConditioningSetProperties",
+        cond_NEW=host.conditioning("sd15", 10),
+        strength=1.0,
+        set_cond_area="default",
+        hooks=hooks,
+    )
+    return {"positive": positive, "steps": 4}
+
+
+def control_net() -> Any:
+    """A tiny ControlNet of the host's own class for the tiny SD1.5, with seeded weights."""
+    config = dict(host.CONFIGS["sd15"][1])
+    for key in ("out_channels", "transformer_depth_output", "use_temporal_attention", "use_temporal_resblock"):
+        config.pop(key)
+    net = comfy.cldm.cldm.ControlNet(
+        **config, num_heads=8, hint_channels=3, dtype=torch.float32, operations=comfy.ops.disable_weight_init
+    )
+    host.fill(net, seed=4)
+    return comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"), manual_cast_dtype=None, latent_format=None)
+
+
+def controlled() -> dict[str, Any]:
+    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(5))
+    inputs = {"control_net": control_net(), "image": picture, "strength": 1.0}
+    return {"positive": extra("nodes", "ControlNetApply", conditioning=host.conditioning("sd15", 10), **inputs)}
+
+
+def regions() -> dict[str, Any]:
+    """Three prompts of different lengths: two areas of different sizes and one under a mask."""
+    left = extra(
+        "nodes",
+        "ConditioningSetArea",
+        conditioning=host.conditioning("sd15", 10, 154),
+        width=64,
+        height=128,
+        x=0,
+        y=0,
+        strength=1.0,
+    )
+    corner = extra(
+        "nodes",
+        "ConditioningSetArea",
+        conditioning=host.conditioning("sd15", 12, 77),
+        width=64,
+        height=64,
+        x=64,
+        y=0,
+        strength=1.0,
+    )
+    mask = torch.zeros(1, 16, 16)
+    mask[:, 8:, 8:] = 1.0
+    masked = extra(
+        "nodes",
+        "ConditioningSetMask",
+        conditioning=host.conditioning("sd15", 13, 231),
+        mask=mask,
+        strength=1.0,
+        set_cond_area="default",
+    )
+    return {"positive": left + corner + masked, "size": (16, 16)}
+
+
+def scheduled() -> dict[str, Any]:
+    """One prompt for the first half of the run, another for the rest."""
+    first, second = (
+        extra("nodes", "ConditioningSetTimestepRange", conditioning=prompt, start=start, end=end)
+        for prompt, start, end in (
+            (host.conditioning("sd15", 10), 0.0, 0.5),
+            (host.conditioning("sd15", 12, 154), 0.5, 1.0),
+        )
+    )
+    return {"positive": first + second, "steps": 4}
+
+
+def masked_latent() -> dict[str, Any]:
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    mask = torch.linspace(0.0, 1.0, 8).expand(1, 1, 8, 8).contiguous()
+    return {"latent": latent, "noise_mask": mask, "steps": 4}
+
+
+_CFG = "Its own formula, applied to predictions that are guided."
+_PASS = "Its extra pass reads the text with guidance too, so that what it compares differs only in what it is about."
+_CACHE = "Steps that it leaves out repeat a guided result; the node counts those that ran."
+_WINDOW = {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid", "context_schedule": "standard_static"}
+_LAYERS = {"double_layers": "1", "single_layers": "0,2", "start_percent": 0.0, "end_percent": 1.0}
+_CACHED = {"reuse_threshold": 3.0, "start_percent": 0.1, "end_percent": 0.9, "verbose": False}
+
+COMPANIONS = (
+    Companion(
+        "NAGuidance",
+        "The text is read with guidance in positive and negative rows, and its negative prompt works at CFG 1. Needs a "
+        "ComfyUI of March 2026 or later.",
+        lambda model: extra("nodes_nag", "NAGuidance", model=model, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5),
+        model="flux-schnell",
+        run=lambda: {"cfg": 1.0},
+        since="comfy_extras.nodes_nag",
+    ),
+    Companion(
+        "stand-in for NAGuidance on UNets",
+        "As above: it acts behind the attention of image tokens among themselves, which guidance leaves alone.",
+        normalized_guidance,
+        run=lambda: {"cfg": 1.0},
+    ),
+    Companion("PerturbedAttentionGuidance (PAG)", _PASS, by_node("nodes_pag", "PerturbedAttentionGuidance", scale=3.0)),
+    Companion(
+        "SkipLayerGuidanceDiT (SLG)",
+        "The layers that it skips in its extra pass are skipped; all that run are guided.",
+        by_node("nodes_slg", "SkipLayerGuidanceDiT", scale=3.0, rescaling_scale=0.0, **_LAYERS),
+        model="flux",
+    ),
+    Companion(
+        "SkipLayerGuidanceDiTSimple",
+        "The layers that it skips for the negative prompt are skipped; all that run are guided.",
+        by_node("nodes_slg", "SkipLayerGuidanceDiTSimple", **_LAYERS),
+        model="flux",
+    ),
+    Companion(
+        "SelfAttentionGuidance (SAG)",
+        _PASS + ' With apply_to "positive" its pass, which has the negative prompt, is not guided.',
+        by_node("nodes_sag", "SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
+    ),
+    Companion("APG", _CFG, by_node("nodes_apg", "APG", eta=0.5, norm_threshold=5.0, momentum=0.0)),
+    Companion("TCFG", _CFG, by_node("nodes_tcfg", "TCFG")),
+    Companion("FreSca", _CFG, by_node("nodes_fresca", "FreSca", scale_low=1.0, scale_high=1.5, freq_cutoff=2)),
+    Companion("RescaleCFG", _CFG, by_node("nodes_model_advanced", "RescaleCFG", multiplier=0.7)),
+    Companion("CFGZeroStar", _CFG, by_node("nodes_cfg", "CFGZeroStar")),
+    Companion(
+        "PerpNeg",
+        'The empty prompt is guided like the others; with apply_to "positive" only the positive one is.',
+        lambda model: extra(
+            "nodes_perpneg",
+            "PerpNeg",
+            model=model,
+            empty_conditioning=host.conditioning("sd15", 14),
+            neg_scale=1.0,
+        ),
+    ),
+    Companion(
+        "PerpNegGuider, DualCFGGuider",
+        'All their prompts are guided; with apply_to "positive" only the first positive one is.',
+        orders=EITHER,
+    ),
+    Companion(
+        "HyperTile",
+        "It tiles the attention of image tokens among themselves; the text is read with guidance by whole pictures.",
+        by_node("nodes_hypertile", "HyperTile", tile_size=32, swap_size=2, max_depth=0, scale_depth=False),
+    ),
+    Companion(
+        "TomePatchModel (ToMe)",
+        "It merges tokens only in the attention of image tokens among themselves, which guidance leaves alone.",
+        by_node("nodes_tomesd", "TomePatchModel", ratio=0.5),
+    ),
+    Companion(
+        "FreeU",
+        "It changes what goes between blocks; the attention there is guided.",
+        by_node("nodes_freelunch", "FreeU", b1=1.1, b2=1.2, s1=0.9, s2=0.2),
+    ),
+    Companion(
+        "FreeU_V2",
+        "The same.",
+        by_node("nodes_freelunch", "FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
+    ),
+    *(
+        Companion(
+            f"{node} on {'UNets' if model == 'sd15' else 'transformers'}",
+            _CACHE,
+            by_node("nodes_easycache", f"{node}Node", **_CACHED),
+            model=model,
+            run=lambda: {"steps": 8, "cfg": 3.0},
+        )
+        for node in ("EasyCache", "LazyCache")
+        for model in ("sd15", "flux")
+    ),
+    Companion(
+        "ContextWindowsManual, WanContextWindowsManual",
+        "Every window of frames is guided.",
+        by_node(
+            "nodes_context_windows", "ContextWindowsManualNode", context_length=1, context_overlap=0, dim=2, **_WINDOW
+        ),
+        model="wan-t2v",
+    ),
+    Companion(
+        "TorchCompileModel",
+        "The same picture as without it. Tried with the backend that traces the model and compiles nothing further.",
+    ),
+    Companion(
+        "TorchCompileModel of newer ComfyUIs",
+        "It compiles without regard to patches, so the steps in which GAG acts run uncompiled; the log says so.",
+    ),
+    Companion(
+        "ModelMergeSimple",
+        "The merged model is guided if GAG stands behind the merge or on its first model; ComfyUI drops every patch of "
+        "the second one, and with it a GAG node there.",
+        lambda model: extra(
+            "nodes_model_merging", "ModelMergeSimple", model1=model, model2=host.build_model("sd15", seed=1), ratio=0.5
+        ),
+    ),
+    Companion("LoRA", "The LoRA's weights are read with guidance.", with_lora),
+    Companion(
+        "hook LoRA with a schedule",
+        "The prompt that has it and the one that has not run apart, both guided, each with its weights of the moment.",
+        run=hooked_lora,
+        patched=unchanged,
+        orders=EITHER,
+    ),
+    Companion(
+        "ControlNet",
+        "The model is guided, the ControlNet itself is not.",
+        run=controlled,
+        patched=unchanged,
+        orders=EITHER,
+    ),
+    Companion(
+        "DifferentialDiffusion",
+        "It works on the latent between steps; all steps are guided.",
+        by_node("nodes_differential_diffusion", "DifferentialDiffusion", strength=1.0),
+        run=masked_latent,
+    ),
+    Companion(
+        "regions: ConditioningSetArea, ConditioningSetMask",
+        "Areas of different sizes in one step, and prompts of different lengths: each is guided by its own words.",
+        run=regions,
+        patched=unchanged,
+        orders=EITHER,
+    ),
+    Companion(
+        "ConditioningSetTimestepRange",
+        "Each prompt is guided in its time.",
+        run=scheduled,
+        patched=unchanged,
+        orders=EITHER,
+    ),
+    Companion(
+        "batches split by memory",
+        "The same picture as in one batch, up to rounding.",
+        orders=EITHER,
+    ),
+    Companion(
+        "attention override (sage, flash) set on the model",
+        "It computes the host's part of every attention; guidance is added to what it gives. Tried with a stand-in.",
+    ),
+    Companion(
+        "attention override set when a run is prepared",
+        "The same. Tried with a stand-in.",
+    ),
+    Companion(
+        "attention override set at each model call",
+        "Whoever wraps later is inside; every attention passes through both. Tried with a stand-in.",
+    ),
+    Companion(
+        "image adapter in attn2 (IPAdapter)",
+        "Its image attention comes out whole, and the reading of the text is guided once. Tried with a stand-in.",
+    ),
+    Companion(
+        "image adapter, a second image added",
+        "The same, whether GAG stands before, between or behind the two. Tried with a stand-in.",
+        orders=(FIRST, "GAG between", LAST),
+    ),
+    Companion(
+        "PLADIS of another pack (attn2 replacement)",
+        "What it makes of the attention stays, and what guidance changes is added: both act. Tried with a stand-in.",
+    ),
+    Companion(
+        "attn2 patch that brings its own text",
+        "The text that arrives is what is guided, whatever its length and rows. Tried with stand-ins.",
+        orders=EITHER,
+    ),
+    Companion(
+        "GGUF-style linears",
+        "Guidance does not touch weights; it acts on what the attention gets. Tried with a stand-in.",
+        with_wrapped_linears,
+        orders=EITHER,
+    ),
+    Companion(
+        "GAG twice",
+        "Each acts in its range; where they overlap the later node does, and the log and the earlier node say so.",
+        orders=("two ranges",),
+    ),
+)
