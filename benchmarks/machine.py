@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import platform
 
 import torch
@@ -55,6 +56,19 @@ def about(device: torch.device) -> dict[str, object]:
         "triton": importlib.metadata.version("triton") if has_triton else "none",
         "threads": torch.get_num_threads(),
     }
+
+
+def warnings(device: torch.device) -> list[str]:
+    """Why the numbers may not mean much."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):
+        return []
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load + torch.get_num_threads() <= cores + 0.5:
+        return []
+    return [
+        f"this machine was busy when the benchmark began (load {load:.1f} on {cores} cores): threads wait for each "
+        "other, most of all in what has many small operations; use --threads 1 or an idle machine"
+    ]
 
 
 def in_words(settings: dict[str, object]) -> str:

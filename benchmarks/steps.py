@@ -5,7 +5,7 @@
 
 The host's own model classes with random weights, its own sampler, and the pack's node as the host loaded it, at its
 default settings. Runs alternate, and a pair of them gives one ratio. The first step of a run, in which the host moves
-weights, is left out.
+weights and kernels are compiled, is left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import machine
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dev"))
-from comfy_host import ROOT, find_host
+from comfy_host import ROOT, HostError, find_host
+
+PAIRS = {"cpu": 3, "cuda": 9}
 
 
 class Model(NamedTuple):
@@ -229,13 +231,12 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
     on = guided(off)
     runs: dict[str, list[float]] = {"off": [], "on": []}
     pictures: dict[str, Tensor] = {}
-    for pair in range(-1, options.pairs):  # the first pair warms up
+    for pair in range(options.pairs):
         # Whoever goes second finds a warmer machine.
         for which in ("off", "on") if pair % 2 == 0 else ("on", "off"):
             patcher = off if which == "off" else on
             taken, pictures[which] = run(patcher, model, size, options.steps, device)
-            if pair >= 0:
-                runs[which].append(taken)
+            runs[which].append(taken)
         if torch.equal(pictures["off"], pictures["on"]):
             raise RuntimeError(f"the node changed nothing in {title}: nothing was measured")
         print(f"  pair {pair + 1} of {options.pairs}", file=sys.stderr, flush=True)
@@ -278,18 +279,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="full width on a CPU too")
     parser.add_argument("--size", type=machine.positive, help="pixels of each side (default: the model's own size)")
     parser.add_argument("--steps", type=machine.positive, default=3, help="steps per run (default 3)")
-    parser.add_argument("--pairs", type=machine.positive, default=5, help="pairs of runs (default 5)")
+    parser.add_argument("--pairs", type=machine.positive, help="pairs of runs (default 3, on a GPU 9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first step is left out")
     device = machine.use(parser, options)
-    start_host(device)
+    options.pairs = options.pairs or PAIRS[device.type]
+    warnings = machine.warnings(device)
+    try:
+        start_host(device)
+    except HostError as error:
+        print(f"steps: {error}", file=sys.stderr)
+        return 1
     about = {**machine.about(device), "steps": options.steps, "pairs": options.pairs}
     results = [measure(name, options, device) for name in options.models]
-    print(f"\n{machine.in_words(about)}\n\n{table(results)}")
+    print("\n".join(["", machine.in_words(about), "", table(results), *("\n- " + line for line in warnings)]))
     if options.json:
-        text = json.dumps({"environment": about, "results": results}, indent=2, allow_nan=False)
+        text = json.dumps({"environment": about, "notes": warnings, "results": results}, indent=2, allow_nan=False)
         options.json.write_text(text + "\n", encoding="utf-8")
     return 0
 

@@ -49,6 +49,7 @@ def sparse_dense_attention(
     mask = _checked(q, k, v, mask)
     scale = _scale(q, scale)
     sparse, dense = _empty_output(q, v), _empty_output(q, v)
+    k = eager.bounded(k)
     for rows in eager.row_chunks(q, k.shape[2]):
         s, d, _ = eager.retrieve(q[:, :, rows], k, v, alpha, eager.mask_rows(mask, rows), scale)
         # Weights may sum to a rounding error more than 1, which at the end of the range is infinity.
@@ -189,11 +190,8 @@ def _guide(
     joint_lse: Tensor | None = None,
 ) -> None:
     """Write the guided attention to ``out``. The one place that picks the implementation."""
-    if fused.takes(q, v, config) and fused.guide(
-        out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse
-    ):
-        return
-    eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+    implementation = fused.guide if fused.takes(q, v, config) else eager.guide
+    implementation(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
 
 
 def _empty_output(q: Tensor, v: Tensor) -> Tensor:

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from .config import GuidanceConfig
-from .entmax import dense_weights_, shift_by_max, sparse_weights
+from .entmax import dense_weights_, scale_and_shift_, sparse_weights
 from .geometry import correction, to_dtype
 
-# Logits held at once. On the CPU a chunk and its few work buffers should stay in the cache; elsewhere the launches of
-# many small kernels cost more than memory does.
+# Logits held at once. On the CPU a chunk and its few work buffers should stay in the cache, and be smaller than the
+# output; elsewhere the launches of many small kernels cost more than memory does.
 _CPU_CHUNK_ELEMENTS = 1 << 19
+_CPU_CHUNK_OF_OUTPUT = 0.5
 _CHUNK_ELEMENTS = 1 << 23
 
 
 def row_chunks(q: Tensor, keys: int) -> Iterator[slice]:
     """Slices of the query axis of ``q`` (``[B, H, N_q, D]``), each small enough to hold its logits over ``keys``."""
     batch, heads, rows, _ = q.shape
-    budget = _CPU_CHUNK_ELEMENTS if q.device.type == "cpu" else _CHUNK_ELEMENTS
+    budget = (
+        min(_CPU_CHUNK_ELEMENTS, int(_CPU_CHUNK_OF_OUTPUT * q.numel())) if q.device.type == "cpu" else _CHUNK_ELEMENTS
+    )
     step = max(1, budget // (batch * heads * keys))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
@@ -37,24 +40,40 @@ def work_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def bounded(tensor: Tensor) -> Tensor:
+    """Queries or keys in the work dtype, so bounded that no product of them overflows."""
+    wide = tensor.to(work_dtype(tensor))
+    if tensor.dtype == torch.float16:
+        return wide
+    limit = (torch.finfo(wide.dtype).max / tensor.shape[-1]) ** 0.5 / 2
+    return wide.clamp(-limit, limit)
+
+
 def logits_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """``scale * q k^T`` plus the mask, ``[B, H, N_q, N_k]`` in the work dtype; masked entries are ``-inf``."""
-    work = work_dtype(q)
-    logits = torch.matmul(q.to(work) * scale, k.to(work).transpose(-1, -2))
+    """``scale * q k^T`` plus the mask, ``[B, H, N_q, N_k]`` in the work dtype; masked entries are ``-inf``.
+
+    ``k`` is :func:`bounded` already.
+    """
+    logits = torch.matmul(bounded(q.to(k.dtype) * scale), k.transpose(-1, -2))
     if mask is None:
         return logits
-    return logits.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else logits.add_(mask)
+    if mask.dtype == torch.bool:
+        return logits.masked_fill_(~mask, -torch.inf)
+    return logits.add_(mask).clamp_(max=torch.finfo(logits.dtype).max)
 
 
 def retrieve(
     q: Tensor, k: Tensor, v: Tensor, alpha: float, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sparse and dense read-out ``[B, H, N_q, D_v]`` and logsumexp ``[B, H, N_q, 1]`` of one chunk, work dtype."""
-    values = v.to(work_dtype(q))
-    shifted, maximum = shift_by_max(logits_of(q, k, mask, scale))
-    # The softmax overwrites the shifted logits, so the sparse weights come first.
-    sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(shifted, alpha), values)
-    weights, total = dense_weights_(shifted)
+    """Sparse and dense read-out ``[B, H, N_q, D_v]`` and logsumexp ``[B, H, N_q, 1]`` of one chunk, work dtype.
+
+    ``k`` is :func:`bounded` already.
+    """
+    values = v.to(k.dtype)
+    scaled, maximum = scale_and_shift_(logits_of(q, k, mask, scale), alpha)
+    # The softmax overwrites the scaled logits, so the sparse weights come first.
+    sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(scaled, alpha), values)
+    weights, total = dense_weights_(scaled, alpha)
     dense = torch.matmul(weights, values)
     return dense if sparse is None else sparse, dense, maximum + total.log()
 
@@ -81,7 +100,7 @@ def guide(
             mass is the share of its softmax that falls on them. None is a mass of 1.
     """
     work = work_dtype(q)
-    k, v = k.to(work), v.to(work)
+    k, v = bounded(k), v.to(work)
     for rows in row_chunks(q, k.shape[2]):
         sparse, dense, lse = retrieve(q[:, :, rows], k, v, config.alpha, mask_rows(mask, rows), scale)
         change = correction(sparse, dense, config)

@@ -9,6 +9,7 @@ and falling in t, so Newton's iteration from t = -1 rises towards the root and n
 
 from __future__ import annotations
 
+import math
 from reprlib import repr as short
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 # The exponent at alpha = 1.5, which has a cheaper form than the general power.
 _SQUARE = 2.0
 
-# Newton steps. For the 2-norm (alpha = 1.5) 6 steps reach 1e-6 in fp32 on all shapes tried and 7 from about 1,000 keys
-# on. The other norms bend more sharply near the root, so their bracket is first narrowed by bisection.
-_NEWTON_STEPS = 7
-_NEWTON_STEPS_LONG = 9
-_LONG = 1024
+# Newton steps. For the 2-norm (alpha = 1.5) 5 steps bring every weight within 6e-7 in fp32 for up to 512 keys, and 6
+# for 4,608: random, tied, peaked and steadily falling logits of any spread. The other norms bend more sharply near the
+# root, so their bracket is first narrowed by bisection.
+_NEWTON_STEPS = 5
+_NEWTON_STEPS_LONG = 7
+_LONG = 512
 _BISECTION_STEPS = 12
 _NEWTON_STEPS_AFTER_BISECTION = 4
 _EXTRA_STEPS_FP64 = 2
@@ -59,34 +61,40 @@ def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
         raise ValueError(f"entmax needs at least one entry along dim {dim}, got shape {tuple(logits.shape)}.")
     moved = logits.movedim(dim, -1)
     work = moved.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    # The shift makes a copy, so the caller's tensor is never written to.
-    shifted, _ = shift_by_max(work)
-    weights = dense_weights_(shifted)[0] if alpha == 1.0 else sparse_weights(shifted, alpha)
+    # A copy, so that the caller's tensor is never written to.
+    scaled, _ = scale_and_shift_(work.clone(), alpha)
+    weights = dense_weights_(scaled, alpha)[0] if alpha == 1.0 else sparse_weights(scaled, alpha)
     return weights.to(logits.dtype).movedim(-1, dim)
 
 
-def shift_by_max(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """``(logits - max, max)`` over the last axis; the maximum of a row of only ``-inf`` counts as 0."""
+def scale_and_shift_(logits: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """``((alpha - 1) (logits - max), max)`` over the last axis, in place; not scaled at alpha 1.
+
+    The maximum of a row of only ``-inf`` counts as 0.
+    """
     maximum = logits.amax(dim=-1, keepdim=True)
-    maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
-    return logits - maximum, maximum
+    maximum = maximum.masked_fill_(maximum == -torch.inf, 0.0)
+    # In this order, because a large offset that all logits share would round the product.
+    shifted = logits.sub_(maximum)
+    return shifted if alpha in (1.0, 2.0) else shifted.mul_(alpha - 1.0), maximum
 
 
-def dense_weights_(shifted: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax, in place, of logits whose row maximum is 0, with the sums ``[..., 1]`` that it was divided by."""
-    weights = shifted.exp_()
+def dense_weights_(scaled: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Softmax, in place, of :func:`scale_and_shift_`'s result, with the sums ``[..., 1]`` that it was divided by."""
+    # On a CPU a power of 2 takes half the time of one of e.
+    weights = scaled.mul_(math.log2(math.e) / (alpha - 1.0 or 1.0)).exp2_()
     total = weights.sum(dim=-1, keepdim=True)
     return weights.div_(total.clamp_min(_tiny(total))), total
 
 
-def sparse_weights(shifted: Tensor, alpha: float) -> Tensor:
-    """Alpha-entmax (1 < alpha <= 2) over the last axis of logits whose row maximum is 0; ``shifted`` is kept."""
+def sparse_weights(scaled: Tensor, alpha: float) -> Tensor:
+    """Alpha-entmax (1 < alpha <= 2) over the last axis of :func:`scale_and_shift_`'s result, which is kept."""
     power = 1.0 / (alpha - 1.0)
-    scaled = shifted * (alpha - 1.0)
     if power == _SQUARE:
-        weights = scaled.sub_(_threshold_square(scaled)).relu_().square_()
+        threshold = _threshold_square(scaled)
+        weights = torch.sub(scaled, threshold).relu_().square_()
     else:
-        weights = _powered_(scaled.sub_(_offset_general(scaled, power)), power)
+        weights = _powered_(scaled - _offset_general(scaled, power), power)
     # Newton stops a rounding error below the root; the division makes the weights sum to 1 all the same.
     total = weights.sum(dim=-1, keepdim=True)
     return weights.div_(total.clamp_min_(_tiny(total)))
@@ -96,7 +104,7 @@ def _threshold_square(scaled: Tensor) -> Tensor:
     """Root of ``||relu(scaled - t)||_2 = 1``, shape ``[..., 1]``."""
     threshold = scaled.new_full((*scaled.shape[:-1], 1), -1.0)
     above = torch.empty_like(scaled)
-    steps = _NEWTON_STEPS if scaled.shape[-1] < _LONG else _NEWTON_STEPS_LONG
+    steps = _NEWTON_STEPS if scaled.shape[-1] <= _LONG else _NEWTON_STEPS_LONG
     for _ in range(steps + _extra_steps(scaled)):
         torch.sub(scaled, threshold, out=above).relu_()
         norm = torch.linalg.vector_norm(above, dim=-1, keepdim=True)

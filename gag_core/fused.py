@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import math
+import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import eager
 from .config import GuidanceConfig
 
 log = logging.getLogger("comfyui-gag")
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MOST_HEAD_DIM = 256
 _SMALLEST_TILE = 16
 # What a program holds for its queries (logits, read-outs) should fit into its warps' registers: fp32 numbers per warp.
@@ -77,8 +81,11 @@ def guide(
     mask: Tensor | None,
     scale: float,
     joint_lse: Tensor | None,
-) -> bool:
-    """As :func:`eager.guide`, by a kernel. Returns whether it worked; if not, says why once per device."""
+) -> None:
+    """As :func:`eager.guide`, by a kernel; if that fails, by :func:`eager.guide`, saying why once per device."""
+    if torch.compiler.is_compiling():
+        _operator(out, q, k, v, base, mask, joint_lse, scale, *dataclasses.astuple(config))
+        return
     try:
         _launch(out, q, k, v, config, base, mask, scale, joint_lse)
     except torch.OutOfMemoryError:
@@ -94,8 +101,40 @@ def guide(
                 q.device,
                 reason,
             )
-        return False
-    return True
+        eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+
+
+_SCHEMA = (
+    "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? base, Tensor? mask, Tensor? joint_lse, float scale, "
+    "str rule, float guidance_scale, float norm_threshold, str norm_mode, float orthogonal_scale, float alpha, "
+    "float strength, bool merge_heads) -> ()"
+)
+
+
+def _guide_by_fields(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    base: Tensor | None,
+    mask: Tensor | None,
+    joint_lse: Tensor | None,
+    scale: float,
+    *fields: Any,
+) -> None:
+    guide(out, q, k, v, GuidanceConfig(*fields), base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+
+
+def _registered() -> Callable[..., None]:
+    """:func:`guide` as an operator of torch's, which a compiled graph calls without looking inside."""
+    # More than one copy of this package may be loaded, and each registers its own.
+    name = re.sub(r"\W", "_", __name__) + f"_{id(guide):x}::guide"
+    operator = torch.library.custom_op(name, _guide_by_fields, mutates_args=("out",), schema=_SCHEMA)
+    operator.register_fake(lambda *args: None)
+    return operator
+
+
+_operator = _registered()
 
 
 def tiles(length: int, largest: int) -> tuple[tuple[int, int], ...]:
@@ -115,13 +154,10 @@ def tiles(length: int, largest: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-@cache
 def _runs_on(device: torch.device) -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
     if device.type == "cuda" and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= _OLDEST_NVIDIA
-    return device.type in ("cuda", "xpu")
+        return _HAS_TRITON and torch.cuda.get_device_capability(device) >= _OLDEST_NVIDIA
+    return _HAS_TRITON and device.type in ("cuda", "xpu")
 
 
 def _sizes(q: Tensor) -> _Sizes:
@@ -167,6 +203,7 @@ def _launch(
         "HAS_BASE": base is not None,
         "MASK": mask_kind,
         "JOINT": joint_lse is not None,
+        "WIDE": q.dtype != torch.float16,
         "UPCAST": kernels.INTERPRETED and q.dtype == torch.bfloat16,
         "PRECISION": "tf32x3" if q.device.type == "cuda" and torch.version.hip is None else "ieee",
         "LIMIT": torch.finfo(out.dtype).max,

@@ -11,6 +11,7 @@ Arguments that both kernels take:
         there is none (``HAS_BASE``, ``MASK``). ``joint_lse`` has three strides.
     DIM, VALUE_DIM: head dimension of q and k, and of v; DIM_TILES, VALUE_TILES: their tiles.
     POWER: ``1 / (alpha - 1)``, 2 or 1. BISECTIONS, STEPS: how the threshold is searched.
+    WIDE: the tensors' range is that of fp32 (fp16's is not), so that products and sums of them could overflow.
     UPCAST: Triton's interpreter runs, and multiplies the bits of bf16 as if they were integers.
     PRECISION: how fp32 is multiplied, as ``tl.dot`` names it.
     LIMIT: the largest finite number of the output's dtype.
@@ -30,6 +31,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TINY = tl.constexpr(1.2e-38)
 _FP32_MAX = tl.constexpr(3.4028234663852886e38)
 _LOG2_E = tl.constexpr(1.4426950408889634)
+# No sum of 256 products of numbers within the first overflows, nor one of values with weights that are so much smaller.
+_FACTOR_LIMIT = tl.constexpr(2.0**59)
+_WEIGHT_BITS = tl.constexpr(20)
 
 
 @triton.jit(do_not_specialize=["heads", "query_count", "key_count"])
@@ -70,6 +74,7 @@ def guided_attention_kernel(
     HAS_BASE: tl.constexpr,
     MASK: tl.constexpr,
     JOINT: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -79,6 +84,7 @@ def guided_attention_kernel(
     rows = tl.arange(0, BLOCK)
     row_count = query_count - first
     queries = _load_tiles(_at(q, q_strides, batch, head, first), rows, row_count, q_strides, DIM, DIM_TILES)
+    queries = _bounded(queries, WIDE)
     k = _at(k, k_strides, batch, head, 0)
     v = _at(v, v_strides, batch, head, 0)
     mask = _at(mask, mask_strides, batch, head, first)
@@ -89,7 +95,7 @@ def guided_attention_kernel(
         columns = KEY_TILES[i][0] + tl.arange(0, KEY_TILES[i][1])
         tile = _logits(
             queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
-            BLOCK, KEY_TILES[i][1], DIM, DIM_TILES, MASK, UPCAST, PRECISION,
+            BLOCK, KEY_TILES[i][1], DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
         logits = logits + (tile,)
         maximum = tl.maximum(maximum, tl.max(tile, 1))
@@ -117,10 +123,10 @@ def guided_attention_kernel(
     for i in tl.static_range(len(KEY_TILES)):
         columns = KEY_TILES[i][0] + tl.arange(0, KEY_TILES[i][1])
         values = _load_tiles(v, columns, key_count, v_strides, VALUE_DIM, VALUE_TILES)
-        weights = _sparse(scaled[i], threshold, POWER)
+        weights = _sparse(scaled[i], threshold, POWER, WIDE)
         sparse_total += tl.sum(weights, 1)
         sparse = _accumulated(sparse, weights, values, UPCAST, PRECISION)
-        weights = _dense(scaled[i], POWER)
+        weights = _dense(scaled[i], POWER, WIDE)
         dense_total += tl.sum(weights, 1)
         dense = _accumulated(dense, weights, values, UPCAST, PRECISION)
 
@@ -130,7 +136,7 @@ def guided_attention_kernel(
         _at(base, base_strides, batch, head, first), base_strides,
         _at(joint_lse, lse_strides, batch, head, first), lse_strides,
         rows, row_count, guidance_scale, cap, orthogonal_scale, strength,
-        VALUE_DIM, VALUE_TILES, RULE, RELATIVE, HAS_BASE, JOINT, LIMIT,
+        VALUE_DIM, VALUE_TILES, RULE, RELATIVE, HAS_BASE, JOINT, WIDE, LIMIT,
     )  # fmt: skip
 
 
@@ -173,6 +179,7 @@ def guided_attention_long_kernel(
     HAS_BASE: tl.constexpr,
     MASK: tl.constexpr,
     JOINT: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -186,6 +193,7 @@ def guided_attention_long_kernel(
     rows = tl.arange(0, BLOCK)
     row_count = query_count - first
     queries = _load_tiles(_at(q, q_strides, batch, head, first), rows, row_count, q_strides, DIM, DIM_TILES)
+    queries = _bounded(queries, WIDE)
     k = _at(k, k_strides, batch, head, 0)
     v = _at(v, v_strides, batch, head, 0)
     mask = _at(mask, mask_strides, batch, head, first)
@@ -200,7 +208,7 @@ def guided_attention_long_kernel(
         columns = number * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
         logits = _logits(
             queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
-            BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, UPCAST, PRECISION,
+            BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
         )  # fmt: skip
         largest = tl.max(logits, 1)
         block_maximum = tl.where(block_numbers[None, :] == number, largest[:, None], block_maximum)
@@ -208,7 +216,7 @@ def guided_attention_long_kernel(
         maximum = tl.maximum(maximum, largest)
         # Both are -inf where nothing could be read so far; then there is nothing to rescale.
         rescale = tl.where(earlier == float("-inf"), 0.0, tl.exp(earlier - maximum))
-        weights = _dense(_scaled(logits, maximum, POWER), POWER)
+        weights = _dense(_scaled(logits, maximum, POWER), POWER, WIDE)
         dense_total = dense_total * rescale + tl.sum(weights, 1)
         values = _load_tiles(v, columns, key_count, v_strides, VALUE_DIM, VALUE_TILES)
         dense = _accumulated(_times(dense, rescale), weights, values, UPCAST, PRECISION)
@@ -227,7 +235,7 @@ def guided_attention_long_kernel(
                 columns = number * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
                 logits = _logits(
                     queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
-                    BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, UPCAST, PRECISION,
+                    BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
                 )  # fmt: skip
                 block_total, block_slope = _sums(_scaled(logits, maximum, POWER), probe, POWER)
                 total += block_total
@@ -242,9 +250,9 @@ def guided_attention_long_kernel(
             columns = number * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
             logits = _logits(
                 queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
-                BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, UPCAST, PRECISION,
+                BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
             )  # fmt: skip
-            weights = _sparse(_scaled(logits, maximum, POWER), threshold, POWER)
+            weights = _sparse(_scaled(logits, maximum, POWER), threshold, POWER, WIDE)
             sparse_total += tl.sum(weights, 1)
             values = _load_tiles(v, columns, key_count, v_strides, VALUE_DIM, VALUE_TILES)
             sparse = _accumulated(sparse, weights, values, UPCAST, PRECISION)
@@ -255,7 +263,7 @@ def guided_attention_long_kernel(
         _at(base, base_strides, batch, head, first), base_strides,
         _at(joint_lse, lse_strides, batch, head, first), lse_strides,
         rows, row_count, guidance_scale, cap, orthogonal_scale, strength,
-        VALUE_DIM, VALUE_TILES, RULE, RELATIVE, HAS_BASE, JOINT, LIMIT,
+        VALUE_DIM, VALUE_TILES, RULE, RELATIVE, HAS_BASE, JOINT, WIDE, LIMIT,
     )  # fmt: skip
 
 
@@ -328,6 +336,7 @@ def _logits(
     DIM: tl.constexpr,
     DIM_TILES: tl.constexpr,
     MASK: tl.constexpr,
+    WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -335,7 +344,7 @@ def _logits(
     logits = tl.zeros((BLOCK, WIDTH), tl.float32)
     for i in tl.static_range(len(DIM_TILES)):
         keys = _load(k, columns, key_count, k_strides, DIM, DIM_TILES[i][0], DIM_TILES[i][1])
-        logits = _dot(queries[i], tl.trans(keys), logits, UPCAST, PRECISION)
+        logits = _dot(queries[i], tl.trans(_bounded((keys,), WIDE)[0]), logits, UPCAST, PRECISION)
     logits *= scale
     readable = columns[None, :] < key_count
     if MASK != "none":
@@ -345,6 +354,7 @@ def _logits(
             readable = readable & (given != 0)
         else:
             logits += given.to(tl.float32)
+            logits = tl.where(logits > _FP32_MAX, _FP32_MAX, logits)
     return tl.where(readable, logits, float("-inf"))
 
 
@@ -355,17 +365,35 @@ def _scaled(logits, maximum, POWER: tl.constexpr):
 
 
 @triton.jit
-def _dense(scaled, POWER: tl.constexpr):
-    """``exp(z - max z)``."""
-    return tl.exp2(scaled * (POWER * _LOG2_E))
+def _bounded(tiles, WIDE: tl.constexpr):
+    """Queries or keys, of which no product overflows."""
+    result = ()
+    for i in tl.static_range(len(tiles)):
+        tile = tiles[i]
+        if WIDE:
+            tile = _saturated(tile.to(tl.float32), _FACTOR_LIMIT).to(tile.dtype)
+        result = result + (tile,)
+    return result
 
 
 @triton.jit
-def _sparse(scaled, threshold, POWER: tl.constexpr):
-    """``relu(scaled - t) ** POWER``."""
+def _dense(scaled, POWER: tl.constexpr, WIDE: tl.constexpr):
+    """``exp(z - max z)``, a power of 2 smaller if WIDE."""
+    if WIDE:
+        weights = tl.exp2(scaled * (POWER * _LOG2_E) - _WEIGHT_BITS)
+    else:
+        weights = tl.exp2(scaled * (POWER * _LOG2_E))
+    return weights
+
+
+@triton.jit
+def _sparse(scaled, threshold, POWER: tl.constexpr, WIDE: tl.constexpr):
+    """``relu(scaled - t) ** POWER``, half of it if WIDE: its sum may lie a rounding error above 1."""
     above = tl.maximum(scaled - threshold[:, None], 0.0)
     if POWER == 2:
         above = above * above
+    if WIDE:
+        above = above * 0.5
     return above
 
 
@@ -494,18 +522,23 @@ def _finish(
     RELATIVE: tl.constexpr,
     HAS_BASE: tl.constexpr,
     JOINT: tl.constexpr,
+    WIDE: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
     """From the weighted sums over the keys to the output in memory."""
     mean_sparse, mean_dense = (), ()
     for i in tl.static_range(len(TILES)):
-        mean_sparse = mean_sparse + (sparse[i] / tl.maximum(sparse_total, _TINY)[:, None],)
-        mean_dense = mean_dense + (dense[i] / tl.maximum(dense_total, _TINY)[:, None],)
+        tile = _saturated(sparse[i] / tl.maximum(sparse_total, _TINY)[:, None], _FP32_MAX)
+        mean_sparse = mean_sparse + (tile,)
+        tile = _saturated(dense[i] / tl.maximum(dense_total, _TINY)[:, None], _FP32_MAX)
+        mean_dense = mean_dense + (tile,)
     changes = _changes(mean_sparse, mean_dense, guidance_scale, cap, orthogonal_scale, strength, RULE, RELATIVE)
     mass = tl.full(maximum.shape, 1.0, tl.float32)
     if JOINT:
         whole = tl.load(joint_lse + rows * lse_strides[2], mask=rows < row_count, other=0.0).to(tl.float32)
         mass = tl.exp(maximum + tl.log(dense_total) - whole)
+        if WIDE:
+            mass *= tl.exp2(_WEIGHT_BITS * 1.0)
         # Where no text may be read there is no mass, and the line above is not a number.
         mass = tl.where(dense_total > 0.0, tl.where(mass > 1.0, 1.0, mass), 0.0)
     for i in tl.static_range(len(TILES)):

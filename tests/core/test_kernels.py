@@ -193,13 +193,26 @@ def test_extreme_values_stay_finite(name: str, dtype: torch.dtype) -> None:
     assert torch.isfinite(by_kernel(q, k, torch.zeros_like(v), config)).all()
 
 
+@pytest.mark.parametrize("keys", [40, 600])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_and_sums_beyond_the_range_stay_finite(dtype: torch.dtype, keys: int) -> None:
+    end = torch.finfo(dtype).max
+    q, k, v = (x.sign() * end for x in cases.qkv(Shape(1, 1, 4, keys, 16), dtype=dtype))
+    v[..., 0] = end
+    mask = torch.full((1, 1, 1, keys), torch.finfo(torch.float32).max)
+    assert torch.isfinite(by_kernel(q, k, v, CONFIGS["paper"])).all()
+    assert torch.isfinite(by_kernel(q, k, v, CONFIGS["paper"], mask=mask)).all()
+    result = by_kernel(q * 0, k, v, CONFIGS["paper"])
+    torch.testing.assert_close(result[..., 0], torch.full_like(result[..., 0], end))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_query_that_is_not_finite_spoils_its_own_row_alone(bad: float) -> None:
     q, k, v = cases.qkv(SMALL)
     clean = by_kernel(q, k, v, CONFIGS["gentle"])
     q[0, 1, 3, 2] = bad
     result = by_kernel(q, k, v, CONFIGS["gentle"])
-    assert torch.isnan(result[0, 1, 3]).all()
+    assert torch.isnan(result[0, 1, 3]).all() or bad == math.inf
     result[0, 1, 3] = clean[0, 1, 3]
     assert torch.equal(result, clean)
 
@@ -306,6 +319,30 @@ def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(monkeypatch: pyt
     with pytest.raises(torch.OutOfMemoryError):
         guided_attention(q, k, v, CONFIGS["paper"])
     assert fused.takes(q, v, CONFIGS["paper"])
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_compiled_graph_does_not_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model is compiled: one graph, in which a kernel is one operator; and its failure is mended inside."""
+    torch.compiler.reset()
+    q, k, v = cases.qkv(SMALL)
+    joint = cases.qkv(Shape(1, 2, 40, 40, 32))
+    mask = MASKS["bool-per-key"](SMALL)
+
+    def model() -> tuple[Tensor, Tensor]:
+        cross = guided_attention(q, k, v, CONFIGS["no-cap"], mask=mask)
+        return cross, guided_joint_attention(*joint, slice(0, 13), CONFIGS["gentle"]) * 2
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected_pair = model()
+    with monkeypatch.context() as patch:
+        patch.setattr(eager, "guide", not_eager)
+        for ours, expected in zip(compiled(), expected_pair, strict=True):
+            assert torch.equal(ours, expected)
+            assert ours.stride() == expected.stride()
+    monkeypatch.setattr(fused, "_launch", lambda *args: 1 / 0)
+    for ours, expected in zip(compiled(), model(), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize(

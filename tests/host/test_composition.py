@@ -526,6 +526,24 @@ def test_torch_compile(name: str, order: str, reports: list[str]) -> None:
     assert reports[0].endswith(" in 1 of 2 calls.")
 
 
+@pytest.mark.usefixtures("traceable_attention")
+@pytest.mark.parametrize("order", [LAST], ids=[f"TorchCompileModel, {LAST}"])
+def test_torch_compile_with_other_blocks_later(order: str) -> None:
+    """What was compiled while one module was followed is not used while another one is."""
+    ranges = {"0": {"end_percent": 0.1}, "1": {"start_percent": 0.1}}
+
+    def guided_in_turns(model: Any) -> Any:
+        for blocks, settings in ranges.items():
+            (model,) = host.run_node("GAGuidanceAdvanced", model=model, blocks=blocks, **settings)
+        return model
+
+    compiled = companions.by_node("nodes_torch_compile", "TorchCompileModel", backend="eager")
+    expected = companions.sample(guided_in_turns(companions.build("wan-t2v")), "wan-t2v")
+    model = in_order(order, companions.build("wan-t2v"), compiled, guided_in_turns)
+    assert torch.equal(companions.sample(model, "wan-t2v"), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 @rows("TorchCompileModel of newer ComfyUIs")
 @pytest.mark.usefixtures("traceable_attention")
 def test_torch_compile_that_does_not_look_at_patches(order: str, caplog: pytest.LogCaptureFixture) -> None:
