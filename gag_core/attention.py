@@ -149,9 +149,13 @@ def guided_joint_attention(
     start, stop = _text_range(text, q.shape[2])
     scale = _scale(q, scale)
     lse: Tensor | None = None
+    out: Tensor | None = None
     if base is None:
         base, lse = attention_with_logsumexp(q, k, v, mask, scale)
-    out = _empty_output(q, v).copy_(base)
+        # Nobody else has it, so the image queries' part is written over.
+        out = base if base.transpose(1, 2).is_contiguous() else None
+    if out is None:
+        out = _empty_output(q, v).copy_(base)
     if config.strength == 0.0:
         return out
     text_keys, text_values = k[:, :, start:stop], v[:, :, start:stop]

@@ -12,20 +12,21 @@ from .config import GuidanceConfig
 from .entmax import dense_weights_, scale_and_shift_, sparse_weights
 from .geometry import correction, to_dtype
 
-# Logits held at once. On the CPU a chunk and its few work buffers should stay in the cache, and be smaller than the
-# output; elsewhere the launches of many small kernels cost more than memory does.
-_CPU_CHUNK_ELEMENTS = 1 << 19
-_CPU_CHUNK_OF_OUTPUT = 0.5
-_CHUNK_ELEMENTS = 1 << 23
+# What is held for a chunk of queries, in numbers: about three tensors of its logits and eight of its output. On the CPU
+# that should stay in the cache and below the output's own size; elsewhere the launches of many small kernels cost more
+# than memory does.
+_LOGITS_TENSORS = 3
+_OUTPUT_TENSORS = 8
+_CPU_CHUNK = 8 << 19
+_CPU_CHUNK_OF_OUTPUT = 2.3
+_CHUNK = 3 << 23
 
 
 def row_chunks(q: Tensor, keys: int) -> Iterator[slice]:
     """Slices of the query axis of ``q`` (``[B, H, N_q, D]``), each small enough to hold its logits over ``keys``."""
-    batch, heads, rows, _ = q.shape
-    budget = (
-        min(_CPU_CHUNK_ELEMENTS, int(_CPU_CHUNK_OF_OUTPUT * q.numel())) if q.device.type == "cpu" else _CHUNK_ELEMENTS
-    )
-    step = max(1, budget // (batch * heads * keys))
+    batch, heads, rows, dim = q.shape
+    budget = min(_CPU_CHUNK, int(_CPU_CHUNK_OF_OUTPUT * q.numel())) if q.device.type == "cpu" else _CHUNK
+    step = max(1, budget // (batch * heads * (_LOGITS_TENSORS * keys + _OUTPUT_TENSORS * dim)))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -66,17 +66,20 @@ def correction(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
     if config.rule == "pladis":
         return _finite(discrepancy.mul_(config.strength * config.guidance_scale))
     axes = _MERGED_HEADS if config.merge_heads else _PER_HEAD
-    direction, sparse_norm = _unit(sparse, axes)
-    along = (discrepancy * direction).sum(dim=axes, keepdim=True)
+    scaled, scaled_norm, size = _scaled(sparse, axes)
+    inverse = scaled_norm.clamp_min(torch.finfo(sparse.dtype).tiny).reciprocal_()
+    along = (discrepancy * scaled).sum(dim=axes, keepdim=True).mul_(inverse)
+    sparse_norm = size.mul_(scaled_norm)
     orthogonal = config.orthogonal_scale
     if orthogonal == 0.0:
         reach = _capped(along.abs(), sparse_norm, config).mul_(config.guidance_scale)
-        extrapolation = direction.mul_(along.mul_(reach))
+        change = discrepancy.addcmul_(scaled, along.mul_(reach).mul_(inverse))
     else:
-        guidance = torch.addcmul(discrepancy * orthogonal, direction, along.mul_(1.0 - orthogonal))
-        reach = _capped(_unit(guidance, axes)[1], sparse_norm, config).mul_(config.guidance_scale)
-        extrapolation = guidance.mul_(reach)
-    return _finite(extrapolation.add_(discrepancy).mul_(config.strength))
+        guidance = torch.addcmul(discrepancy * orthogonal, scaled, along.mul_(1.0 - orthogonal).mul_(inverse))
+        _, guidance_norm, guidance_size = _scaled(guidance, axes)
+        reach = _capped(guidance_norm.mul_(guidance_size), sparse_norm, config).mul_(config.guidance_scale)
+        change = discrepancy.add_(guidance.mul_(reach))
+    return _finite(change if config.strength == 1.0 else change.mul_(config.strength))
 
 
 def _finite(change: Tensor) -> Tensor:
@@ -84,14 +87,12 @@ def _finite(change: Tensor) -> Tensor:
     return change.nan_to_num_(nan=0.0)
 
 
-def _unit(vectors: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Unit vectors and norms over ``axes``; a zero vector stays zero. Squares neither over- nor underflow."""
-    tiny = torch.finfo(vectors.dtype).tiny
+def _scaled(vectors: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors over their largest entry, the norm of that, and that entry: squares neither over- nor underflow."""
     # On a CPU this takes a tenth of the time of torch's infinity norm.
-    size = vectors.abs().amax(dim=axes, keepdim=True).clamp_min_(tiny)
-    unit = vectors / size
-    norm = torch.linalg.vector_norm(unit, dim=axes, keepdim=True)
-    return unit.div_(norm.clamp_min(tiny)), size.mul_(norm)
+    size = vectors.abs().amax(dim=axes, keepdim=True).clamp_min_(torch.finfo(vectors.dtype).tiny)
+    scaled = vectors / size
+    return scaled, torch.linalg.vector_norm(scaled, dim=axes, keepdim=True), size
 
 
 def _capped(guidance_norm: Tensor, sparse_norm: Tensor, config: GuidanceConfig) -> Tensor:
