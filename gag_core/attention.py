@@ -49,9 +49,10 @@ def sparse_dense_attention(
     mask = _checked(q, k, v, mask)
     scale = _scale(q, scale)
     sparse, dense = _empty_output(q, v), _empty_output(q, v)
-    k = eager.bounded(k)
+    limit, work = eager.query_limit(k), eager.work_dtype(q)
+    k, v = k.to(work), v.to(work)
     for rows in eager.row_chunks(q, k.shape[2]):
-        s, d, _ = eager.retrieve(q[:, :, rows], k, v, alpha, eager.mask_rows(mask, rows), scale)
+        s, d, _ = eager.retrieve(q[:, :, rows], k, v, limit, alpha, eager.mask_rows(mask, rows), scale)
         # Weights may sum to a rounding error more than 1, which at the end of the range is infinity.
         sparse[:, :, rows], dense[:, :, rows] = to_dtype(s, q.dtype), to_dtype(d, q.dtype)
     return sparse, dense

@@ -41,21 +41,27 @@ def work_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def bounded(tensor: Tensor) -> Tensor:
-    """Queries or keys in the work dtype, so bounded that no product of them overflows."""
-    wide = tensor.to(work_dtype(tensor))
-    if tensor.dtype == torch.float16:
-        return wide
-    limit = (torch.finfo(wide.dtype).max / tensor.shape[-1]) ** 0.5 / 2
-    return wide.clamp(-limit, limit)
+def query_limit(k: Tensor) -> Tensor | None:
+    """How large a scaled query may be, ``[B, H, 1, 1]``, for its products with these keys not to overflow.
+
+    None where they cannot: fp16 ends long before the work dtype does.
+    """
+    if k.dtype == torch.float16:
+        return None
+    largest = torch.maximum(k.amax(dim=(-2, -1), keepdim=True), -k.amin(dim=(-2, -1), keepdim=True))
+    work = work_dtype(k)
+    return torch.finfo(work).max / 4 / k.shape[3] / largest.to(work).clamp_min_(1.0)
 
 
-def logits_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def logits_of(q: Tensor, k: Tensor, limit: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     """``scale * q k^T`` plus the mask, ``[B, H, N_q, N_k]`` in the work dtype; masked entries are ``-inf``.
 
-    ``k`` is :func:`bounded` already.
+    ``k`` is of the work dtype already, ``limit`` the :func:`query_limit` of it.
     """
-    logits = torch.matmul(bounded(q.to(k.dtype) * scale), k.transpose(-1, -2))
+    q = q.to(k.dtype) * scale
+    if limit is not None:
+        q.clamp_(-limit, limit)
+    logits = torch.matmul(q, k.transpose(-1, -2))
     if mask is None:
         return logits
     if mask.dtype == torch.bool:
@@ -64,18 +70,17 @@ def logits_of(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor
 
 
 def retrieve(
-    q: Tensor, k: Tensor, v: Tensor, alpha: float, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, limit: Tensor | None, alpha: float, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse and dense read-out ``[B, H, N_q, D_v]`` and logsumexp ``[B, H, N_q, 1]`` of one chunk, work dtype.
 
-    ``k`` is :func:`bounded` already.
+    ``k`` and ``v`` are of the work dtype already, ``limit`` the :func:`query_limit` of k.
     """
-    values = v.to(k.dtype)
-    scaled, maximum = scale_and_shift_(logits_of(q, k, mask, scale), alpha)
+    scaled, maximum = scale_and_shift_(logits_of(q, k, limit, mask, scale), alpha)
     # The softmax overwrites the scaled logits, so the sparse weights come first.
-    sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(scaled, alpha), values)
+    sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(scaled, alpha), v)
     weights, total = dense_weights_(scaled, alpha)
-    dense = torch.matmul(weights, values)
+    dense = torch.matmul(weights, v)
     return dense if sparse is None else sparse, dense, maximum + total.log()
 
 
@@ -101,9 +106,10 @@ def guide(
             mass is the share of its softmax that falls on them. None is a mass of 1.
     """
     work = work_dtype(q)
-    k, v = bounded(k), v.to(work)
+    limit = query_limit(k)
+    k, v = k.to(work), v.to(work)
     for rows in row_chunks(q, k.shape[2]):
-        sparse, dense, lse = retrieve(q[:, :, rows], k, v, config.alpha, mask_rows(mask, rows), scale)
+        sparse, dense, lse = retrieve(q[:, :, rows], k, v, limit, config.alpha, mask_rows(mask, rows), scale)
         change = correction(sparse, dense, config)
         if joint_lse is not None:
             # A row that may read nothing at all has -inf - -inf here: no text, so no mass.

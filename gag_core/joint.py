@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eager import bounded, logits_of, mask_rows, row_chunks
+from .eager import logits_of, mask_rows, query_limit, row_chunks, work_dtype
 
 _BIAS_ALIGNMENT = 16
 
@@ -33,9 +33,10 @@ def attention_with_logsumexp(
 
 def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """logsumexp over the keys, ``[B, H, N_q]`` in fp32 (fp64 for fp64); ``-inf`` where no key may be read."""
-    k = bounded(k)
+    limit = query_limit(k)
+    k = k.to(work_dtype(q))
     parts = [
-        logits_of(q[:, :, rows], k, mask_rows(mask, rows), scale).logsumexp(dim=-1)
+        logits_of(q[:, :, rows], k, limit, mask_rows(mask, rows), scale).logsumexp(dim=-1)
         for rows in row_chunks(q, k.shape[2])
     ]
     return torch.cat(parts, dim=2)

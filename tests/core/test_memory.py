@@ -149,8 +149,8 @@ def test_more_keys_need_no_more(merge: bool) -> None:
 
 
 def test_more_queries_need_their_output_only() -> None:
-    some, more = (guided_peak(Shape(1, 8, queries, 512, 40)) for queries in (4096, 8192))
-    growth = output_bytes(Shape(1, 8, 8192 - 4096, 512, 40))
+    some, more = (guided_peak(Shape(1, 8, queries, 512, 40)) for queries in (8192, 16384))
+    growth = output_bytes(Shape(1, 8, 16384 - 8192, 512, 40))
     assert more - some < 1.1 * growth
 
 
