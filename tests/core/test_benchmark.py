@@ -24,15 +24,9 @@ CPU = torch.device("cpu")
 TEXT = 24
 
 
-def needs_entmax(method: methods.Method) -> None:
-    if method is PACKAGE and importlib.util.find_spec("entmax") is None:
-        pytest.skip("the package entmax is not installed")
-
-
 @pytest.mark.parametrize("method", [EAGER, SORT, PACKAGE], ids=lambda method: method.name)
 def test_every_method_computes_the_same(method: methods.Method) -> None:
     """A baseline that computes something else, or less, would be no baseline."""
-    needs_entmax(method)
     q, k, v = cases.qkv(cases.Shape(2, 3, 20, 77, 16))
     with methods.swapped(method.swaps()):
         assert_close(method.attention(0)(q, k, v), reference.guided_attention(q, k, v, GuidanceConfig()), error=1e-3)
@@ -40,7 +34,6 @@ def test_every_method_computes_the_same(method: methods.Method) -> None:
 
 @pytest.mark.parametrize("method", [EAGER, SORT, PACKAGE], ids=lambda method: method.name)
 def test_every_method_computes_the_same_joint_attention(method: methods.Method) -> None:
-    needs_entmax(method)
     q, k, v = cases.qkv(cases.Shape(2, 3, 60, 60, 16))
     expected = reference.guided_joint_attention(q, k, v, slice(0, TEXT), GuidanceConfig())
     with methods.swapped(method.swaps()):

@@ -41,6 +41,7 @@ def models_can_be_copied() -> bool:
     return True
 
 
+# What the host itself cannot send, no patch can make it send; the patch alone is sent on every host.
 whole_models = pytest.mark.skipif(
     not models_can_be_copied(), reason="models of this ComfyUI cannot be copied or pickled, with or without guidance"
 )
