@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The developer's commands: ``python dev.py demo | test | docs | bench | serve | setup`` and their own options.
+"""The developer's commands: ``python dev.py demo | test | docs | bench | quality | schemas | serve | setup``.
 
 Needs only Python 3.10 or later and its pip; not part of the pack. Whatever is missing is put into ``.cache/`` first.
 """
@@ -38,9 +38,11 @@ HELP = """\
 usage: python dev.py COMMAND [options]
 
   demo    run a workflow in a real ComfyUI with GAG off and on, and write one picture to compare (see demo --help)
-  test    lint, type check and run all tests (options go to pytest)
+  test    lint, type check and run all tests (options go to pytest; --browser opens the workflows in Chromium too)
   docs    write the pages in docs/ of what the last full run of the tests said (see docs --help)
   bench   time the attention against other ways to compute it (see bench --help)
+  quality measure whether prompts are followed better, and write docs/evidence.md of it (see quality --help)
+  schemas write down the nodes' inputs and outputs as they are now, which saved workflows depend on
   serve   start ComfyUI with the pack installed, to look at it in a browser (options go to ComfyUI)
   setup   only prepare the environment, as the other commands do first
 
@@ -52,6 +54,8 @@ SCRIPTS = {
     "demo": DEV / "demo.py",
     "docs": DEV / "pages.py",
     "bench": ROOT / "benchmarks" / "attention.py",
+    "quality": ROOT / "benchmarks" / "quality.py",
+    "schemas": DEV / "schemas.py",
     "serve": DEV / "serve.py",
 }
 CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])

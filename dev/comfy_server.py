@@ -138,6 +138,10 @@ class ComfyServer:
         """What the server says of every node type it has."""
         return self._json("/object_info")
 
+    def version(self) -> str:
+        """The server's release of ComfyUI."""
+        return str(self._json("/system_stats")["system"]["comfyui_version"])
+
     def queue(self, prompt: Json, workflow: Json | None = None, client_id: str | None = None) -> str:
         """Queue a prompt in API format and return its id. ``workflow`` is embedded in the pictures that are saved."""
         body: Json = {"prompt": prompt}
@@ -173,6 +177,10 @@ class ComfyServer:
         body = f"--{boundary}\r\n{head}\r\n\r\n".encode() + data + f"\r\n--{boundary}--\r\n".encode()
         answer = self._request("/upload/image", body, f"multipart/form-data; boundary={boundary}")
         return str(json.loads(answer)["name"])
+
+    def settings(self, values: Json) -> None:
+        """Change settings of the front end, as its user would."""
+        self._request("/settings", json.dumps(values).encode())
 
     def interrupt(self) -> None:
         """Stop the run in progress."""
@@ -299,7 +307,8 @@ def to_api(workflow: Json, object_info: Json) -> Json:
 
 _MUTED, _BYPASSED = 2, 4
 _FRONTEND_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
-_WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+# Of the last, only options without inputs of their own are read.
+_WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 _CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 _UPLOADS = {"image_upload", "video_upload", "audio_upload"}
 _UPLOAD_WORDS = {"image", "video", "audio"}

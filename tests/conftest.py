@@ -5,6 +5,8 @@ The root has a folder ``nodes``, and so has ComfyUI a module of that name, which
 process.
 
 Triton's kernels run in its interpreter here, which has to be said before anything imports Triton.
+
+The tests in a browser run with ``--browser`` only, because not every machine has one.
 """
 
 from __future__ import annotations
@@ -14,8 +16,18 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--browser", action="store_true", help="also run tests/browser, in a real Chromium")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path == ROOT / "tests" / "browser" and not config.getoption("browser") else None
 
 
 def _load_gag_core() -> None:

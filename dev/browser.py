@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""ComfyUI's front end in a real, headless Chromium: for ``tests/browser`` and ``dev/thumbnails.py``.
+
+Not part of the locked environment, because a browser cannot be locked: ``pip install playwright`` beside what
+``dev.py setup`` brings, and a Chromium or Chrome on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comfy_server import ComfyServer, Json
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page, Route
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+LOADED = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types.GAGuidance)"
+LOAD_TIMEOUT_MS = 180_000
+
+
+def what_is_missing() -> str | None:
+    """Why no page can be opened here, in one sentence that says what to do; None if one can."""
+    if importlib.util.find_spec("playwright") is None:
+        return "The browser needs Playwright: install it with `pip install playwright` into the Python that runs this."
+    if chromium() is None:
+        return (
+            "The browser needs Chromium or Chrome on the PATH (on Debian and Ubuntu `apt install chromium`), or its "
+            "path in the environment variable CHROMIUM."
+        )
+    return None
+
+
+def chromium() -> Path | None:
+    """The browser's program: the one that CHROMIUM names, or the first that is found."""
+    if named := os.environ.get("CHROMIUM"):
+        return Path(named) if Path(named).is_file() else None
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    return Path(found) if found else None
+
+
+class FrontEnd:
+    """The front end, opened on a server. ``errors`` collects what goes wrong in the page by itself."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.errors: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def load(self, workflow: Json) -> None:
+        """Open a workflow, as when its file is dropped onto the page."""
+        self.page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
+
+    def prompt(self) -> Json:
+        """What the front end would queue: the graph in API format."""
+        prompt: Json = self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
+        return prompt
+
+    def evaluate(self, script: str, argument: Any = None) -> Any:
+        """Run a script in the page and return what it returns."""
+        return self.page.evaluate(script, argument)
+
+    def wait(self, script: str, argument: Any = None, timeout_ms: int = 60_000) -> None:
+        """Wait until a script returns something true."""
+        self.page.wait_for_function(script, arg=argument, timeout=timeout_ms)
+
+
+@contextmanager
+def front_end(server: ComfyServer, width: int = 1320, height: int = 880) -> Iterator[FrontEnd]:
+    """Open the front end of a running server in a browser of its own, which talks to nobody else."""
+    from playwright.sync_api import sync_playwright
+
+    # First steps and warnings that would lie over the page.
+    server.settings({"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False})
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=list(OPTIONS))
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.route("**/*", _only_from(server.url))
+        opened = FrontEnd(page)
+        page.goto(server.url, wait_until="commit")
+        page.wait_for_function(LOADED, timeout=LOAD_TIMEOUT_MS)
+        time.sleep(1)  # until it has restored or made its first workflow, which no event tells
+        yield opened
+        browser.close()
+
+
+def _only_from(url: str) -> Callable[[Route], None]:
+    def let_through(route: Route) -> None:
+        if route.request.url.startswith((url, "data:", "blob:")):
+            route.continue_()
+        else:
+            route.abort()
+
+    return let_through

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the Comfy Registry is told of a release, and the workflow that tells it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from PIL import Image
+
+import release
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+PUBLISH = ROOT / ".github" / "workflows" / "publish.yml"
+
+
+def test_the_changelog_begins_with_the_version_and_says_what_is_new() -> None:
+    version = release.version(PYPROJECT)
+    assert re.findall(r"^## (.*)$", CHANGELOG, flags=re.MULTILINE)[0] == version
+    assert release.notes(CHANGELOG, version)
+
+
+def test_a_version_without_notes_is_not_released() -> None:
+    assert release.notes("# Changelog\n\n## 1.0.1\n\n- a\n- b\n\n## 1.0.0\n\n- c\n", "1.0.1") == "- a\n- b"
+    for changelog in ("# Changelog\n", "## 1.0.10\n\n- a\n", "## 1.0.1\n\n## 1.0.0\n\n- c\n"):
+        with pytest.raises(SystemExit, match=re.escape("CHANGELOG.md says nothing of 1.0.1.")):
+            release.notes(changelog, "1.0.1")
+
+
+def test_a_version_has_three_numbers() -> None:
+    assert release.version('name = "a"\nversion = "12.3.4"\n') == "12.3.4"
+    for text in ('version = "1.0"\n', 'dynamic = ["version"]\n', 'requires-version = "1.0.0"\n'):
+        with pytest.raises(SystemExit, match="has no line version"):
+            release.version(text)
+
+
+def test_the_version_stands_in_one_place() -> None:
+    version = re.compile(rf"(?<![\d.]){re.escape(release.version(PYPROJECT))}(?![\d.])")
+    code = [path for folder in ("gag_core", "nodes", "web") for path in (ROOT / folder).rglob("*.*")]
+    texts = [path for path in (*code, *ROOT.glob("*.py"), ROOT / "README.md") if path.suffix in (".py", ".js", ".md")]
+    assert [path for path in texts if version.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_what_the_pack_needs_is_the_same_for_pip_and_the_registry() -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    (dependencies,) = re.findall(r"^dependencies = \[(.*)\]$", PYPROJECT, flags=re.MULTILINE)
+    assert re.findall(r'"([^"]+)"', dependencies) == [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize(("key", "ratio", "most"), [("Icon", 1.0, 400), ("Banner", 21 / 9, 1260)])
+def test_pictures_are_as_the_registry_wants_them(key: str, ratio: float, most: int) -> None:
+    (name,) = re.findall(rf'^{key} = "REPOSITORY/raw/main/(.*)"$', PYPROJECT, flags=re.MULTILINE)
+    with Image.open(ROOT / name) as picture:
+        assert picture.width / picture.height == pytest.approx(ratio, rel=1e-2)
+        assert picture.width <= most
+
+
+def test_published_files_get_the_repositorys_address() -> None:
+    """The address stands in no file, so that a fork publishes its own."""
+    with_placeholder = {path.name for path in ROOT.glob("*.*") if path.suffix in (".md", ".toml") and _named(path)}
+    (replaced,) = re.findall(r"sed -i .*REPOSITORY.* (\S+ \S+)$", PUBLISH.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(replaced.split()) == with_placeholder
+
+
+def test_publishes_only_with_the_secret_and_only_new_versions() -> None:
+    workflow: dict[Any, Any] = yaml.safe_load(PUBLISH.read_text(encoding="utf-8"))
+    on = workflow[True]  # YAML's word for "on"
+    assert set(on) == {"workflow_dispatch", "push"}
+    assert on["push"] == {"branches": ["main"], "paths": ["pyproject.toml"]}
+    assert workflow["permissions"] == {"contents": "read"}
+    (job,) = workflow["jobs"].values()
+    *_, check, prepare, publish = job["steps"]
+    assert "dev/release.py --since" in check["run"]
+    for step in (prepare, publish):
+        assert step["if"] == f"steps.{check['id']}.outputs.version != ''"
+    assert re.fullmatch(r"Comfy-Org/publish-node-action@[0-9a-f]{40}", publish["uses"])
+    assert publish["with"]["personal_access_token"] == "${{ secrets.REGISTRY_ACCESS_TOKEN }}"
+
+
+def _named(path: Path) -> bool:
+    return "REPOSITORY" in path.read_text(encoding="utf-8")
