@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The developer's commands: ``python dev.py demo | test | docs | bench | quality | schemas | serve | setup``.
+"""The developer's commands: ``python dev.py demo | test | docs | bench | quality | schemas | texts | serve | setup``.
 
 Needs only Python 3.10 or later and its pip; not part of the pack. Whatever is missing is put into ``.cache/`` first.
 """
@@ -43,6 +43,7 @@ usage: python dev.py COMMAND [options]
   bench   time the attention against other ways to compute it (see bench --help)
   quality measure whether prompts are followed better, and write docs/evidence.md of it (see quality --help)
   schemas write down the nodes' inputs and outputs as they are now, which saved workflows depend on
+  texts   write locales/ and the lists of inputs in the help pages, of what the nodes say of themselves
   serve   start ComfyUI with the pack installed, to look at it in a browser (options go to ComfyUI)
   setup   only prepare the environment, as the other commands do first
 
@@ -56,6 +57,7 @@ SCRIPTS = {
     "bench": ROOT / "benchmarks" / "attention.py",
     "quality": ROOT / "benchmarks" / "quality.py",
     "schemas": DEV / "schemas.py",
+    "texts": DEV / "texts.py",
     "serve": DEV / "serve.py",
 }
 CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Time, memory and error of guided attention beside torch's own attention and the other ways to compute it.
 
-    python dev.py bench [--device cuda] [--shapes NAME ...] [--compiled] [--steps] [--json FILE]   (and see --help)
+    python dev.py bench [--device cuda] [--shapes NAME ...] [--compiled] [--anderson] [--steps]   (and see --help)
 
 All methods (``methods.py``) run on the same tensors in one process and in turns, so that a busy machine slows all of
 them. Extra memory is what a call holds at its peak beyond its inputs and its output, by the allocator's own records.
@@ -217,7 +217,9 @@ def measure(
     output = q.numel() * q.element_size()
     # Every so many queries, not the first ones: chunks other than the first are among them.
     some = slice(None, None, max(1, shape.queries // CHECKED_QUERIES))
-    exact = methods.exact(q, k, v, shape.text, some)
+    exact = {
+        config: methods.exact(q, k, v, shape.text, some, config) for config in {method.config for method in candidates}
+    }
     peak = cuda_peak if device.type == "cuda" else profiled_peak
     calls: dict[str, tuple[list[methods.Swap], Callable[[], Tensor]]] = {}
     taken: dict[str, Taken] = {}
@@ -234,7 +236,8 @@ def measure(
         try:
             with methods.swapped(swaps):
                 # These first calls also set up what is set up once, so that the timed ones are warm.
-                result, right = call()[:, :, some].double(), exact.plain if method.plain else exact.guided
+                right = exact[method.config].plain if method.plain else exact[method.config].guided
+                result = call()[:, :, some].double()
                 extra = peak(call) - output
         except torch.OutOfMemoryError:
             notes.append(f"{method.name}: out of memory at {shape}")
@@ -367,6 +370,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, torch.d
     )
     parser.add_argument("--full", action="store_true", help="all heads and full width on a CPU too")
     parser.add_argument("--compiled", action="store_true", help="also through torch.compile; slow to start")
+    parser.add_argument("--anderson", action="store_true", help="also the rule that solves for its coefficient")
     parser.add_argument("--repeats", type=machine.positive, help="timed turns (default 5, on a GPU 20)")
     parser.add_argument(
         "--steps",
@@ -390,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = machine.DTYPES[options.dtype]
     shapes: list[Shape] = [shape for chosen in options.shapes for shape in chosen]
     settings = {**machine.about(device), "dtype": options.dtype, "repeats": options.repeats}
-    candidates, notes = methods.available(device, dtype, options.compiled)
+    candidates, notes = methods.available(device, dtype, options.compiled, options.anderson)
     if device.type == "cpu" and not options.full:
         if any(shape != fewer_heads(shape) for shape in shapes):
             notes.append(

@@ -33,12 +33,13 @@ Swap = tuple[ModuleType, str, Callable[..., object]]
 
 
 class Method(NamedTuple):
-    """One way. ``swaps`` gives what to put in whose place, made anew for each shape."""
+    """One way. ``swaps`` gives what to put in whose place, made anew for each shape; ``config`` is what to compute."""
 
     name: str
     about: str
     swaps: Callable[[], list[Swap]] = list
     plain: bool = False
+    config: gag_core.GuidanceConfig = CONFIG
 
     def attention(self, text: int) -> Attention:
         """Attention of q, k and v; with text, joint attention of a sequence that begins with so many text tokens."""
@@ -47,8 +48,8 @@ class Method(NamedTuple):
 
         def guided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if text:
-                return gag_core.guided_joint_attention(q, k, v, slice(0, text), CONFIG)
-            return gag_core.guided_attention(q, k, v, CONFIG)
+                return gag_core.guided_joint_attention(q, k, v, slice(0, text), self.config)
+            return gag_core.guided_attention(q, k, v, self.config)
 
         return guided
 
@@ -137,10 +138,20 @@ SORT = Method(
 PACKAGE = Method(
     "entmax package", "the same with the weights from that package", guided_by(all_at_once(package_entmax15))
 )
+ANDERSON = [
+    Method(
+        f"anderson depth {depth}",
+        "another rule, which solves for its coefficient; beside sort-based attention of the rule of the others",
+        config=gag_core.GuidanceConfig(rule="anderson", anderson_depth=depth),
+    )
+    for depth in (1, 3)
+]
 OURS = (FUSED, EAGER, COMPILED)
 
 
-def available(device: torch.device, dtype: torch.dtype, with_compiled: bool) -> tuple[list[Method], list[str]]:
+def available(
+    device: torch.device, dtype: torch.dtype, with_compiled: bool, with_anderson: bool = False
+) -> tuple[list[Method], list[str]]:
     """The methods that can run here, and why others cannot."""
     methods, notes = [SDPA, EAGER, SORT], []
     sample = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
@@ -157,6 +168,8 @@ def available(device: torch.device, dtype: torch.dtype, with_compiled: bool) -> 
         methods.append(PACKAGE)
     else:
         notes.append(f"{PACKAGE.name}: not installed (pip install entmax)")
+    if with_anderson:
+        methods += ANDERSON
     return methods, notes
 
 
@@ -172,25 +185,37 @@ class Exact(NamedTuple):
     guided: Tensor
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, text: int = 0, rows: slice = slice(None)) -> Exact:
+def exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text: int = 0,
+    rows: slice = slice(None),
+    config: gag_core.GuidanceConfig = CONFIG,
+) -> Exact:
     """Attention of some of the queries in fp64, by sorting and written out for the default settings.
 
-    ``text``: as in :meth:`Method.attention`.
+    ``text``: as in :meth:`Method.attention`. Other settings are left to ``gag_core``, in fp64.
     """
     q, k, v = q[:, :, rows].double(), k.double(), v.double()
     logits = torch.matmul(q, k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     plain = torch.matmul(logits.softmax(dim=-1), v)
     if not text:
-        return Exact(plain, _extrapolated(logits, plain, v))
+        return Exact(plain, _extrapolated(logits, plain, v, config, q, k))
     text_logits, text_values = logits[..., :text], v[:, :, :text]
     dense = torch.matmul(text_logits.softmax(dim=-1), text_values)
     mass = logits.softmax(dim=-1)[..., :text].sum(dim=-1, keepdim=True)
-    guided = plain + mass * (_extrapolated(text_logits, dense, text_values) - dense)
+    extrapolated = _extrapolated(text_logits, dense, text_values, config, q, k[:, :, :text])
+    guided = plain + mass * (extrapolated - dense)
     is_text = torch.arange(k.shape[2], device=q.device)[rows, None] < text
     return Exact(plain, torch.where(is_text, plain, guided))
 
 
-def _extrapolated(logits: Tensor, dense: Tensor, v: Tensor) -> Tensor:
+def _extrapolated(
+    logits: Tensor, dense: Tensor, v: Tensor, config: gag_core.GuidanceConfig, q: Tensor, k: Tensor
+) -> Tensor:
+    if config != CONFIG:
+        return gag_core.guided_attention(q, k, v, config)
     sparse = torch.matmul(sort_based_entmax15(logits), v)
     along = ((sparse - dense) * sparse).sum(-1, keepdim=True) / (sparse * sparse).sum(-1, keepdim=True)
     guidance = along * sparse

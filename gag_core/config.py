@@ -8,25 +8,33 @@ import sys
 from dataclasses import dataclass
 from reprlib import repr as short
 
-RULES = ("gag", "pladis")
+RULES = ("gag", "pladis", "anderson")
 NORM_MODES = ("absolute", "relative")
+MOST_ANDERSON_DEPTH = 5
 
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """How the sparse and the dense read-out are combined (arXiv 2603.02531 v2, eq. 12-13).
+    """How the sparse and the dense read-out are combined (arXiv 2603.02531 v2, eq. 12-13; ``"anderson"``: its v1).
 
     Attributes:
         rule: ``"gag"`` extrapolates from the sparse read-out along the capped, geometry-aware discrepancy;
-            ``"pladis"`` is the plain extrapolation ``D + guidance_scale (S - D)`` of arXiv 2503.07677.
-        guidance_scale: lambda, how far to extrapolate. 0 is plain sparse attention with ``"gag"``.
-        norm_threshold: eta, the largest norm of the guidance vector; ``inf`` switches the cap off. ``"gag"`` only.
+            ``"pladis"`` is the plain extrapolation ``D + guidance_scale (S - D)`` of arXiv 2503.07677;
+            ``"anderson"`` is ``"gag"`` with a lambda that is solved for, for each token and head (see
+            :func:`gag_core.eager.retrieve_with_coefficients`).
+        guidance_scale: lambda, how far to extrapolate. 0 is plain sparse attention with ``"gag"`` and ``"anderson"``.
+            With ``"anderson"`` it only bounds what is solved for, and is at least 0.
+        norm_threshold: eta, the largest norm of the guidance vector; ``inf`` switches the cap off. Not of ``"pladis"``.
         norm_mode: ``"absolute"`` caps at ``norm_threshold``; ``"relative"`` at ``norm_threshold * ||S||``, so that
             one setting means the same on models whose values have other norms.
-        orthogonal_scale: zeta, how much of the part orthogonal to the sparse read-out is kept. ``"gag"`` only.
+        orthogonal_scale: zeta, how much of the part orthogonal to the sparse read-out is kept. Not of ``"pladis"``.
         alpha: sparsity of the sparse read-out: 1 is softmax (no guidance), 1.5 the paper's, 2 is sparsemax.
         strength: blend with plain attention, ``D + strength (guided - D)``; 0 is off.
         merge_heads: take norms and inner products over the concatenated heads instead of per head.
+        anderson_depth: how many differences of retrievals the coefficients are solved over, 1 to 5; each beyond the
+            first costs one more sparse retrieval. ``"anderson"`` only.
+        anderson_regularization: Tikhonov's, relative to the squared length of each difference: 0.01 makes a lambda of
+            one difference 1% smaller. ``"anderson"`` only.
 
     Raises:
         ValueError: a field is outside what is allowed; the message names the field, the value and the range.
@@ -41,6 +49,8 @@ class GuidanceConfig:
     alpha: float = 1.5
     strength: float = 1.0
     merge_heads: bool = False
+    anderson_depth: int = 1
+    anderson_regularization: float = 0.01
 
     def __post_init__(self) -> None:
         _one_of("rule", self.rule, RULES)
@@ -52,6 +62,13 @@ class GuidanceConfig:
         _number("strength", self.strength, -math.inf, math.inf)
         if not isinstance(self.merge_heads, bool):
             raise TypeError(f"merge_heads must be True or False, got {short(self.merge_heads)}.")
+        _integer("anderson_depth", self.anderson_depth, 1, MOST_ANDERSON_DEPTH)
+        _number("anderson_regularization", self.anderson_regularization, 0.0, math.inf)
+        if self.rule == "anderson" and self.guidance_scale < 0.0:
+            raise ValueError(
+                "guidance_scale must be at least 0 with rule 'anderson', of whose coefficients it is the bound, "
+                f"got {self.guidance_scale!r}."
+            )
 
 
 def check_config(config: GuidanceConfig) -> None:
@@ -67,6 +84,13 @@ def check_config(config: GuidanceConfig) -> None:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {short(value)}.")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {short(value)}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {short(value)}.")
 
 
 def _number(name: str, value: object, low: float, high: float, *, infinite: bool = False) -> None:

@@ -25,6 +25,7 @@ _MOST_HEAD_DIM = 256
 _SMALLEST_TILE = 16
 # What a program holds for its queries (logits, read-outs) should fit into its warps' registers: fp32 numbers per warp.
 _NUMBERS_PER_WARP = 4096
+_RULES = ("gag", "pladis")
 # 1 / (alpha - 1) of each alpha that the kernels know.
 _POWERS = {1.5: 2, 2.0: 1}
 # The search for the threshold, by that power: see entmax.py.
@@ -64,6 +65,7 @@ def takes(q: Tensor, v: Tensor, config: GuidanceConfig) -> bool:
         _runs_on(q.device)
         and _kind(q, v) not in _failed
         and q.dtype in _DTYPES
+        and config.rule in _RULES
         and config.alpha in _POWERS
         and not config.merge_heads
         and max(q.shape[3], v.shape[3]) <= _MOST_HEAD_DIM
@@ -107,7 +109,7 @@ def guide(
 _SCHEMA = (
     "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? base, Tensor? mask, Tensor? joint_lse, float scale, "
     "str rule, float guidance_scale, float norm_threshold, str norm_mode, float orthogonal_scale, float alpha, "
-    "float strength, bool merge_heads) -> ()"
+    "float strength, bool merge_heads, int anderson_depth, float anderson_regularization) -> ()"
 )
 
 

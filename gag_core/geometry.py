@@ -35,7 +35,8 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
         ``[B, H, N, D]`` in the dtype of the inputs; computed in fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: the two read-outs differ in shape, dtype or device, or are not of rank 4.
+        ValueError: the two read-outs differ in shape, dtype or device, or are not of rank 4; or the rule is
+            "anderson", whose coefficients come from queries and keys.
         TypeError: they are not floating-point tensors, or config is not a GuidanceConfig.
 
     Source: arXiv 2603.02531 v2, eq. 12-13; rule "pladis": arXiv 2503.07677.
@@ -45,6 +46,11 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
             given = f"{tensor.dtype} of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a dense floating-point tensor, got {given}.")
     check_config(config)
+    if config.rule == "anderson":
+        raise ValueError(
+            "rule must be 'gag' or 'pladis' where two read-outs are all there is ('anderson' needs queries and keys: "
+            "call guided_attention), got 'anderson'."
+        )
     if sparse.ndim != 4 or sparse.shape != dense.shape:
         raise ValueError(
             "sparse and dense must both be [batch, heads, tokens, head_dim] of one shape, "
@@ -60,22 +66,26 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
     return to_dtype(wide + correction(sparse.to(work), wide, config), sparse.dtype)
 
 
-def correction(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
-    """What guidance adds to the dense read-out: ``strength * (guided - dense)``, in the (wide) dtype of the inputs."""
+def correction(sparse: Tensor, dense: Tensor, config: GuidanceConfig, signal: Tensor | None = None) -> Tensor:
+    """What guidance adds to the dense read-out: ``strength * (guided - dense)``, in the (wide) dtype of the inputs.
+
+    ``signal`` is what the guidance vector is made of where that is not the discrepancy ``S - D``.
+    """
     discrepancy = sparse - dense
     if config.rule == "pladis":
         return _finite(discrepancy.mul_(config.strength * config.guidance_scale))
+    signal = discrepancy if signal is None else signal
     axes = _MERGED_HEADS if config.merge_heads else _PER_HEAD
     scaled, scaled_norm, size = _scaled(sparse, axes)
     inverse = scaled_norm.clamp_min(torch.finfo(sparse.dtype).tiny).reciprocal_()
-    along = (discrepancy * scaled).sum(dim=axes, keepdim=True).mul_(inverse)
+    along = (signal * scaled).sum(dim=axes, keepdim=True).mul_(inverse)
     sparse_norm = size.mul_(scaled_norm)
     orthogonal = config.orthogonal_scale
     if orthogonal == 0.0:
         reach = _capped(along.abs(), sparse_norm, config).mul_(config.guidance_scale)
         change = discrepancy.addcmul_(scaled, along.mul_(reach).mul_(inverse))
     else:
-        guidance = torch.addcmul(discrepancy * orthogonal, scaled, along.mul_(1.0 - orthogonal).mul_(inverse))
+        guidance = torch.addcmul(signal * orthogonal, scaled, along.mul_(1.0 - orthogonal).mul_(inverse))
         _, guidance_norm, guidance_size = _scaled(guidance, axes)
         reach = _capped(guidance_norm.mul_(guidance_size), sparse_norm, config).mul_(config.guidance_scale)
         change = discrepancy.add_(guidance.mul_(reach))

@@ -22,6 +22,7 @@ from ..gag_core import guided_joint_attention
 from .cross_attention import TextCrossAttention
 from .families import Layer, readers
 from .host import OVERRIDE, AttentionCall, batch_rows, guided_rows
+from .recording import CallRecording
 from .run import Guidance, Run
 
 BlockArgs = dict[str, Any]
@@ -31,10 +32,22 @@ _DEVICES_WITH_LOGSUMEXP = ("cpu", "cuda")
 
 
 class GuidedBlocks:
-    """The patches of one model call; made for it and dropped with it. ``reached`` lists the layers guided in it."""
+    """The patches of one model call; made for it and dropped with it.
 
-    def __init__(self, guidance: Guidance, run: Run, context: Tensor, options: dict[str, Any]) -> None:
+    ``reached`` lists the layers guided in it; ``recording`` is where a probe has all of them measured.
+    """
+
+    def __init__(
+        self,
+        guidance: Guidance,
+        run: Run,
+        context: Tensor,
+        options: dict[str, Any],
+        recording: CallRecording | None = None,
+    ) -> None:
         self.guidance = guidance
+        self.recording = recording
+        self.caught = guidance.layers if recording is None else frozenset(guidance.order)
         self.kinds = run.kinds(options)
         self.previous = options.get(OVERRIDE)
         self.context_tokens = context.shape[1]
@@ -51,7 +64,7 @@ class GuidedBlocks:
         self.cross: TextCrossAttention | None = None
         self.reached: list[Layer] = []
         if guidance.family.attention == "cross":
-            self.cross = TextCrossAttention(guidance, run, context, options)
+            self.cross = TextCrossAttention(guidance, run, context, options, recording)
             self.reached = self.cross.reached
 
     def installed(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +90,7 @@ class GuidedBlocks:
             for name in filter(None, (family.text_size, family.image_size, family.picture)):
                 self._measure(diffusion_model, name, hooks)
             if not family.wrapped:
-                for layer in self.guidance.layers:
+                for layer in self.caught:
                     self._follow(modules[layer], layer, hooks)
             yield
 
@@ -115,7 +128,7 @@ class GuidedBlocks:
             if "txt" in args:
                 self.stream_tokens = args["txt"].shape[1]
                 self.all_tokens += self.stream_tokens
-            self.layer = layer if layer in self.guidance.layers else None
+            self.layer = layer if layer in self.caught else None
             try:
                 return extra["original_block"](args) if replacement is None else replacement(args, extra)
             finally:
@@ -127,7 +140,7 @@ class GuidedBlocks:
         call = AttentionCall(function, self.previous, args, kwargs)
         if self.layer is None or not self._reads_text(call):
             return call.host_output()
-        return self._joint(call, self.layer) if self.cross is None else self.cross.guided(call, self.layer)
+        return self._joint(call, self.layer) if self.cross is None else self.cross.result(call, self.layer)
 
     def _reads_text(self, call: AttentionCall) -> bool:
         """Whether a call of the running layer is the one that reads the text. To be asked once per call."""
@@ -148,6 +161,10 @@ class GuidedBlocks:
         return self.sizes.get(family.text_size, 0)
 
     def _joint(self, call: AttentionCall, layer: Layer) -> Tensor:
+        if self.recording is not None:
+            self.recording.joint(layer, call.q, call.k, call.v, self._text(call.k.shape[2]), call.mask, call.scale)
+        if layer not in self.guidance.layers:
+            return call.host_output()
         self.reached.append(layer)
         rows = guided_rows(self.guidance.apply_to, call.q.shape[0], self.kinds)
         whole = rows == [slice(0, call.q.shape[0])]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Guidance where the text has an attention of its own; and the patches of UNets, where that is attn2.
 
+A probe sees the same attentions in the same place, those that are not guided as well.
+
 A UNet's self and cross attention look alike to an attention override, and have the same shapes where a level has as
 many image tokens as the text has. But the host calls its attn1 and attn2 patches just before each of them.
 """
@@ -15,6 +17,7 @@ from torch import Tensor
 from ..gag_core import guided_attention
 from .families import Layer
 from .host import OVERRIDE, AttentionCall, batch_rows, distinct_tokens, guided_rows, merge_heads, split_heads
+from .recording import CallRecording
 from .run import Guidance, Run
 
 # Rows of a batch, and how many of their first text tokens are to be read.
@@ -24,20 +27,33 @@ Groups = list[tuple[slice, int]]
 class TextCrossAttention:
     """Guides an attention that reads the text alone, with the rows and tokens of one model call.
 
-    ``reached`` lists the layers that were guided in it.
+    ``reached`` lists the layers that were guided in it; ``recording`` is where a probe has it measured.
     """
 
-    def __init__(self, guidance: Guidance, run: Run, context: Tensor, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        guidance: Guidance,
+        run: Run,
+        context: Tensor,
+        options: dict[str, Any],
+        recording: CallRecording | None = None,
+    ) -> None:
         self.guidance = guidance
+        self.recording = recording
         self.reached: list[Layer] = []
         self.kinds = run.kinds(options)
         self.context_shape = tuple(context.shape[:2])
         self.token_counts = distinct_tokens(context, options, run.token_counts)
 
-    def guided(self, call: AttentionCall, layer: Layer) -> Tensor:
-        """The guided result of the host's attention call, in the layout the model expects."""
+    def result(self, call: AttentionCall, layer: Layer) -> Tensor:
+        """What the model gets of its attention call, in the layout it expects: guided where that is asked for."""
+        if self.recording is not None:
+            every = self._groups(call.q, call.k, [slice(0, call.q.shape[0])])
+            self.recording.cross(layer, call.q, call.k, call.v, every, call.mask, call.scale)
+        if layer not in self.guidance.layers:
+            return call.host_output()
         self.reached.append(layer)
-        groups = self._groups(call.q, call.k)
+        groups = self._guided_groups(call.q, call.k)
         if call.replaced or [rows for rows, _ in groups] != [slice(0, call.q.shape[0])]:
             base = call.host_output_by_head()
             return call.as_host_output(self._added_to(base, call.q, call.k, call.v, groups, call.mask, call.scale))
@@ -47,14 +63,20 @@ class TextCrossAttention:
         return call.as_host_output(guided_attention(call.q, k, v, self.guidance.config, mask=mask, scale=call.scale))
 
     def added_to(self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, heads: int, layer: Layer) -> Tensor:
-        """``out`` ``[B, N, H * D]``, which somebody else made of these tensors, with guidance added."""
-        self.reached.append(layer)
+        """``out`` ``[B, N, H * D]``, which somebody else made of these tensors, with guidance added if asked for."""
         q, k, v, base = (split_heads(tensor, heads) for tensor in (query, key, value, out.to(query.dtype)))
-        return merge_heads(self._added_to(base, q, k, v, self._groups(q, k))).to(out.dtype)
+        if self.recording is not None:
+            self.recording.cross(layer, q, k, v, self._groups(q, k, [slice(0, q.shape[0])]))
+        if layer not in self.guidance.layers:
+            return out
+        self.reached.append(layer)
+        return merge_heads(self._added_to(base, q, k, v, self._guided_groups(q, k))).to(out.dtype)
 
-    def _groups(self, q: Tensor, k: Tensor) -> Groups:
-        """The rows to guide, split where the number of text tokens changes."""
-        chosen = guided_rows(self.guidance.apply_to, q.shape[0], self.kinds)
+    def _guided_groups(self, q: Tensor, k: Tensor) -> Groups:
+        return self._groups(q, k, guided_rows(self.guidance.apply_to, q.shape[0], self.kinds))
+
+    def _groups(self, q: Tensor, k: Tensor, chosen: list[slice]) -> Groups:
+        """Rows, split where the number of text tokens changes."""
         if (q.shape[0], k.shape[2]) != self.context_shape:
             # Another node's patch put its own context there.
             return [(rows, k.shape[2]) for rows in chosen]
@@ -94,8 +116,16 @@ class TextCrossAttention:
 class GuidedUNet:
     """The patches of one model call of a UNet; made for it and dropped with it."""
 
-    def __init__(self, guidance: Guidance, run: Run, context: Tensor, options: dict[str, Any]) -> None:
-        self.text = TextCrossAttention(guidance, run, context, options)
+    def __init__(
+        self,
+        guidance: Guidance,
+        run: Run,
+        context: Tensor,
+        options: dict[str, Any],
+        recording: CallRecording | None = None,
+    ) -> None:
+        self.text = TextCrossAttention(guidance, run, context, options, recording)
+        self.caught = guidance.layers if recording is None else frozenset(guidance.order)
         self.reached = self.text.reached
         self.previous = options.get(OVERRIDE)
         self.expected: Layer | None = None
@@ -127,13 +157,13 @@ class GuidedUNet:
     ) -> tuple[Tensor, Tensor, Tensor]:
         part, number = options.get("block", ("", 0))
         layer = Layer(part, number, options.get("block_index", 0))
-        self.expected = layer if layer in self.text.guidance.layers else None
+        self.expected = layer if layer in self.caught else None
         return query, key, value
 
     def _override(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         call = AttentionCall(function, self.previous, args, kwargs)
         layer, self.expected = self.expected, None
-        return call.host_output() if layer is None else self.text.guided(call, layer)
+        return call.host_output() if layer is None else self.text.result(call, layer)
 
     def _around(self, replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Guidance around an attn2 replacement that another node set, such as an image adapter.

@@ -14,22 +14,39 @@ from ..gag_core.config import NORM_MODES, RULES
 from .blocks import parse_blocks
 from .families import default_layers, family_of
 from .host import log, show_on_node
+from .live import tell_blocks, tell_report
 from .patch import patch_model
 from .presets import DEFAULT_PRESET, PRESETS
 from .run import Guidance
+from .schedules import schedule_of
 
 CATEGORY = "model/patch/GAG"
 APPLY_TO = ("both", "positive")
+# Rule "anderson" has settings of its own, and with them a node of its own.
+_RULES = [rule for rule in RULES if rule != "anderson"]
 # Newer hosts find a node by these words too.
 _ALIASES = {"search_aliases": ["geometry aware guidance", "attention guidance", "prompt adherence", "PLADIS"]}
-_NEWER_FIELDS = {name: value for name, value in _ALIASES.items() if name in inspect.signature(io.Schema).parameters}
+NEWER_FIELDS = {name: value for name, value in _ALIASES.items() if name in inspect.signature(io.Schema).parameters}
 
-_STRENGTH = (
+STRENGTH = (
     "How much of the guidance reaches the picture. 0 is off: exactly the picture without this node. 1 is the full "
     "guidance. Above 1 exaggerates it; details may turn harsh."
 )
-_START = "Where in the run guidance begins: 0 is the first step. Later starts leave the composition as it is."
-_END = "Where in the run guidance ends: 1 is the last step. Earlier ends leave fine detail as it is."
+START = "Where in the run guidance begins: 0 is the first step. Later starts leave the composition as it is."
+END = "Where in the run guidance ends: 1 is the last step. Earlier ends leave fine detail as it is."
+ScheduleType = io.Custom("GAG_SCHEDULE")
+
+
+def schedule_input() -> io.MultiType.Input:
+    """The optional input that changes the strength during a run; last in a schema, so that saved workflows fit it."""
+    return io.MultiType.Input(
+        "schedule",
+        [ScheduleType, io.Custom("FLOATS"), io.Sigmas],
+        optional=True,
+        tooltip="Changes strength from step to step: each step's strength is multiplied by a factor. 1 is as set, "
+        "higher is stronger, 0 leaves that step exactly as without GAG. From GAG Schedule, FLOATS (one factor per "
+        "step) or SIGMAS (each step's noise, divided by the largest).",
+    )
 
 
 class GAGuidance(io.ComfyNode):
@@ -53,25 +70,40 @@ class GAGuidance(io.ComfyNode):
                     "for runs of 1 to 8 steps. paper: the strongest, the published settings for SDXL with CFG 5; can "
                     "distort the picture on other models.",
                 ),
-                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=_STRENGTH),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=_START),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=_END),
+                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=START),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=END),
+                schedule_input(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for the sampler.")],
             hidden=[io.Hidden.unique_id],
-            **_NEWER_FIELDS,
+            not_idempotent=True,  # else the host hands on what an equal node made, which reports on that other node
+            **NEWER_FIELDS,
         )
 
     @classmethod
     def execute(
-        cls, model: Any, preset: str, strength: float, start_percent: float, end_percent: float
+        cls,
+        model: Any,
+        preset: str,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        schedule: Any = None,
     ) -> io.NodeOutput:
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
         chosen = PRESETS[preset]
         config = GuidanceConfig(**{**vars(chosen), "strength": strength})
         return io.NodeOutput(
-            _guide(model, config, start_percent=start_percent, end_percent=end_percent, node_id=_node_id(cls))
+            guide(
+                model,
+                config,
+                start_percent=start_percent,
+                end_percent=end_percent,
+                node_id=node_id_of(cls),
+                schedule=schedule,
+            )
         )
 
 
@@ -90,7 +122,7 @@ class GAGuidanceAdvanced(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to guide. It is not changed; a guided copy comes out."),
                 io.Combo.Input(
                     "rule",
-                    options=list(RULES),
+                    options=_RULES,
                     default=default.rule,
                     tooltip="gag: geometry-aware, with a cap. pladis: the plain extrapolation of its predecessor, "
                     "which changes more and breaks sooner.",
@@ -139,7 +171,7 @@ class GAGuidanceAdvanced(io.ComfyNode):
                     tooltip="How picky the second reading of the prompt is. Higher listens to fewer words at each "
                     "spot of the picture. 1 is the model's own reading: no guidance.",
                 ),
-                io.Float.Input("strength", default=default.strength, min=0.0, max=2.0, step=0.05, tooltip=_STRENGTH),
+                io.Float.Input("strength", default=default.strength, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
                 io.Boolean.Input(
                     "merge_heads",
                     default=default.merge_heads,
@@ -160,17 +192,19 @@ class GAGuidanceAdvanced(io.ComfyNode):
                     "double 0-18, single 20-37; all of them: numbers counted through, 0,1,47-49. Fewer change less. "
                     "Empty is the family's default: all, for UNets down and up without the middle.",
                 ),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=_START),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=_END),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=START),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=END),
                 io.Boolean.Input(
                     "verbose",
                     default=False,
                     tooltip="Write to the log which attentions were guided, and how often. The picture stays the same.",
                 ),
+                schedule_input(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for the sampler.")],
             hidden=[io.Hidden.unique_id],
-            **_NEWER_FIELDS,
+            not_idempotent=True,  # else the host hands on what an equal node made, which reports on that other node
+            **NEWER_FIELDS,
         )
 
     @classmethod
@@ -182,25 +216,27 @@ class GAGuidanceAdvanced(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         verbose: bool,
+        schedule: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
         if apply_to not in APPLY_TO:
             raise ValueError(f"apply_to must be one of {', '.join(APPLY_TO)}, got {apply_to!r}.")
         return io.NodeOutput(
-            _guide(
+            guide(
                 model,
                 GuidanceConfig(**settings),
                 start_percent=start_percent,
                 end_percent=end_percent,
-                node_id=_node_id(cls),
+                node_id=node_id_of(cls),
                 apply_to=apply_to,
                 blocks=blocks,
                 verbose=verbose,
+                schedule=schedule,
             )
         )
 
 
-def _guide(
+def guide(
     model: Any,
     config: GuidanceConfig,
     *,
@@ -210,22 +246,22 @@ def _guide(
     apply_to: Literal["both", "positive"] = "both",
     blocks: str = "",
     verbose: bool = False,
+    schedule: Any = None,
 ) -> Any:
     """A guided clone of ``model``; everything that can be refused is refused here, before anything is patched."""
-    numbers = all(isinstance(percent, (int, float)) for percent in (start_percent, end_percent))
-    if not numbers or not 0.0 <= start_percent <= end_percent <= 1.0:
-        raise ValueError(
-            "start_percent and end_percent must lie between 0 and 1, the start not after the end, "
-            f"got {short(start_percent)} and {short(end_percent)}."
-        )
+    check_range(start_percent, end_percent)
+    factors = schedule_of(schedule)
     family, all_blocks = family_of(model)
-    layers = parse_blocks(blocks, all_blocks) if blocks.strip() else default_layers(family, all_blocks)
+    default = default_layers(family, all_blocks)
+    tell_blocks(node_id, all_blocks, default)
+    layers = parse_blocks(blocks, all_blocks) if blocks.strip() else default
+    order = tuple(layer for part in all_blocks.values() for block in part for layer in block)
     if config.strength == 0.0:
         text = "GAG is off: strength is 0."
         log.info(text)
         show_on_node(text, node_id)
+        tell_report(node_id, 0, len(order), "strength is 0", text)
         return model.clone()
-    order = tuple(layer for part in all_blocks.values() for block in part for layer in block)
     return patch_model(
         model,
         Guidance(
@@ -238,10 +274,25 @@ def _guide(
             end_percent=end_percent,
             verbose=verbose,
             node_id=node_id,
+            schedule=factors,
         ),
     )
 
 
-def _node_id(node: type[io.ComfyNode]) -> str | None:
+def check_range(start_percent: Any, end_percent: Any) -> None:
+    """Refuse what is no stretch of a run.
+
+    Raises:
+        ValueError: one sentence with both ends.
+    """
+    numbers = all(isinstance(percent, (int, float)) for percent in (start_percent, end_percent))
+    if not numbers or not 0.0 <= start_percent <= end_percent <= 1.0:
+        raise ValueError(
+            "start_percent and end_percent must lie between 0 and 1, the start not after the end, "
+            f"got {short(start_percent)} and {short(end_percent)}."
+        )
+
+
+def node_id_of(node: type[io.ComfyNode]) -> str | None:
     """The id of the node that is being executed, None outside a graph."""
     return getattr(node.hidden, "unique_id", None)

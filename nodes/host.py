@@ -37,6 +37,19 @@ OVERRIDE = "optimized_attention_override"
 _POSITIVE = 0
 # Two prompts are batched if neither is repeated more than 4 times; a third may triple their common multiple.
 _MOST_REPEATS = 12
+_OUTER_SAMPLE_PARAMETERS = ("noise", "latent_image", "sampler", "sigmas", "denoise_mask", "callback")
+# The host's samplers each of whose model calls after n callbacks is at the noise level that step n begins with.
+_ON_THE_STEPS = {
+    *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "lms", "ddpm", "lcm"),
+    *("dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"),
+    *("dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ipndm", "ipndm_v", "deis", "er_sde", "sa_solver", "unipc", "unipc_bh2"),
+    *("res_multistep", "res_multistep_cfg_pp", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp"),
+    *("gradient_estimation", "gradient_estimation_cfg_pp"),
+}
+_SAMPLER_MODULES = ("comfy.k_diffusion.sampling", "comfy.extra_samplers.uni_pc")
+# Levels that a sampler computes may miss the step that they mean by a rounding error.
+_SAME_LEVEL = 1e-5
+_HALVINGS = 20
 
 AttentionFunction = Callable[..., Tensor]
 Override = Callable[..., Tensor]
@@ -225,6 +238,81 @@ def compiled_carelessly(guider: Any) -> bool:
     """
     settings = guider.model_options.get("torch_compile_kwargs") or {}
     return settings.get("options") is not None
+
+
+class Steps:
+    """Where in its run a model call is.
+
+    A call belongs to the last step that begins at its noise level or above: the further calls that some samplers make
+    in a step belong to it too, unless they look ahead at a later step's level, as Heun's do.
+
+    The level lies on the model's device, where reading it waits for all that the device has to do. So the steps are
+    counted by the sampler's callback where it is known how they go on; only with other samplers (those that call the
+    model between steps, and those of other packs) and outside a run the level is read.
+    """
+
+    def __init__(self, sampler: Any = None, sigmas: Tensor | None = None) -> None:
+        self.sigmas: list[float] = [] if sigmas is None else sigmas.tolist()
+        self.done = 0
+        function = getattr(sampler, "sampler_function", None)
+        name = getattr(function, "__name__", "").removeprefix("sample_")
+        self.counted = name in _ON_THE_STEPS and getattr(function, "__module__", "") in _SAMPLER_MODULES
+
+    @property
+    def count(self) -> int:
+        """How many steps the run has; 0 outside a run."""
+        return max(0, len(self.sigmas) - 1)
+
+    def place(self, t: Tensor, model_sampling: Any) -> tuple[float, float]:
+        """A model call's share of the run's steps, 0 the first and 1 the last, and its noise level.
+
+        Outside a run the share is that of the model's whole range of noise, as the host maps percents to it.
+
+        Args:
+            t: the call's noise level for each row, ``[B]``.
+            model_sampling: the model's.
+        """
+        # The copy of the count is for other devices' threads, which may come to the end of a step sooner.
+        step, last = self.done, self.count - 1
+        sigma = self.sigmas[min(step, last)] if self.counted and self.count else float(t.max())
+        if not self.count:
+            return _percent_of(sigma, model_sampling), sigma
+        if not self.counted and self.sigmas == sorted(self.sigmas, reverse=True):
+            step = sum(level >= sigma * (1.0 - _SAME_LEVEL) for level in self.sigmas[:-1]) - 1
+        return (min(max(step, 0), last) / last if last else 0.0), sigma
+
+    def follow(self, callback: Any) -> Callable[..., None]:
+        """The sampler's callback, which counts the steps and does what it did."""
+
+        def counted(step: int, *args: Any) -> None:
+            self.done = step + 1
+            if callback is not None:
+                callback(step, *args)
+
+        return counted
+
+
+def followed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Steps, tuple[Any, ...], dict[str, Any]]:
+    """The steps of a run, and the arguments of its outer_sample so that they are followed."""
+    given = {**dict(zip(_OUTER_SAMPLE_PARAMETERS, args, strict=False)), **kwargs}
+    steps = Steps(given.get("sampler"), given.get("sigmas"))
+    callback = steps.follow(given.get("callback"))
+    place = _OUTER_SAMPLE_PARAMETERS.index("callback")
+    if place < len(args):
+        return steps, (*args[:place], callback, *args[place + 1 :]), kwargs
+    return steps, args, {**kwargs, "callback": callback}
+
+
+def _percent_of(sigma: float, model_sampling: Any) -> float:
+    """The percent that the model's sampling maps to a noise level, or to the next one below."""
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2.0
+        if float(model_sampling.percent_to_sigma(middle)) > sigma:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def sigma_range(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:

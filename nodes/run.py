@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..gag_core import GuidanceConfig
 from .families import Family, Layer
-from .host import PositivePrompt, log, prompt_kinds, show_on_node
+from .host import PositivePrompt, Steps, log, prompt_kinds, show_on_node
+from .live import Chart, tell_report
+from .recording import Recording
+from .schedules import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,23 @@ class Guidance:
     end_percent: float = 1.0
     verbose: bool = False
     node_id: str | None = None
+    schedule: Schedule | None = None
+
+    @property
+    def ranged(self) -> bool:
+        """Whether it acts in a stretch of the run only."""
+        return (self.start_percent, self.end_percent) != (0.0, 1.0)
+
+    @property
+    def changes(self) -> bool:
+        """Whether what it does depends on where in the run a model call is."""
+        return self.ranged or self.schedule is not None
+
+    def times(self, factor: float) -> Guidance:
+        """The same with another strength, for one model call. Counts are kept by the one it is made of."""
+        if factor == 1.0:
+            return self
+        return replace(self, config=replace(self.config, strength=self.config.strength * factor))
 
 
 @dataclass
@@ -39,11 +59,15 @@ class Run:
     model_calls: int = 0
     in_range: Counter[Guidance] = field(default_factory=Counter)
     overruled: Counter[Guidance] = field(default_factory=Counter)
+    unscheduled: Counter[Guidance] = field(default_factory=Counter)
     no_text: Counter[Guidance] = field(default_factory=Counter)
     no_positive_rows: Counter[Guidance] = field(default_factory=Counter)
     guided: dict[Guidance, Counter[Layer]] = field(default_factory=dict)
     sigmas: dict[Guidance, tuple[float, float]] = field(default_factory=dict)
     token_counts: dict[Any, list[tuple[slice, int]]] = field(default_factory=dict)
+    recording: Recording | None = None
+    steps: Steps = field(default_factory=Steps)
+    chart: Chart = field(default_factory=Chart)
 
     def kinds(self, options: dict[str, Any]) -> list[int]:
         """The prompts whose rows a model call has, in their order; 0 is the positive one."""
@@ -64,7 +88,9 @@ class Run:
         counts = self.guided.get(guidance)
         if not counts:
             short, reason = self._why_nothing(guidance)
-            show_on_node(f"Nothing guided: {short}.", guidance.node_id)
+            text = f"Nothing guided: {short}."
+            show_on_node(text, guidance.node_id)
+            tell_report(guidance.node_id, 0, len(guidance.order), short, text)
             log.warning("GAG guided nothing in this run: %s.", reason)
             return
         # Not every call in range reaches its attentions: step caches such as EasyCache leave the model out.
@@ -73,9 +99,11 @@ class Run:
         if self.overruled[guidance]:
             text += f" In {self.overruled[guidance]} a later GAG node acted."
         show_on_node(text, guidance.node_id)
+        tell_report(guidance.node_id, layers, len(guidance.order), "", text)
         if guidance.verbose:
             listed = ", ".join(f"{'.'.join(map(str, layer))}: {counts[layer]}" for layer in sorted(counts))
-            log.info("GAG: %s Settings: %s. Calls by attention: %s.", text, guidance.config, listed)
+            schedule = "" if guidance.schedule is None else f" Schedule: {guidance.schedule}."
+            log.info("GAG: %s Settings: %s.%s Calls by attention: %s.", text, guidance.config, schedule, listed)
 
     def _why_nothing(self, guidance: Guidance) -> tuple[str, str]:
         """The reason in a few words and as the end of a sentence."""
@@ -84,7 +112,12 @@ class Run:
             return "no model call", "the sampler made no model call"
         if not self.in_range[guidance]:
             if self.overruled[guidance]:
-                return "a later GAG node acts", "a later GAG node on the same model acts in all steps of its range"
+                unless = " in which its schedule is not 0" if self.unscheduled[guidance] else ""
+                reason = f"a later GAG node on the same model acts in all steps of its range{unless}"
+                return "a later GAG node acts", reason
+            if self.unscheduled[guidance]:
+                where = f"from {span}" if guidance.ranged else "of the run"
+                return "its schedule is 0", f"its schedule is 0 in all steps {where}"
             return f"no step within {span}", f"no step lies within its start_percent and end_percent, {span}"
         if self.no_text[guidance] == self.in_range[guidance]:
             return "the prompts are empty", "no model call had a single token of text"

@@ -17,7 +17,7 @@ import cases
 import methods
 import reference
 from gag_core import GuidanceConfig
-from methods import EAGER, FUSED, PACKAGE, SDPA, SORT
+from methods import ANDERSON, EAGER, FUSED, PACKAGE, SDPA, SORT
 from tolerances import assert_close
 
 CPU = torch.device("cpu")
@@ -38,6 +38,29 @@ def test_every_method_computes_the_same_joint_attention(method: methods.Method) 
     expected = reference.guided_joint_attention(q, k, v, slice(0, TEXT), GuidanceConfig())
     with methods.swapped(method.swaps()):
         assert_close(method.attention(TEXT)(q, k, v), expected, error=1e-3)
+
+
+@pytest.mark.parametrize("method", ANDERSON, ids=lambda method: method.name)
+@pytest.mark.parametrize("text", [0, TEXT])
+def test_the_rows_of_rule_anderson_compute_it(method: methods.Method, text: int) -> None:
+    q, k, v = cases.qkv(cases.Shape(1, 2, 40, 40, 16), dtype=torch.float64)
+    if text:
+        expected = reference.guided_joint_attention(q, k, v, slice(0, text), method.config)
+    else:
+        expected = reference.guided_attention(q, k, v, method.config)
+    assert_close(method.attention(text)(q, k, v), expected, error=1e-5)
+    some = slice(None, None, 7)
+    found = methods.exact(q, k, v, text, some, method.config)
+    assert_close(found.guided, expected[:, :, some], error=1e-5)
+
+
+def test_the_command_times_rule_anderson_if_asked(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = ["--shapes", "1x2x100x77x16", "1x2x90x90x16x64", "--repeats", "1", "--threads", "1", "--json", str(file)]
+    assert benchmark.main([*command, "--anderson"]) == 0
+    rows = [row for row in json.loads(file.read_text())["results"] if row["method"].startswith("anderson")]
+    assert [row["method"] for row in rows] == [method.name for method in ANDERSON] * 2
+    assert all(row["times_sdpa"] > 0 and row["error"] < 1e-2 for row in rows)
 
 
 def test_the_swapped_function_is_the_one_that_runs() -> None:

@@ -20,6 +20,8 @@ DEFAULTS: dict[str, object] = {
     "alpha": 1.5,
     "strength": 1.0,
     "merge_heads": False,
+    "anderson_depth": 1,
+    "anderson_regularization": 0.01,
 }
 
 
@@ -50,6 +52,9 @@ def test_replace_keeps_the_rest_and_validates() -> None:
     "field, value",
     [
         ("rule", "pladis"),
+        ("rule", "anderson"),
+        ("anderson_depth", 5),
+        ("anderson_regularization", 0.0),
         ("norm_mode", "relative"),
         ("norm_threshold", math.inf),
         ("norm_threshold", 0.0),

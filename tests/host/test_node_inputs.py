@@ -19,7 +19,8 @@ import host_process as host
 from properties import examples
 
 FAMILIES = st.sampled_from(["sd15", "sdxl", "flux"])
-NODES = ["GAGuidance", "GAGuidanceAdvanced"]
+NODES = ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"]
+KINDS, Curve = host.pack_module("nodes.schedules").KINDS, host.pack_module("nodes.schedules").Curve
 INPUTS: dict[str, dict[str, Any]] = {
     node: {item.id: item for item in host.NODES[node].GET_SCHEMA().inputs if item.id != "model"} for node in NODES
 }
@@ -28,6 +29,12 @@ INPUTS: dict[str, dict[str, Any]] = {
 NO_MODELS = [None, 5, "model", object(), [], SimpleNamespace(model=None)]
 FLOATS = st.floats() | st.floats(-3, 3) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0, 1e30, 5e-324])
 JUNK = FLOATS | st.integers(-3, 3) | st.none() | st.booleans() | st.text(max_size=4) | st.just(10**400) | st.just([1.0])
+SCHEDULES = (
+    st.none()
+    | st.lists(FLOATS | st.integers(-3, 3), max_size=4)
+    | st.lists(st.floats(0.0, 20.0), max_size=4).map(torch.tensor)
+    | st.builds(Curve, st.sampled_from(KINDS), st.floats(0.0, 10.0), st.floats(0.0, 10.0))
+)
 BLOCKS = (
     st.sampled_from(["", "  ", "d", "m,u", "d1.0", "double 0-1, single 1", "0,1,3-4", "d" + "9" * 5000, "d," * 3000])
     | st.text(alphabet="dmu0123456789.,- ", max_size=12)
@@ -35,6 +42,12 @@ BLOCKS = (
         ",".join
     )
     | st.text(max_size=20)
+)
+# Of lists and levels those that are allowed.
+VALID_SCHEDULES = (
+    st.none()
+    | st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=4)
+    | st.builds(Curve, st.sampled_from(KINDS), st.floats(0.0, 10.0), st.floats(0.0, 10.0))
 )
 SENTENCE = re.compile(r"[\w, ]+( must|:) .+(got .+\.|leave it empty for the default\.)", re.DOTALL)
 
@@ -55,10 +68,14 @@ def valid(item: Any) -> st.SearchStrategy[Any]:
     """Anything that an input lets users choose."""
     if item.id == "blocks":
         return st.just("")
+    if item.id == "schedule":
+        return VALID_SCHEDULES
     if hasattr(item, "options"):
         return st.sampled_from(item.options)
     if isinstance(item.default, bool):
         return st.booleans()
+    if isinstance(item.default, int):
+        return st.integers(item.min, item.max)
     return st.sampled_from([item.min, item.max, item.default]) | st.floats(item.min, item.max)
 
 
@@ -72,6 +89,8 @@ def settings(draw: st.DrawFn, node: str, *, wrong: bool = True) -> dict[str, Any
             chosen[name] = draw(st.text(max_size=5) if hasattr(item, "options") else JUNK)
         else:
             chosen[name] = draw(valid(item))
+    if "schedule" in chosen and wrong:
+        chosen["schedule"] = draw(SCHEDULES | JUNK)
     if "blocks" in chosen and wrong:
         chosen["blocks"] = draw(BLOCKS)
     if not wrong:

@@ -50,7 +50,7 @@ whole_models = pytest.mark.skipif(
 def guided_twice(name: str) -> Any:
     """A model with two GAG nodes, each in a stretch of the run of its own."""
     model = host.build_model(name)
-    (model,) = host.run_node("GAGuidance", model=model, preset="paper", end_percent=0.5)
+    (model,) = host.run_node("GAGuidance", model=model, preset="paper", end_percent=0.5, schedule=[0.5, 1.0])
     (model,) = host.run_node(
         "GAGuidanceAdvanced", model=model, start_percent=0.5, guidance_scale=3.0, apply_to="positive", verbose=True
     )

@@ -206,7 +206,7 @@ def test_hooks_that_cannot_all_be_set_leave_none() -> None:
 @pytest.mark.parametrize("name", PATCHES)
 def test_two_copies_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the host's multi-GPU has it: the prompts of a step go to copies of the model, each in a thread of its own."""
-    model, other = guided(companions.build(name)), companions.build(name)
+    model, other = guided(companions.build(name), schedule=[1.5, 0.5]), companions.build(name)
     other.wrappers, other.model_options, other.model.current_patcher = model.wrappers, model.model_options, other
     run = TRANSFORMERS[name].sample if name in TRANSFORMERS else partial(host.sample, name=name)
     together = Barrier(2, timeout=60)

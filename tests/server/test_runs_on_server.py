@@ -147,6 +147,17 @@ def test_an_interrupted_run_leaves_nothing_behind(server: ComfyServer) -> None:
     assert picture(server, server.run(graph(seed, steps=6))) == without
 
 
+@pytest.mark.parametrize("guidance", [simple(strength=0.77), advanced(strength=0.77)], ids=["simple", "advanced"])
+def test_an_equal_node_in_another_graph_says_on_itself_what_it_did(server: ComfyServer, guidance: Json) -> None:
+    """And not on the first one, whose result the host would take from its cache."""
+    for number in ("5", "50"):
+        nodes = graph(next(_seeds), guidance)
+        nodes[number] = nodes.pop("5")
+        nodes["6"]["inputs"]["model"] = [number, 0]
+        said = [data for kind, data in server.run(nodes).messages if kind == "progress_text"]
+        assert [data["node"] for data in said] == [number]
+
+
 def test_the_same_graph_on_another_prompt_is_guided_again(server: ComfyServer) -> None:
     """The GAG node itself is not run again, only the sampler: it still says what it did."""
     for _ in range(2):

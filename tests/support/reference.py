@@ -11,8 +11,9 @@ the tests compare the two, and a mistake in common would go unseen.
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ class Config(Protocol):
     def strength(self) -> float: ...
     @property
     def merge_heads(self) -> bool: ...
+    @property
+    def anderson_depth(self) -> int: ...
+    @property
+    def anderson_regularization(self) -> float: ...
 
 
 # --- entmax: three ways to the same weights -------------------------------------------------------------------
@@ -146,19 +151,22 @@ def sparse_dense_attention(
     return torch.matmul(entmax(z, alpha), v.double()), torch.matmul(softmax(z), v.double())
 
 
-def extrapolate(sparse: Tensor, dense: Tensor, config: Config) -> Tensor:
-    """The guided output before the blend, ``[B, H, N, D]`` (v2, eq. 12-13; PLADIS: D + scale (S - D))."""
+def extrapolate(sparse: Tensor, dense: Tensor, config: Config, signal: Tensor | None = None) -> Tensor:
+    """The guided output before the blend, ``[B, H, N, D]`` (v2, eq. 12-13; PLADIS: D + scale (S - D)).
+
+    ``signal`` is what rule "anderson" has in the place of S - D.
+    """
     sparse, dense = sparse.double(), dense.double()
     if config.rule == "pladis":
         return dense + config.guidance_scale * (sparse - dense)
+    r = sparse - dense if signal is None else signal
     if config.merge_heads:
-        return _split(_gag(_merge(sparse), _merge(dense), config), like=sparse)
-    return _gag(sparse, dense, config)
+        return _split(_gag(_merge(sparse), _merge(r), config), like=sparse)
+    return _gag(sparse, r, config)
 
 
-def _gag(sparse: Tensor, dense: Tensor, config: Config) -> Tensor:
+def _gag(sparse: Tensor, r: Tensor, config: Config) -> Tensor:
     """S + lambda g on the last axis, whatever that axis gathers."""
-    r = sparse - dense
     square = (sparse * sparse).sum(-1, keepdim=True)
     # A zero S has no direction, so that nothing of r lies along it.
     along = torch.where(square > 0, (r * sparse).sum(-1, keepdim=True) / square, 0.0)
@@ -202,8 +210,9 @@ def guided_attention(
 ) -> Tensor:
     """Guided cross-attention ``[B, H, Nq, D]``; ``base`` is the host's own output in the place of D."""
     sparse, dense = sparse_dense_attention(q, k, v, alpha=config.alpha, mask=mask, scale=scale)
+    signal = anderson_signal(q, k, v, config, mask=mask, scale=scale) if config.rule == "anderson" else None
     start = dense if base is None else base.double()
-    return start + config.strength * (extrapolate(sparse, dense, config) - dense)
+    return start + config.strength * (extrapolate(sparse, dense, config, signal) - dense)
 
 
 def text_mass(q: Tensor, k: Tensor, text: slice, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -232,7 +241,85 @@ def guided_joint_attention(
     sparse = torch.matmul(entmax(z_text, config.alpha), v_text)
     dense = torch.matmul(softmax(z_text), v_text)
     mass = softmax(z)[..., text].sum(-1, keepdim=True)
-    guided = joint + config.strength * mass * (extrapolate(sparse, dense, config) - dense)
+    signal = None
+    if config.rule == "anderson":
+        text_mask = None if mask is None else mask.expand(z.shape)[..., text]
+        signal = anderson_signal(q, k[..., text, :], v[..., text, :], config, mask=text_mask, scale=scale)
+    guided = joint + config.strength * mass * (extrapolate(sparse, dense, config, signal) - dense)
     is_text = torch.zeros(q.shape[-2], 1, dtype=torch.bool)
     is_text[text] = True
     return torch.where(is_text, joint, guided)
+
+
+# --- rule "anderson" ------------------------------------------------------------------------------------------------
+#
+# One query at a time. Key space has its origin at d, the dense retrieval's image; a state is a point on the sphere
+# around it whose radius is the keys' distance from d (root mean square, weighted by the softmax).
+
+
+def anderson_signal(
+    q: Tensor, k: Tensor, v: Tensor, config: Config, *, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """``(out - S) / guidance_scale`` before the geometry, ``[B, H, Nq, D]``; 0 where nothing is solved for."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bias = attention_logits(torch.zeros_like(q), k, mask, 1.0)
+    signal = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
+    if config.alpha == 1.0:
+        return signal
+    for b, h, n in itertools.product(*map(range, q.shape[:3])):
+        problem = anderson_problem(
+            scale * q[b, h, n].double(), k[b, h].double(), v[b, h].double(), bias[b, h, n], config
+        )
+        gamma = tikhonov(problem.residual, problem.differences, config.anderson_regularization)
+        total = float(gamma.abs().sum())
+        if total > 0.0:
+            signal[b, h, n] = -(gamma @ problem.read_outs) / max(config.guidance_scale, total)
+    return signal
+
+
+class AndersonProblem(NamedTuple):
+    """Of one query: the sparse retrieval's residual ``[D]``, its differences to the others' ``[m, D]``, and the
+    differences of the read-outs ``[m, Dv]``."""
+
+    residual: Tensor
+    differences: Tensor
+    read_outs: Tensor
+
+
+def anderson_problem(query: Tensor, k: Tensor, v: Tensor, bias: Tensor, config: Config) -> AndersonProblem:
+    """What there is to solve for one scaled query ``[D]`` and its keys, values and mask ``[Nk]``; all fp64."""
+    z = k @ query + bias
+    p, s = softmax(z), entmax(z, config.alpha)
+    origin = p @ k
+    radius = torch.sqrt(p @ (k - origin).square().sum(-1))
+    state = radius * _direction(query)
+    image = s @ k - origin if s.sum() > 0 else torch.zeros_like(query)
+    residual = image - state
+    other_residuals, other_read_outs = [-state], [p @ v]
+    for _ in range(config.anderson_depth - 1):
+        weights = entmax(query.norm() * (k @ _direction(image)) + bias, config.alpha)
+        state = radius * _direction(image)
+        image = weights @ k - origin
+        other_residuals.append(image - state)
+        other_read_outs.append(weights @ v)
+    return AndersonProblem(residual, residual - torch.stack(other_residuals), s @ v - torch.stack(other_read_outs))
+
+
+def tikhonov(residual: Tensor, differences: Tensor, regularization: float) -> Tensor:
+    """gamma ``[m]`` that minimises |f - gamma differences|^2 + regularization sum gamma_j^2 |difference_j|^2.
+
+    As plain least squares with one more row per coefficient.
+    """
+    lengths = differences.norm(dim=-1)
+    rows = torch.cat([differences.T, math.sqrt(regularization) * torch.diag(lengths)])
+    wanted = torch.cat([residual, torch.zeros_like(lengths)])
+    if not rows.any():
+        return torch.zeros_like(lengths)
+    # Columns of one length, so that "nearly parallel" does not depend on their lengths.
+    sizes = torch.where(lengths > 0, lengths, 1.0)
+    return torch.linalg.lstsq(rows / sizes, wanted[:, None], driver="gelsd").solution[:, 0] / sizes
+
+
+def _direction(vector: Tensor) -> Tensor:
+    length = vector.norm()
+    return vector / length if length > 0 else torch.zeros_like(vector)

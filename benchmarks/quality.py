@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Does attention guidance make a model follow its prompt better? Measured in the real ComfyUI, on held-out captions.
+
+    python dev.py quality [--weights FILE ...] [--minutes 30]     measure; goes on where an earlier run stopped
+    python dev.py quality --report                                write docs/evidence.md from what was measured
+    python dev.py quality --checkpoint FILE --prompts FILE --clip FILE      CLIP scores of a checkpoint of yours
+
+The pack's own small models draw scenes that a program can check exactly. Every method gets the same captions and the
+same noise. Each family of methods is tuned on the split ``tune``; its best setting alone is measured on ``report``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import machine
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dev"))
+import quality_checkpoint
+import quality_page
+import quality_sampling
+from comfy_host import CACHE, HostError
+from quality_methods import BASELINE, CFG, FAMILIES, METHODS, Method, applied, node_named
+from quality_results import REPORT, TUNE, Cell, Key, Line, Results
+from quality_sampling import Model
+from steps import start_host
+
+RESULTS = CACHE / "quality"
+EXPORTS = CACHE / "training" / "export"
+# Steps, CFG and softening of what is measured when nothing is asked for, the most telling first.
+PLAN = (
+    (8, 1.0, 1.0),
+    (8, 1.0, 2.0),
+    (20, 4.0, 1.0),
+    (20, 1.0, 1.0),
+    (4, 1.0, 1.0),
+    (8, 4.0, 1.0),
+    (4, 4.0, 1.0),
+)
+
+
+class Job(NamedTuple):
+    """One method to run on the captions of a split; ``method`` None is the one that stands for its family there."""
+
+    model: Model
+    cell: Cell
+    split: str
+    family: str
+    method: Method | None
+    captions: int
+
+    def chosen(self, results: Results) -> Method | None:
+        """The method, if it is known."""
+        return self.method or quality_page.chosen(results, self.cell, self.family)
+
+    def key(self, method: Method) -> Key:
+        """Where its results are."""
+        return Key(self.cell, self.split, method.family, method.setting)
+
+    def calls(self, done: int) -> int:
+        """Rows of model calls that are left when so many captions are done: what it costs."""
+        cfg = self.family == CFG or self.cell.cfg != 1.0
+        return max(0, self.captions - done) * self.cell.steps * (2 if cfg else 1)
+
+
+def jobs(
+    models: Sequence[Model],
+    plan: Sequence[tuple[int, float, float]],
+    families: Sequence[str],
+    captions: int,
+    held_out: int,
+) -> list[Job]:
+    """All there is to run: of each cell first the settings on ``tune``, then one of each family on ``report``."""
+    found = []
+    for (steps, cfg, softening), model in itertools.product(plan, models):
+        cell = quality_sampling.cell_of(model, steps, cfg, softening)
+        here = [family for family in families if family != CFG or cfg == 1.0]
+        for family in here:
+            settings = [method for method in METHODS if method.family == family]
+            if len(settings) > 1 or family == BASELINE.family:
+                found += [Job(model, cell, TUNE, family, method, captions) for method in settings]
+        for family in here:
+            found.append(Job(model, cell, REPORT, family, None, held_out))
+    return found
+
+
+class Progress:
+    """One line per method, with the time that is left."""
+
+    def __init__(self, listed: Sequence[Job], results: Results) -> None:
+        self.left = sum(job.calls(self._done(job, results)) for job in listed)
+        self.done = 0
+        self.seconds = 0.0
+
+    @staticmethod
+    def _done(job: Job, results: Results) -> int:
+        method = job.chosen(results)
+        return 0 if method is None else results.captions(job.key(method))
+
+    def finished(self, job: Job, method: Method, calls: int, line: Line) -> None:
+        """Say how it went and how long the rest will take."""
+        self.left -= calls
+        self.done += calls
+        self.seconds += line.seconds
+        rest = self.left * self.seconds / self.done
+        share = line.outcome.right().mean()
+        print(
+            f"{job.cell.title} | {job.split} | {method.name}: {share:.3f} of {len(line.outcome)} right, "
+            f"{line.seconds:.0f} s; {_time(rest)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def run(job: Job, method: Method, first: int, batch: int) -> Line:
+    """Sample the captions that are missing and check the pictures."""
+    begun = time.monotonic()
+    outcomes = []
+    with applied(job.model.patcher, method, job.cell.softening) as patched:
+        cfg = job.cell.cfg if method.cfg is None else method.cfg
+        for task in quality_sampling.tasks(job.split, first, job.captions - first, batch):
+            made = quality_sampling.pictures(job.model, patched, task.captions, task.noise, job.cell.steps, cfg)
+            outcomes.append(quality_sampling.outcome(made, task.scenes))
+    joined = outcomes[0].joined(outcomes)
+    return Line(job.key(method), first, joined, time.monotonic() - begun, quality_sampling.versions())
+
+
+def study(listed: Sequence[Job], results: Results, *, batch: int, minutes: float | None) -> bool:
+    """Run the jobs whose results are not there yet. Returns whether all were, within the time."""
+    progress = Progress(listed, results)
+    print(f"{len(results.measured())} results are there; {progress.left} rows of model calls are left", file=sys.stderr)
+    begun = time.monotonic()
+    for job in listed:
+        method = job.chosen(results)
+        if method is None:
+            continue
+        first = results.captions(job.key(method))
+        if first >= job.captions:
+            continue
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            return False
+        line = run(job, method, first, batch)
+        results.add(line)
+        progress.finished(job, method, job.calls(first), line)
+    return True
+
+
+def weights_files(given: Sequence[Path]) -> list[Path]:
+    """The files to measure: those given, or what the training exported.
+
+    Raises:
+        HostError: there are none; one sentence says what to do.
+    """
+    files = list(given) or sorted(EXPORTS.glob("*.safetensors"))
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise HostError(f"There is no file {', '.join(missing)}.")
+    if not files:
+        raise HostError(
+            f"There are no weights in {EXPORTS}: train a model (see training/) or name a file by --weights."
+        )
+    return files
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _plan(options: argparse.Namespace) -> Iterator[tuple[int, float, float]]:
+    if not (options.steps or options.cfg or options.soften):
+        yield from PLAN
+        return
+    yield from itertools.product(options.steps or [8], options.cfg or [1.0], options.soften or [1.0])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(prog="dev.py quality", description=(__doc__ or "").partition("\n")[0])
+    made.add_argument("--report", action="store_true", help="only write docs/evidence.md from what was measured")
+    made.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where results are kept")
+    made.add_argument("--threads", type=machine.positive, help="CPU threads of torch")
+    made.add_argument("--minutes", type=float, help="begin nothing new after so many minutes")
+    made.add_argument("--steps", type=machine.positive, nargs="+", help="numbers of sampling steps")
+    made.add_argument("--cfg", type=float, nargs="+", help="CFG scales that the methods are compared at")
+    small = made.add_argument_group("the pack's small models")
+    small.add_argument("--weights", type=Path, nargs="+", default=[], help="exports or checkpoint.pt of a training")
+    small.add_argument("--soften", type=float, nargs="+", help="temperatures of the model's own text attention")
+    small.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, metavar="NAME", help="some methods")
+    small.add_argument("--captions", type=machine.positive, default=512, help="on tune, per setting (default 512)")
+    small.add_argument("--held-out", type=machine.positive, default=2048, help="on report, per family (default 2048)")
+    small.add_argument("--batch", type=machine.positive, default=64, help="captions at once (default 64)")
+    quality_checkpoint.add_options(made)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, or write the page."""
+    made = parser()
+    options = made.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        if options.report:
+            for path in quality_page.write(options.results):
+                print(f"quality: wrote {path}")
+            return 0
+        if options.checkpoint:
+            return quality_checkpoint.main(made, options)
+        files = weights_files(options.weights)
+        start_host(torch.device("cpu"))
+        logging.getLogger().setLevel(logging.WARNING)
+        models = [quality_sampling.load(path) for path in files]
+    except (HostError, ValueError, FileNotFoundError) as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 1
+    families = [BASELINE.family, *(family for family in options.families if family != BASELINE.family)]
+    for family in list(families):
+        if any(m.node and node_named(m.node) is None for m in METHODS if m.family == family):
+            print(f"quality: left out {family}: the pack has no such node", file=sys.stderr)
+            families.remove(family)
+    results = Results(options.results)
+    listed = jobs(models, list(_plan(options)), families, options.captions, options.held_out)
+    try:
+        complete = study(listed, results, batch=options.batch, minutes=options.minutes)
+    except KeyboardInterrupt:
+        complete = False
+    cells = dict.fromkeys(job.cell for job in listed)
+    print("\n\n".join(filter(None, (quality_page.comparison(results, cell) for cell in cells))))
+    print(f"quality: {'all is measured' if complete else 'stopped; the same command goes on'} ({options.results})")
+    return 0
+
+
+if __name__ == "__main__":
+    quality_sampling.training("train").keep_memory()
+    raise SystemExit(main())

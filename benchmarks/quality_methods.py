@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What is compared: the pack's nodes at many settings, CFG, and controls that are no nodes of the pack.
+
+The controls change the temperature of the text attention, ``softmax(z / T)`` with z its logits. They are put into the
+one place of ``gag_core`` that picks an implementation, behind a GAG node: so they act on exactly the attentions that
+guidance acts on, at constant text mass in joint attentions, and the host sees nothing else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+Guide = Callable[..., None]
+NODE = "GAGuidanceAdvanced"
+NOTHING = "none"
+CFG, SPARSE, SHARPER = "CFG", "sparse alone", "sharper softmax"
+CONTROLS = (SPARSE, SHARPER)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One setting of one family of methods.
+
+    Attributes:
+        family: families have one tuned setting each on held-out captions.
+        setting: its settings in words, unique in the family.
+        scale: where it stands in a curve over scale; None where there is no such curve.
+        curve: the curve's name, where a family has several.
+        node: the node of the pack, or none.
+        inputs: what its inputs are set to.
+        temperature: of the text attention, for the control.
+        cfg: CFG scale in the place of the run's own.
+    """
+
+    family: str
+    setting: str = ""
+    scale: float | None = None
+    curve: str = ""
+    node: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict, hash=False)
+    temperature: float = 1.0
+    cfg: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Family and setting, in words."""
+        return f"{self.family}, {self.setting}" if self.setting else self.family
+
+
+BASELINE = Method(NOTHING)
+# Cap, what it is relative to, and the orthogonal part. The third is the paper's.
+_BRAKES = ((0.1, "relative", 0.0), (0.5, "relative", 0.0), (15.0, "absolute", 0.0), (0.5, "relative", 1.0))
+
+
+def _gag(scale: float, cap: float, mode: str, orthogonal: float) -> Method:
+    inputs = {"guidance_scale": scale, "norm_threshold": cap, "norm_mode": mode, "orthogonal_scale": orthogonal}
+    brake = f"cap {cap:g} {mode}" + (f", orthogonal {orthogonal:g}" if orthogonal else "")
+    return Method("GAG", f"scale {scale:g}, {brake}", scale, f"GAG, {brake}", NODE, inputs)
+
+
+def _anderson(depth: int, bound: float) -> Method:
+    family = f"Anderson, depth {depth}"
+    return Method(family, f"bound {bound:g}", bound, family, "GAGAnderson", {"guidance_scale": bound, "depth": depth})
+
+
+def _sparse(alpha: float) -> Method:
+    inputs = {"rule": "gag", "guidance_scale": 0.0, "alpha": alpha}
+    return Method(SPARSE, f"alpha {alpha:g}", node=NODE, inputs=inputs)
+
+
+def _pladis(scale: float) -> Method:
+    inputs = {"rule": "pladis", "guidance_scale": scale}
+    return Method("PLADIS", f"scale {scale:g}", scale, "PLADIS", NODE, inputs)
+
+
+# Within a family the milder settings come first: of equally good ones the first is taken.
+METHODS = (
+    BASELINE,
+    *(Method(CFG, f"scale {scale:g}", scale, CFG, cfg=scale) for scale in (1.5, 2.0, 3.0, 4.0, 6.0)),
+    *(_sparse(alpha) for alpha in (1.5, 2.0)),
+    *(Method(SHARPER, f"temperature {t:g}", 1 / t, SHARPER, temperature=t) for t in (0.85, 0.7, 0.5, 0.35)),
+    *(_pladis(scale) for scale in (0.5, 1.5, 2.0, 4.0)),
+    *(_gag(scale, *brake) for scale in (1.0, 3.0, 10.0) for brake in _BRAKES),
+    *(Method(f"preset {preset}", node="GAGuidance", inputs={"preset": preset}) for preset in
+      ("gentle", "few-step", "paper")),
+    *(_anderson(depth, scale) for depth in (1, 3) for scale in (1.0, 3.0, 10.0)),
+)  # fmt: skip
+FAMILIES = tuple(dict.fromkeys(method.family for method in METHODS))
+
+
+def schema_defaults(node: Any) -> dict[str, Any]:
+    """What a node's inputs are set to when it is new."""
+    return {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
+
+
+def node_named(name: str) -> Any:
+    """A node class of the pack, as the host loaded it; None where the pack has none of that name."""
+    return sys.modules["nodes"].NODE_CLASS_MAPPINGS.get(name)
+
+
+@contextmanager
+def applied(model: Any, method: Method, softening: float = 1.0) -> Iterator[Any]:
+    """The model with a method, as long as the context lasts.
+
+    Args:
+        model: a ModelPatcher.
+        method: what to apply; its ``cfg`` is the sampler's business.
+        softening: a temperature above 1 that the model itself is given, the same for every method: guidance acts on
+            the softened attention.
+
+    Raises:
+        RuntimeError: a method that should act on the text attention was not asked a single time.
+    """
+    temperature = softening * method.temperature
+    if not method.node and temperature == 1.0:
+        yield model
+        return
+    node = node_named(method.node or NODE)
+    if node is None:
+        raise RuntimeError(f"the pack has no node {method.node}")
+    patched = node.execute(**{**schema_defaults(node), **method.inputs, "model": model}).result[0]
+    picks = sys.modules[node.__module__.rpartition(".nodes.")[0] + ".gag_core.attention"]
+    guide = at_temperature(picks._guide, temperature, guided=bool(method.node))
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        guide(*args, **kwargs)
+
+    with mock.patch.object(picks, "_guide", counted):
+        yield patched
+    if not calls:
+        raise RuntimeError(f"{method.name} acted on no attention: nothing was measured")
+
+
+def at_temperature(guide: Guide, temperature: float, *, guided: bool) -> Guide:
+    """``gag_core.attention._guide`` of a model whose text attention has another temperature.
+
+    With ``read = softmax(z / T) V``, or what guidance makes of the logits ``z / T`` if ``guided``, it writes
+    ``base + mass * (read - softmax(z) V)``: the text is read at temperature T, and its mass stays.
+    """
+    if temperature == 1.0 and guided:
+        return guide
+
+    def tempered(
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: Any,
+        *,
+        base: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        joint_lse: Tensor | None = None,
+    ) -> None:
+        config = config if guided else replace(config, strength=0.0)
+        read = torch.empty_like(out)
+        guide(read, q, k, v, config, base=None, mask=mask, scale=scale / temperature)
+        if base is not None:
+            logits = torch.matmul(q.float() * scale, k.float().transpose(-1, -2))
+            if mask is not None:
+                logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+            dense = torch.matmul(logits.softmax(dim=-1), v.float()).nan_to_num(nan=0.0)
+            mass = torch.ones(1) if joint_lse is None else (logits.logsumexp(-1) - joint_lse).exp().unsqueeze(-1)
+            read = base + mass.nan_to_num(nan=0.0).clamp(max=1.0) * (read - dense)
+        out.copy_(read)
+
+    return tempered

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Tables of what was measured, and the page ``docs/evidence.md`` with its plots: all figures are of result files."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import quality_plots
+import quality_statistics as statistics
+from comfy_host import ROOT
+from quality_methods import BASELINE, CFG, CONTROLS, FAMILIES, METHODS, SHARPER, SPARSE, Method
+from quality_results import ATTRIBUTES, PRICES, REPORT, Cell, Key, Outcome, Results, versions_in
+from quality_statistics import SIGNIFICANT, Marks, Paired, holm, paired
+
+PAGE = ROOT / "docs" / "evidence.md"
+PLOTS = ROOT / "assets" / "evidence"
+_GUIDANCE = tuple(family for family in FAMILIES if family not in (BASELINE.family, CFG, *CONTROLS))
+
+
+@dataclass
+class Row:
+    """One family in one cell, on held-out captions; ``outcome`` and ``baseline`` are of the same captions.
+
+    ``tuned`` is the share of right captions of this setting on ``tune``, None where there was nothing to choose;
+    ``controls`` the comparison with each control, ``p`` the adjusted p-value among all rows that are told together.
+    """
+
+    cell: Cell
+    family: str
+    setting: str
+    tuned: float | None
+    outcome: Outcome
+    baseline: Outcome
+    versus: Paired
+    controls: dict[str, Paired]
+    p: float = 1.0
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of it."""
+        if self.p >= SIGNIFICANT:
+            return "no measurable difference"
+        if self.versus.difference < 0:
+            return "worse"
+        if self.family in (CFG, *CONTROLS):
+            return "better"
+        if self.beats_controls:
+            return "better, and better than both controls"
+        return "better, but not better than the controls"
+
+    @property
+    def beats_controls(self) -> bool:
+        """Whether it is measurably better than each of the controls, both being there."""
+        return len(self.controls) == len(CONTROLS) and all(
+            versus.p < SIGNIFICANT and versus.difference > 0 for versus in self.controls.values()
+        )
+
+
+def chosen(results: Results, cell: Cell, family: str) -> Method | None:
+    """The method that stands for a family on held-out captions: the best on ``tune``, or the only one there is."""
+    settings = {method.setting: method for method in METHODS if method.family == family}
+    best = results.best(cell, family)
+    if best is not None:
+        return settings.get(best[0])
+    return next(iter(settings.values())) if len(settings) == 1 else None
+
+
+def rows_of(results: Results, cell: Cell) -> list[Row]:
+    """The families of a cell that there are held-out results of."""
+    baseline = results.outcome(Key(cell, REPORT, BASELINE.family, BASELINE.setting))
+    if baseline is None:
+        return []
+    found: dict[str, tuple[str, float | None, Outcome]] = {}
+    for family in FAMILIES[1:]:
+        method = chosen(results, cell, family)
+        outcome = None if method is None else results.outcome(Key(cell, REPORT, family, method.setting))
+        if method is not None and outcome is not None:
+            tried = results.best(cell, family)
+            found[family] = (method.setting, None if tried is None else float(tried[1].right().mean()), outcome)
+    return [
+        Row(
+            cell, family, setting, tuned, *_common(outcome, baseline),
+            versus=compared(baseline, outcome),
+            controls={name: compared(found[name][2], outcome) for name in CONTROLS if name in found},
+        )
+        for family, (setting, tuned, outcome) in found.items()
+    ]  # fmt: skip
+
+
+def _common(outcome: Outcome, baseline: Outcome) -> tuple[Outcome, Outcome]:
+    captions = min(len(outcome), len(baseline))
+    return outcome.first(captions), baseline.first(captions)
+
+
+def compared(baseline: Outcome, outcome: Outcome) -> Paired:
+    """All-right marks in pairs, of the captions that both have."""
+    outcome, baseline = _common(outcome, baseline)
+    return paired(baseline.right(), outcome.right())
+
+
+def adjusted(rows: Sequence[Row]) -> None:
+    """Adjust the p-values of all rows that are told together."""
+    for row, p in zip(rows, holm([row.versus.p for row in rows]), strict=True):
+        row.p = p
+
+
+def comparison(results: Results, cell: Cell, rows: Sequence[Row] | None = None) -> str:
+    """One cell's table in Markdown; empty where there are no held-out results."""
+    baseline = results.outcome(Key(cell, REPORT, BASELINE.family, BASELINE.setting))
+    if baseline is None:
+        return ""
+    if rows is None:
+        rows = rows_of(results, cell)
+        adjusted(rows)
+    share, error = statistics.share(baseline.right())
+    lines = [
+        f"**{cell.title}**: {_percent(share)} ± {_percent(error)} of {len(baseline)} held-out captions all right "
+        "without guidance.",
+        "",
+        "| method | setting, the best on `tune` | right on `tune` | right, held out | difference "
+        "| turned right : wrong | p, adjusted | beyond sparse alone | beyond sharper softmax | verdict |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        beyond = [
+            "" if row.family == name or name not in row.controls else _difference(row.controls[name])
+            for name in CONTROLS
+        ]
+        tuned = "fixed" if row.tuned is None else _percent(row.tuned)
+        lines.append(
+            f"| {row.family} | {row.setting or 'as it is'} | {tuned} | {_percent(row.outcome.right().mean())} "
+            f"| {_difference(row.versus)} | {row.versus.gained} : {row.versus.lost} | {_p(row.p)} "
+            f"| {beyond[0]} | {beyond[1]} | {row.verdict} |"
+        )
+    if rows:
+        detectable = max(row.versus.detectable for row in rows)
+        lines += ["", f"Differences of {_points(detectable)} and more would have been seen in four of five tries."]
+    return "\n".join(lines)
+
+
+def details(results: Results, cell: Cell, rows: Sequence[Row]) -> str:
+    """What is right one by one, and what it costs: without guidance, and the differences to that, in Markdown."""
+    baseline = results.outcome(Key(cell, REPORT, BASELINE.family, BASELINE.setting))
+    assert baseline is not None
+    lines = [
+        "| method | " + " | ".join((*ATTRIBUTES, "saturation", "off palette")) + " |",
+        "|---|" + "---:|" * (len(ATTRIBUTES) + len(PRICES)),
+    ]
+    rates = [baseline.rate(name) for name in ATTRIBUTES] + [float(baseline.price(name).mean()) for name in PRICES]
+    lines.append(f"| {BASELINE.family} | " + " | ".join(map(_percent, rates)) + " |")
+    for row in rows:
+        told = []
+        for name in ATTRIBUTES:
+            asked = row.baseline.asked(name)
+            marks = (row.baseline.right(name)[asked], row.outcome.right(name)[asked])
+            told.append(_difference(paired(*marks)) if asked.any() else "")
+        for name in PRICES:
+            change, error = statistics.mean(row.outcome.price(name) - row.baseline.price(name))
+            told.append(f"{100 * change:+.1f} ± {100 * error:.1f}")
+        lines.append(f"| {row.family} | " + " | ".join(told) + " |")
+    return "\n".join(lines)
+
+
+def conditions(by_cell: dict[Cell, list[Row]]) -> str:
+    """Differences to no guidance of every family in every cell, and there of short and long captions, in Markdown."""
+    families = [family for family in FAMILIES if any(row.family == family for rows in by_cell.values() for row in rows)]
+    lines = ["| | none | " + " | ".join(families) + " |", "|---|" + "---:|" * (len(families) + 1)]
+    for cell, rows in by_cell.items():
+        if not rows:
+            continue
+        baseline = max((row.baseline for row in rows), key=len).right()
+        short, long = lengths(len(baseline))
+        for title, part in ((cell.title, short | long), ("short captions", short), ("long captions", long)):
+            found = {}
+            for row in rows:
+                here = part[: len(row.outcome)]
+                if here.any():
+                    found[row.family] = paired(row.baseline.right()[here], row.outcome.right()[here])
+            if not found:
+                continue
+            told = [_difference(found[family]) if family in found else "" for family in families]
+            lines.append(f"| {title} | {_percent(baseline[part].mean())} | " + " | ".join(told) + " |")
+    return "\n".join(lines)
+
+
+def lengths(captions: int) -> tuple[Marks, Marks]:
+    """Which of the first held-out captions are short, up to the median of their words, and which are long."""
+    words = np.array(importlib.import_module("quality_sampling").words(REPORT, captions))
+    short = words <= np.median(words)
+    return short, ~short
+
+
+def safe_ranges(results: Results, cell: Cell) -> str:
+    """How far each curve can be taken on ``tune`` before fewer captions are right, in Markdown."""
+    curves = quality_plots.curves(results, cell)
+    if not curves:
+        return ""
+    lines = ["| curve | scales | safe up to | right there | best |", "|---|---|---:|---:|---:|"]
+    for name, points in curves.items():
+        safe = None
+        for point in points:
+            if point.versus.p < SIGNIFICANT and point.versus.difference < 0:
+                break
+            safe = point
+        best = max(points, key=lambda point: point.share)
+        reached = "none of them" if safe is None else f"{safe.scale:.3g}"
+        if safe is points[-1]:
+            reached += ", the largest tried"
+        lines.append(
+            f"| {name} | {', '.join(f'{point.scale:.3g}' for point in points)} | {reached} "
+            f"| {'' if safe is None else _difference(safe.versus)} "
+            f"| {_difference(best.versus)} at {best.scale:.3g} |"
+        )
+    return "\n".join(lines)
+
+
+def write(folder: Path, page: Path = PAGE, plots: Path = PLOTS) -> list[Path]:
+    """Write the page and its plots. Returns the files.
+
+    Raises:
+        ValueError: there are no held-out results.
+    """
+    results = Results(folder)
+    cells = [cell for cell in results.cells() if results.captions(Key(cell, REPORT, BASELINE.family, ""))]
+    if not cells:
+        raise ValueError(f"There are no held-out results in {folder}: run `python dev.py quality` first.")
+    by_cell = {cell: rows_of(results, cell) for cell in cells}
+    rows = [row for listed in by_cell.values() for row in listed]
+    adjusted(rows)
+    plots.mkdir(parents=True, exist_ok=True)
+    written = [page]
+    parts = [_HEAD, _made_with(results), "## What was found\n\n" + "\n".join(f"- {line}" for line in findings(by_cell))]
+    if rows:
+        written.append(quality_plots.differences(by_cell, plots / "differences.png"))
+        parts += [
+            _CONDITIONS,
+            conditions(by_cell),
+            _picture(written[-1], page, "Differences to no guidance, all cells"),
+        ]
+    parts.append(_CELLS)
+    for number, (cell, listed) in enumerate(by_cell.items()):
+        parts += [f"### {cell.title}", comparison(results, cell, listed), details(results, cell, listed)]
+        if ranges := safe_ranges(results, cell):
+            written.append(quality_plots.scales(results, cell, plots / f"scales-{number:02}.png"))
+            parts += [_picture(written[-1], page, f"Over scale: {cell.title}"), ranges]
+    checkpoints = importlib.import_module("quality_checkpoint").section(folder)
+    if checkpoints:
+        parts.append(checkpoints)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return written
+
+
+def findings(by_cell: dict[Cell, list[Row]]) -> list[str]:
+    """What the held-out results say, in sentences."""
+    rows = [row for listed in by_cell.values() for row in listed]
+    found = []
+    for name, families in (
+        ("CFG", (CFG,)),
+        ("Sharper softmax (a control)", (SHARPER,)),
+        ("Sparse attention alone (a control)", (SPARSE,)),
+        ("Attention guidance (GAG, its presets, PLADIS, Anderson)", _GUIDANCE),
+    ):
+        plain = [row for row in rows if row.family in families and row.cell.softening == 1.0]
+        if plain:
+            found.append(f"{name}: {_counted(plain)}")
+    guided = [row for row in rows if row.family in _GUIDANCE]
+    if softened := [row for row in guided if row.cell.softening != 1.0]:
+        counted = _counted(softened)
+        found.append(f"In models whose text attention was softened on purpose, attention guidance: {counted}")
+    if guided:
+        ahead = [row for row in guided if row.verdict.startswith("better") and row.beats_controls]
+        found.append(
+            f"Attention guidance was better than no guidance and than both controls in {len(ahead)} of {len(guided)} "
+            "comparisons" + (": " + "; ".join(f"{row.family} in {row.cell.title}" for row in ahead) if ahead else "")
+            + "."
+        )  # fmt: skip
+        best, worst = (pick(guided, key=lambda row: row.versus.difference) for pick in (max, min))
+        for word, row in (("largest gain", best), ("largest loss", worst)):
+            found.append(
+                f"Its {word}: {_difference(row.versus)} by {row.family}, {row.setting or 'as it is'}, in "
+                f"{row.cell.title} ({row.verdict})."
+            )
+    found.append(
+        f"p-values are adjusted (Holm) over all {len(rows)} comparisons on this page; comparisons with the controls "
+        f"are plain, at {SIGNIFICANT:.0%}."
+    )
+    return found
+
+
+def _counted(rows: Sequence[Row]) -> str:
+    better = sum(row.p < SIGNIFICANT and row.versus.difference > 0 for row in rows)
+    worse = sum(row.p < SIGNIFICANT and row.versus.difference < 0 for row in rows)
+    differences = [row.versus.difference for row in rows]
+    return (
+        f"of {len(rows)} held-out comparisons with no guidance, {better} better, {worse} worse, "
+        f"{len(rows) - better - worse} without a measurable difference "
+        f"(from {_points(min(differences), sign=True)} to {_points(max(differences), sign=True)})."
+    )
+
+
+def _made_with(results: Results) -> str:
+    lines = ["| what | version |", "|---|---|"]
+    for name, versions in versions_in(results.lines).items():
+        lines.append(f"| {name} | {', '.join(versions)} |")
+    models = {cell.weights: cell.model for cell in results.cells()}
+    lines += [f"| weights of {model} (SHA-256) | {weights} |" for weights, model in models.items()]
+    lines.append(f"| captions tried | {sum(len(line.outcome) for line in results.lines)} |")
+    lines.append(f"| seconds of sampling and checking | {sum(line.seconds for line in results.lines):.0f} |")
+    if len(versions_in(results.lines).get("code", [])) > 1:
+        lines += ["", "The results were made with more than one state of the pack's code."]
+    return "\n".join(lines)
+
+
+def _picture(path: Path, page: Path, title: str) -> str:
+    try:
+        place = path.relative_to(page.parents[1]).as_posix()
+    except ValueError:  # somewhere else altogether
+        return f"![{title}]({path.as_posix()})"
+    return f"![{title}](../{place})"
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.1f} %"
+
+
+def _points(difference: float, sign: bool = False) -> str:
+    return f"{100 * difference:{'+' if sign else ''}.1f} points"
+
+
+def _difference(versus: Paired) -> str:
+    return f"{100 * versus.difference:+.1f} ± {100 * versus.error:.1f}"
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+_HEAD = """\
+# Evidence: does attention guidance help?
+
+This page is written by `python dev.py quality --report` from the result files of `python dev.py quality`. No figure on
+it was typed.
+
+The models are this pack's own small ones, trained by us on procedural scenes of coloured shapes (`training/`): a UNet
+with text cross-attention and a transformer with joint attention. They read natural captions through a frozen text
+encoder. They run in the real ComfyUI, with its own sampler and this pack's own nodes. A program checks each picture
+against the scene its caption describes: colours, shapes, counts, relation; "right" is all of them.
+
+- Every method gets the same captions and, caption by caption, the same noise: differences are between pairs.
+- Each family of methods is tuned on captions of their own (`tune`); its best setting there, and no other, is measured
+  on held-out captions (`report`). So there is one number per family.
+- "± " is one standard error, in percentage points. p-values are exact (McNemar).
+- Two controls: *sparse alone* is GAG with guidance scale 0, *sharper softmax* lowers the temperature of the same text
+  attention. A claim for guidance must beat both.
+- A positive control: models whose text attention was softened on purpose (its logits divided), the same with and
+  without guidance. If guidance can repair anything, it is this.
+- Saturation is how far coloured pixels are from grey; "off palette" is the share of pixels near no colour of the data.
+  Both show the price of pushing too far. Relations are rated among the captions that have one.
+"""
+_CONDITIONS = """\
+## When does it help?
+
+Points of all-right captions more than without guidance, of each family's best setting on `tune`; in the column *none*
+the share without guidance. Short captions are those up to the median of their words. In the plot are 95 % intervals,
+coloured where they leave out 0 (not adjusted for their number; the verdicts in the tables below are)."""
+_CELLS = "## Every model and way of sampling"

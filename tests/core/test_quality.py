@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The quality benchmark's arithmetic: pairs, what is kept of results, the controls' attention, and its page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+import cases
+import gag_core
+import quality_checkpoint
+import quality_page
+import reference
+from gag_core import attention as picks
+from methods import guided_by, swapped
+from quality_methods import BASELINE, CFG, FAMILIES, METHODS, SHARPER, SPARSE, Method, at_temperature
+from quality_results import BITS, REPORT, TUNE, Cell, Key, Line, Outcome, Results
+from quality_statistics import Paired, holm, mean, paired, share
+from tolerances import assert_close
+
+CELL = Cell("unet", "abc" * 20, 8, 1.0)
+RIGHT, WRONG = BITS["everything"] | BITS["colour"], BITS["colour"]
+
+
+def _outcome(right: NDArray[np.bool_], saturation: float = 0.8) -> Outcome:
+    marks = np.where(right, RIGHT, WRONG).astype(np.uint8)
+    return Outcome(marks, np.full(len(marks), saturation, np.float32), np.full(len(marks), 0.04, np.float32))
+
+
+def _line(method: Method, right: NDArray[np.bool_], split: str = TUNE, first: int = 0, cell: Cell = CELL) -> Line:
+    return Line(Key(cell, split, method.family, method.setting), first, _outcome(right), 1.0, {"torch": "2"})
+
+
+def _marks(generator: np.random.Generator, share_of: float, captions: int) -> NDArray[np.bool_]:
+    return generator.random(captions) < share_of
+
+
+def _method(family: str, setting: str | None = None) -> Method:
+    return next(m for m in METHODS if m.family == family and setting in (None, m.setting))
+
+
+def test_pairs_are_compared_caption_by_caption() -> None:
+    baseline = np.array([True, True, False, False, False, True])
+    method = np.array([True, False, True, True, True, True])
+    versus = paired(baseline, method)
+    assert (versus.captions, versus.gained, versus.lost) == (6, 3, 1)
+    assert versus.difference == pytest.approx(2 / 6)
+    assert paired(method, baseline).difference == -versus.difference
+
+
+def test_the_standard_error_is_that_of_the_differences() -> None:
+    """Agresti and Min's, which at many captions is the plain one."""
+    generator = np.random.default_rng(1)
+    baseline = _marks(generator, 0.4, 5000)
+    method = np.where(_marks(generator, 0.2, 5000), _marks(generator, 0.5, 5000), baseline)
+    plain = (method.astype(float) - baseline).std() / math.sqrt(5000)
+    assert paired(baseline, method).error == pytest.approx(plain, rel=0.01)
+    # Half a caption more in each of the four cells.
+    gained, lost, number = paired(baseline, method).gained, paired(baseline, method).lost, 5002
+    spread = (gained + 0.5 + lost + 0.5) / number - ((gained - lost) / number) ** 2
+    assert paired(baseline, method).error == pytest.approx(math.sqrt(spread / number), rel=1e-12)
+
+
+def test_two_equal_methods_have_an_error_all_the_same() -> None:
+    right = np.array([True, False] * 50)
+    versus = paired(right, right)
+    assert versus.difference == 0 and versus.p == 1 and 0 < versus.error < 0.02
+
+
+def test_intervals_cover_the_truth() -> None:
+    generator = np.random.default_rng(2)
+    turned_right, turned_wrong, covered = 0.08, 0.03, 0
+    for _ in range(2000):
+        fate = generator.random(300)
+        baseline = (fate > turned_right) & (fate < 0.5) | (fate > 1 - turned_wrong)
+        method = fate < 0.5
+        versus = paired(baseline, method)
+        covered += abs(versus.difference - (turned_right - turned_wrong)) <= 1.96 * versus.error
+    assert 0.93 < covered / 2000 < 0.97
+
+
+def test_the_detectable_difference_is_detected_in_four_of_five_tries() -> None:
+    generator = np.random.default_rng(3)
+    captions, seen = 2000, 0
+    turned = 0.1
+    effect = (1.96 + 0.8416) * math.sqrt(turned / captions)
+    for _ in range(1000):
+        fate = generator.random(captions)
+        baseline, method = (
+            fate < 0.5,
+            (fate < 0.5 - (turned - effect) / 2) | ((fate > 0.5) & (fate < 0.5 + (turned + effect) / 2)),
+        )
+        versus = paired(baseline, method)
+        seen += versus.p < 0.05
+        assert versus.detectable == pytest.approx(effect, rel=0.2)
+    assert 0.72 < seen / 1000 < 0.88
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (9, 2), (40, 61)])
+def test_the_p_value_is_the_exact_one(gained: int, lost: int) -> None:
+    baseline = np.array([False] * gained + [True] * lost + [True] * 20)
+    method = np.array([True] * gained + [False] * lost + [True] * 20)
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1)) / 2 ** (gained + lost)
+    assert paired(baseline, method).p == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+
+
+def test_pairs_of_different_captions_are_refused() -> None:
+    with pytest.raises(ValueError, match="the same captions"):
+        paired(np.array([True]), np.array([True, False]))
+
+
+def test_holm_against_its_definition() -> None:
+    values = [0.01, 0.04, 0.03, 0.005, 1.0]
+    rejected_at = []
+    for number in range(len(values)):
+        # The smallest level at which the step-down procedure rejects this hypothesis.
+        order = sorted(range(len(values)), key=values.__getitem__)
+        needed = 0.0
+        for rank, other in enumerate(order):
+            needed = max(needed, values[other] * (len(values) - rank))
+            if other == number:
+                break
+        rejected_at.append(min(1.0, needed))
+    assert holm(values) == pytest.approx(rejected_at)
+    assert holm([0.02]) == [0.02] and holm([]) == []
+
+
+def test_means_and_shares_against_scipy() -> None:
+    values = np.random.default_rng(4).random(100)
+    assert mean(values) == pytest.approx((values.mean(), stats.sem(values)))
+    assert share(values > 0.5)[1] == pytest.approx((values > 0.5).std() / 10)
+
+
+def test_lines_come_back_as_they_were(tmp_path: Path) -> None:
+    generator = np.random.default_rng(5)
+    marks = generator.integers(0, 64, 70).astype(np.uint8)
+    prices = generator.random((2, 70)).astype(np.float32)
+    line = Line(Key(CELL, TUNE, "GAG", "scale 1"), 0, Outcome(marks, *prices), 2.5, {"torch": "2"})
+    back = Line.of_json(line.json())
+    assert back.key == line.key and back.versions == line.versions
+    assert np.array_equal(back.outcome.marks, marks)
+    assert np.abs(back.outcome.saturation - prices[0]).max() <= 0.5 / 255 + 1e-6
+    told = json.loads(line.json())
+    assert told["everything"] == int(((marks & BITS["everything"]) != 0).sum()) and told["captions"] == 70
+
+
+def test_relations_are_rated_among_the_captions_that_have_one() -> None:
+    marks = np.array([BITS["has_relation"] | BITS["relation"], BITS["has_relation"], 0, 0], np.uint8)
+    assert Outcome(marks, *np.zeros((2, 4), np.float32)).rate("relation") == 0.5
+
+
+def test_later_captions_join_the_earlier_ones(tmp_path: Path) -> None:
+    right = np.array([True, False, True, True, False])
+    results = Results(tmp_path)
+    results.add(_line(BASELINE, right[:3]))
+    results.add(_line(BASELINE, right[3:], first=3))
+    results.add(_line(BASELINE, ~right[:2], first=1))  # twice: the first counts
+    for again in (results, Results(tmp_path)):
+        outcome = again.outcome(Key(CELL, TUNE, BASELINE.family, ""))
+        assert outcome is not None and np.array_equal(outcome.right(), right)
+        assert again.captions(Key(CELL, REPORT, BASELINE.family, "")) == 0
+    assert len(list(tmp_path.glob("*.jsonl"))) == 1
+
+
+def test_the_best_setting_is_chosen_on_tune_alone(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    mild, strong, third = (_method("PLADIS", f"scale {scale}") for scale in ("0.5", "1.5", "2"))
+    results.add(_line(mild, np.array([True, False, False, False])))
+    results.add(_line(strong, np.array([True, True, False, False, False, False])))
+    results.add(_line(third, np.array([False, False, True, True])))
+    results.add(_line(mild, np.ones(4, bool), split=REPORT))
+    best = results.best(CELL, "PLADIS")
+    assert best is not None and best[0] == strong.setting  # of equals the milder
+    assert len(best[1]) == 4  # as many captions as all of them have
+    assert results.best(CELL, "GAG") is None
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Results:
+    """CFG helps, sparse alone harms, GAG helps no more than a sharper softmax does, the gentle preset does nothing."""
+    generator = np.random.default_rng(6)
+    results = Results(tmp_path)
+    for split, captions in ((TUNE, 400), (REPORT, 800)):
+        base = _marks(generator, 0.4, captions)
+        better = base | _marks(generator, 0.15, captions)
+        results.add(_line(BASELINE, base, split))
+        results.add(_line(_method("preset gentle"), base, split))
+        results.add(_line(_method(SHARPER), better, split))
+        results.add(_line(_method("GAG"), better, split))
+        results.add(_line(_method(CFG), better | _marks(generator, 0.3, captions), split))
+        results.add(_line(_method(SPARSE), base & _marks(generator, 0.5, captions), split))
+    return results
+
+
+def test_verdicts(study: Results) -> None:
+    rows = quality_page.rows_of(study, CELL)
+    quality_page.adjusted(rows)
+    assert {row.family: row.verdict for row in rows} == {
+        CFG: "better",
+        SPARSE: "worse",
+        SHARPER: "better",
+        "GAG": "better, but not better than the controls",
+        "preset gentle": "no measurable difference",
+    }
+    assert [row.tuned is None for row in rows if row.family == "preset gentle"] == [False]
+
+
+def test_a_claim_needs_both_controls() -> None:
+    good, bad = Paired(9, 0.1, 0.01, 9, 0, 0.001), Paired(9, 0.1, 0.1, 5, 4, 0.9)
+    empty = _outcome(np.array([True]))
+    for controls, said in (
+        ({SPARSE: good, SHARPER: good}, "better, and better than both controls"),
+        ({SPARSE: good, SHARPER: bad}, "better, but not better than the controls"),
+        ({SPARSE: good}, "better, but not better than the controls"),
+    ):
+        row = quality_page.Row(CELL, "GAG", "", None, empty, empty, good, controls, p=0.001)
+        assert row.verdict == said
+
+
+def test_the_page_is_written_from_the_files(study: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = np.arange(800) < 400
+    monkeypatch.setattr(quality_page, "lengths", lambda captions: (half[:captions], ~half[:captions]))
+    page, plots = tmp_path / "docs" / "evidence.md", tmp_path / "assets" / "evidence"
+    files = quality_page.write(study.folder, page, plots)
+    assert files[0] == page and all(file.stat().st_size < 150_000 for file in files) and len(files) == 3
+    text = page.read_text(encoding="utf-8")
+    baseline = study.outcome(Key(CELL, REPORT, BASELINE.family, ""))
+    assert baseline is not None
+    assert f"{100 * baseline.right().mean():.1f} %" in text
+    assert "| preset gentle | as it is |" in text and "no measurable difference" in text
+    assert "better than no guidance and than both controls in 0 of 2 comparisons." in text
+    for file in files[1:]:
+        assert f"(../assets/evidence/{file.name})" in text
+    quality_page.write(study.folder, page, plots)
+    assert page.read_text(encoding="utf-8") == text
+
+
+def test_no_results_no_page(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no held-out results"):
+        quality_page.write(tmp_path, tmp_path / "page.md", tmp_path)
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_every_family_has_distinct_settings() -> None:
+    assert len({(method.family, method.setting) for method in METHODS}) == len(METHODS)
+    assert len({(method.family, method.setting) for method in quality_checkpoint.COMPARED}) == 6
+    for family in FAMILIES:
+        curves = {m.curve for m in METHODS if m.family == family}
+        for curve in curves - {""}:
+            scales = [m.scale for m in METHODS if m.curve == curve]
+            assert len(set(scales)) == len(scales)
+
+
+CONFIG = gag_core.GuidanceConfig(guidance_scale=3.0, norm_threshold=0.3, norm_mode="relative")
+TEXT = 24
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_temperature_is_a_factor_of_the_logits(temperature: float, guided: bool, with_base: bool) -> None:
+    """A softmax at temperature T is the softmax of logits over T, and so is what guidance makes of them."""
+    q, k, v = cases.qkv(cases.Shape(2, 3, 20, 30, 16))
+    scale = 16**-0.5 / temperature
+    sparse, dense = reference.sparse_dense_attention(q, k, v, scale=scale)
+    expected = reference.combine(sparse, dense, CONFIG) if guided else dense
+    base = None
+    if with_base:
+        base = torch.randn(q.shape, generator=torch.Generator().manual_seed(7))
+        expected = base + expected - reference.sparse_dense_attention(q, k, v)[1]
+    with swapped(guided_by(at_temperature(picks._guide, temperature, guided=guided))()):
+        out = gag_core.guided_attention(q, k, v, CONFIG, base=base)
+    assert_close(out, expected, error=1e-4)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_temperature_leaves_the_text_mass_of_a_joint_attention(guided: bool) -> None:
+    q, k, v = cases.qkv(cases.Shape(2, 3, 60, 60, 16))
+    image = slice(TEXT, 60)
+    joint = reference.sparse_dense_attention(q, k, v)[1]
+    logits = (q.double() @ k.double().transpose(-1, -2)) * 16**-0.5
+    mass = logits.softmax(-1)[:, :, image, :TEXT].sum(-1, keepdim=True)
+    text = (q[:, :, image], k[:, :, :TEXT], v[:, :, :TEXT])
+    sparse, soft = reference.sparse_dense_attention(*text, scale=16**-0.5 / 2)
+    read = reference.combine(sparse, soft, CONFIG) if guided else soft
+    expected = joint.clone()
+    expected[:, :, image] += mass * (read - reference.sparse_dense_attention(*text)[1])
+    with swapped(guided_by(at_temperature(picks._guide, 2.0, guided=guided))()):
+        out = gag_core.guided_joint_attention(q, k, v, slice(0, TEXT), CONFIG)
+    assert_close(out, expected, error=1e-4)
+
+
+def test_temperature_heeds_masks() -> None:
+    q, k, v = cases.qkv(cases.Shape(2, 3, 20, 30, 16))
+    readable = torch.arange(30) < 12
+    base = torch.zeros_like(q)
+    with swapped(guided_by(at_temperature(picks._guide, 2.0, guided=False))()):
+        out = gag_core.guided_attention(q, k, v, CONFIG, base=base, mask=readable[None, None, None])
+        short = gag_core.guided_attention(q, k[:, :, :12], v[:, :, :12], CONFIG, base=base)
+        nothing = gag_core.guided_attention(q, k, v, CONFIG, base=base, mask=torch.zeros(1, 1, 1, 30, dtype=torch.bool))
+    assert_close(out, short.double(), error=1e-5)
+    assert torch.equal(nothing, base)

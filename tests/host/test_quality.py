@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The quality benchmark in the real host: many captions at once, its controls, and the command from end to end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import host_process as host
+import quality
+import quality_sampling as sampling
+from quality_methods import BASELINE, METHODS, NODE, SPARSE, Method, applied
+from quality_results import REPORT, TUNE, Results
+from quality_sampling import Model, Task
+
+CAPTIONS = 3
+STEPS = 1
+# Of a pixel, by a model with random weights: rounding in another order, which it magnifies.
+ROUNDING = 1e-3
+SHARPER = Method("control", temperature=0.5)
+
+
+def _weights(folder: Path, name: str) -> Path:
+    """An export with random weights."""
+    logging.disable()  # the host's long list of what is missing, which is all of it
+    patcher = sampling.patcher_of(name, {})
+    logging.disable(logging.NOTSET)
+    host.fill(patcher.model.diffusion_model, 3)
+    torch.manual_seed(3)
+    encoder = sampling.training("text").TextEncoder()
+    tensors = {f"{name}.{key}": value for key, value in patcher.model.diffusion_model.state_dict().items()}
+    tensors.update({f"text.{key}": value for key, value in encoder.state_dict().items()})
+    path = folder / f"{name}.safetensors"
+    safetensors.torch.save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("weights")
+
+
+@pytest.fixture(scope="module", params=["unet", "mmdit"])
+def model(request: pytest.FixtureRequest, folder: Path) -> Model:
+    return sampling.load(_weights(folder, request.param))
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    (only,) = sampling.tasks(TUNE, 0, CAPTIONS, CAPTIONS)
+    return only
+
+
+def _made(model: Model, task: Task, method: Method = BASELINE, cfg: float = 1.0, softening: float = 1.0) -> Tensor:
+    with applied(model.patcher, method, softening) as patched:
+        return sampling.pictures(model, patched, task.captions, task.noise, STEPS, cfg)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+def test_captions_of_a_batch_do_not_touch_each_other(model: Model, task: Task, cfg: float, guided: bool) -> None:
+    """Each comes out as alone, with its own caption and its own noise."""
+    method = Method("GAG", node=NODE, inputs={"guidance_scale": 2.0, "norm_mode": "relative"}) if guided else BASELINE
+    together = _made(model, task, method, cfg)
+    for number in range(CAPTIONS):
+        (alone,) = sampling.tasks(TUNE, number, 1, 1)
+        assert (together[number] - _made(model, alone, method, cfg)[0]).abs().max() < ROUNDING
+    swapped = task._replace(captions=task.captions[::-1])
+    assert (together[0] - _made(model, swapped, method, cfg)[0]).abs().max() > 10 * ROUNDING
+
+
+def test_noise_and_captions_depend_on_the_split_and_the_number_alone(task: Task) -> None:
+    parts = list(sampling.tasks(TUNE, 0, CAPTIONS, 2))
+    assert [caption for part in parts for caption in part.captions] == task.captions
+    assert torch.equal(torch.cat([part.noise for part in parts]), task.noise)
+    (later,) = sampling.tasks(TUNE, 2, 1, 64)
+    assert later.captions == task.captions[2:] and torch.equal(later.noise, task.noise[2:])
+    (others,) = sampling.tasks(REPORT, 0, CAPTIONS, CAPTIONS)
+    assert not set(others.captions) & set(task.captions) and not torch.equal(others.noise, task.noise)
+    assert sampling.words(TUNE, 1) == [len(sampling.training("captions").words_of(task.captions[0]))]
+
+
+def test_temperature_1_is_no_change(model: Model, task: Task) -> None:
+    assert (_made(model, task, Method("control", temperature=1 + 1e-7)) - _made(model, task)).abs().max() < ROUNDING
+    assert torch.equal(_made(model, task, Method("control", temperature=1.0)), _made(model, task))
+
+
+def test_a_sharper_softmax_repairs_what_softening_did(model: Model, task: Task) -> None:
+    """The two are one number; guidance of a softened model acts on what was softened."""
+    plain, soft = _made(model, task), _made(model, task, softening=2.0)
+    assert (soft - plain).abs().max() > 10 * ROUNDING
+    assert torch.equal(_made(model, task, SHARPER, softening=2.0), plain)
+    nothing = Method("PLADIS", node=NODE, inputs={"rule": "pladis", "guidance_scale": 0.0})
+    assert (_made(model, task, nothing, softening=2.0) - soft).abs().max() < ROUNDING
+
+
+def test_a_sharper_softmax_scales_the_queries_of_the_layers_that_guidance_has(folder: Path, task: Task) -> None:
+    """By the host's own patch of what goes into a UNet's cross attention, all but the middle block's."""
+    model = sampling.load(_weights(folder, "unet"))
+
+    def scaled(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        return (n if options["block"][0] == "middle" else n / SHARPER.temperature), context, value
+
+    by_hand = model.patcher.clone()
+    by_hand.set_model_attn2_patch(scaled)
+    expected = sampling.pictures(model, by_hand, task.captions, task.noise, STEPS, 4.0)
+    assert (expected - _made(model, task, cfg=4.0)).abs().max() > 10 * ROUNDING
+    assert (_made(model, task, SHARPER, 4.0) - expected).abs().max() < ROUNDING
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.node], ids=lambda method: method.name)
+def test_every_method_changes_the_pictures(method: Method, model: Model, task: Task) -> None:
+    assert host.NODES.get(method.node) is not None
+    assert not torch.equal(_made(model, task, method), _made(model, task))
+
+
+def test_a_method_that_acts_on_nothing_is_an_error(model: Model, task: Task) -> None:
+    idle = Method("idle", node=NODE, inputs={"start_percent": 1.0})
+    with pytest.raises(RuntimeError, match="idle acted on no attention"):
+        _made(model, task, idle)
+
+
+def test_nothing_is_left_behind(model: Model, task: Task) -> None:
+    before = _made(model, task)
+    _made(model, task, SHARPER, softening=2.0)
+    assert torch.equal(_made(model, task), before)
+
+
+def test_true_pictures_are_right(task: Task) -> None:
+    captions = sampling.training("captions")
+    samples = [captions.sample(TUNE, 0, number) for number in range(20)]
+    pictures = torch.from_numpy(np.stack([one.picture for one in samples]))
+    outcome = sampling.outcome(pictures, [one.scene for one in samples])
+    assert outcome.right().mean() > 0.9
+    assert np.isnan(outcome.rate("relation")) or outcome.rate("relation") > 0.9
+    assert outcome.off_palette.max() < 0.01 and 0.5 < outcome.saturation.max() <= 1
+    others = sampling.outcome(pictures.flip(0), [one.scene for one in samples])
+    assert others.right().mean() < 0.3
+
+
+FEW = ["--steps", "1", "--captions", "2", "--held-out", "3", "--batch", "2", "--families", SPARSE]
+
+
+@pytest.fixture
+def command(folder: Path, tmp_path: Path) -> Iterator[list[str]]:
+    yield ["--weights", str(_weights(folder, "unet")), "--results", str(tmp_path), "--threads", "1", *FEW]
+
+
+def test_the_command_from_end_to_end(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert quality.main(command) == 0
+    said = capsys.readouterr()
+    assert "| sparse alone | alpha " in said.out and "all is measured" in said.out
+    assert "min left" in said.err
+    results = Results(tmp_path)
+    (cell,) = results.cells()
+    assert cell.title == "unet, 1 steps, CFG 1"
+    keys = [(key.split, key.family, key.setting, results.captions(key)) for key in results.measured()]
+    assert keys[:3] == [
+        (TUNE, "none", "", 2),
+        (TUNE, "sparse alone", "alpha 1.5", 2),
+        (TUNE, "sparse alone", "alpha 2", 2),
+    ]
+    best = results.best(cell, "sparse alone")
+    assert best is not None and keys[3:] == [(REPORT, "none", "", 3), (REPORT, "sparse alone", best[0], 3)]
+    line = results.lines[0]
+    assert set(line.versions) == {"torch", "ComfyUI", "data", "code"} and line.versions["ComfyUI"] == host.VERSION
+
+    monkeypatch.setattr(quality, "run", lambda *_: pytest.fail("what is there was run again"))
+    assert quality.main(command) == 0
+    monkeypatch.undo()
+    # More captions: only those that are missing.
+    assert quality.main([*command, "--captions", "4"]) == 0
+    written = [json.loads(text) for path in tmp_path.glob("*.jsonl") for text in path.read_text().splitlines()]
+    assert [(one["first"], one["captions"]) for one in written[5:8]] == [(2, 2)] * 3
+
+
+def test_time_that_is_up_ends_the_command(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quality.main([*command, "--minutes", "0"]) == 0
+    assert "stopped; the same command goes on" in capsys.readouterr().out
+    assert not Results(tmp_path).lines
+
+
+def test_no_weights_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quality.main(["--weights", str(tmp_path / "none.safetensors")]) == 1
+    assert "quality: There is no file" in capsys.readouterr().err
+    wrong = tmp_path / "wrong.safetensors"
+    safetensors.torch.save_file({"x.y": torch.zeros(1)}, wrong)
+    assert quality.main(["--weights", str(wrong)]) == 1
+    assert "must hold unet.* or mmdit.* and text.*, got x." in capsys.readouterr().err

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""CLIP scores of a checkpoint: the host's own loaders on small files of SD1.5's kind, from the command to its table.
+
+What loads them is the host's; only the sizes of CLIP's two halves, which the host otherwise knows by heart, are told.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_model
+import comfy.clip_vision
+import comfy.ops
+import comfy.sd
+import comfy.sd1_clip
+import comfy.taesd.taesd
+import pytest
+import safetensors.torch
+import torch
+
+import host_process as host
+import quality
+import quality_checkpoint
+from quality_methods import BASELINE
+
+WIDTH = 64
+_UNET = {
+    **host.CONFIGS["sd15"][1],
+    "model_channels": 320,
+    "channel_mult": [1],
+    "num_res_blocks": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+    "context_dim": 768,
+}
+_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_TEXT = {**_LAYERS, "hidden_size": 768}
+_CLIP_TEXT = {**_LAYERS, "hidden_size": WIDTH}
+_CLIP_VISION = {
+    **_LAYERS, "hidden_size": WIDTH, "image_size": 28, "patch_size": 14, "num_channels": 3,
+    "hidden_act": "quick_gelu", "model_type": "clip_vision_model",
+    "projection_dim": WIDTH,
+}  # fmt: skip
+_REST = {"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407}
+
+
+def _filled(module: torch.nn.Module, seed: int, prefix: str) -> dict[str, torch.Tensor]:
+    host.fill(module, seed)
+    return {prefix + name: tensor.half().contiguous().clone() for name, tensor in module.state_dict().items()}
+
+
+def _text(config: dict[str, Any]) -> torch.nn.Module:
+    model: torch.nn.Module = comfy.clip_model.CLIPTextModel(
+        {**config, **_REST}, torch.float32, "cpu", comfy.ops.manual_cast
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    unet = host.build("SD15", _UNET).model.diffusion_model
+    checkpoint = {f"model.diffusion_model.{key}": value.half() for key, value in unet.state_dict().items()}
+    checkpoint.update(_filled(comfy.taesd.taesd.TAESD(), 2, "first_stage_model."))
+    checkpoint.update(_filled(_text(_TEXT), 3, "cond_stage_model.transformer."))
+    checkpoint.pop("cond_stage_model.transformer.text_projection.weight")  # SD1.5 comes without
+    vision = comfy.clip_model.CLIPVisionModelProjection(_CLIP_VISION, torch.float32, "cpu", comfy.ops.manual_cast)
+    clip = {**_filled(_text(_CLIP_TEXT), 4, ""), **_filled(vision, 5, "")}
+    paths = {name: folder / f"{name}.safetensors" for name in ("checkpoint", "clip", "half_clip")}
+    safetensors.torch.save_file(checkpoint, paths["checkpoint"])
+    safetensors.torch.save_file(clip, paths["clip"])
+    safetensors.torch.save_file({"text_projection.weight": torch.zeros(1)}, paths["half_clip"])
+    paths["prompts"] = folder / "prompts.txt"
+    paths["prompts"].write_text("a red circle\n\n  a dog on a bicycle\n", encoding="utf-8")
+    return paths
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The host's loaders, told the sizes."""
+    config = tmp_path / "vision.json"
+    config.write_text(json.dumps(_CLIP_VISION), encoding="utf-8")
+
+    def vision(sd: dict[str, Any]) -> Any:
+        model = comfy.clip_vision.ClipVisionModel(str(config))
+        missing, _ = model.load_sd(sd)
+        assert not missing
+        return model
+
+    monkeypatch.setattr(comfy.clip_vision, "load_clipvision_from_sd", vision)
+    for name, told in (
+        ("load_checkpoint_guess_config", {"te_model_options": {"clip_l_model_config": _TEXT}}),
+        ("load_text_encoder_state_dicts", {"model_options": {"model_config": _CLIP_TEXT}}),
+    ):
+        monkeypatch.setattr(comfy.sd, name, partial(getattr(comfy.sd, name), **told))
+
+
+def _command(files: dict[str, Path], results: Path, *more: str, clip: str = "clip") -> list[str]:
+    given = ["--checkpoint", str(files["checkpoint"]), "--prompts", str(files["prompts"]), "--clip", str(files[clip])]
+    return [*given, "--results", str(results), "--steps", "1", "--seeds", "1", "--size", "64", "--threads", "1", *more]
+
+
+@pytest.mark.usefixtures("small")
+def test_from_the_command_to_the_table(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    assert quality.main(_command(files, results)) == 0
+    table = capsys.readouterr().out
+    for method in quality_checkpoint.COMPARED:
+        assert f"| {method.name} | 2 |" in table
+    (file,) = (results / quality_checkpoint.FOLDER).glob("*.jsonl")
+    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 2 * len(quality_checkpoint.COMPARED)
+    assert {line["prompt"] for line in lines} == {"a red circle", "a dog on a bicycle"}
+    assert lines[0]["sha256"] == quality_checkpoint.sha256_of(files["checkpoint"])
+    pictures = {(file.parent / file.stem / line["picture"]).read_bytes() for line in lines}
+    assert len(pictures) == len(lines)  # every method changed the picture
+
+    monkeypatch.setattr(quality_checkpoint, "one_picture", lambda *_: pytest.fail("what is there was run again"))
+    assert quality.main(_command(files, results)) == 0
+    assert capsys.readouterr().out == table
+    assert table.strip() in quality_checkpoint.section(results)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_score_is_the_cosine_of_the_two_embeddings(files: dict[str, Path]) -> None:
+    scorer = quality_checkpoint.Scorer(files["clip"])
+    picture = torch.rand(1, 28, 28, 3, generator=torch.Generator().manual_seed(1))
+    weights = safetensors.torch.load_file(files["clip"])
+    text = _text(_CLIP_TEXT)
+    text.load_state_dict({key: value.float() for key, value in weights.items() if key.startswith("text_")})
+    cosines = []
+    for prompt in ("a red circle", "a dog", "an old house by the sea"):
+        (score,) = scorer.scores(picture, prompt)
+        tokens = [number for number, *_ in comfy.sd1_clip.SD1Tokenizer().tokenize_with_weights(prompt)["l"][0]]
+        with torch.no_grad():
+            embedded = text(torch.tensor([tokens]))[2][0]
+            seen = scorer.vision.encode_image(picture)["image_embeds"][0]
+        cosine = float(embedded @ seen / embedded.norm() / seen.norm())
+        assert score == pytest.approx(100 * max(0.0, cosine), abs=0.05)
+        cosines.append(cosine)
+    assert len(set(cosines)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"clip": "half_clip"}, "has no visual_projection.weight: --clip wants a whole CLIP model"),
+        ({"checkpoint": "none"}, "There is no file"),
+        ({"prompts": "empty"}, "has no prompts: one per line"),
+    ],
+    ids=["half a CLIP", "no checkpoint", "no prompts"],
+)
+@pytest.mark.usefixtures("small")
+def test_bad_files_are_one_sentence(
+    change: dict[str, str], said: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.write_text("\n")
+    given = {**files, "none": tmp_path / "none", "empty": empty}
+    given.update({name: given[other] for name, other in change.items()})
+    assert quality.main(_command(given, tmp_path / "results")) == 1
+    (sentence,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("quality: "))
+    assert said in sentence
+
+
+def test_prompts_and_clip_are_wanted(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--checkpoint", str(files["checkpoint"])])
+    assert "--checkpoint wants --prompts and --clip as well" in capsys.readouterr().err
+
+
+def test_differences_are_between_pictures_of_one_prompt_and_seed() -> None:
+    preset = next(method for method in quality_checkpoint.COMPARED if method.family == "preset paper")
+    scores = {BASELINE: (20.0, 30.0, 40.0), preset: (21.0, 29.0, 44.0)}
+    lines = [
+        {"family": method.family, "setting": method.setting, "prompt": "a", "seed": seed, "score": score}
+        for method, listed in scores.items()
+        for seed, score in enumerate(listed)
+    ]
+    error = torch.tensor([1.0, -1.0, 4.0]).std() / 3**0.5
+    assert f"| preset paper | 3 | 31.333 | +1.333 ± {error:.3f} | 2 : 1 |" in quality_checkpoint.table(lines[::-1])

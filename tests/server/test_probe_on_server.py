@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The probe's demo workflow on a real server: its report is on the node, in a file, and of that very run."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from comfy_server import ComfyServer, Json, RunResult, to_api
+
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "gag_demo_probe.json"
+BYPASSED = 4
+_seeds = iter(range(7_000, 8_000))
+
+
+@pytest.fixture(scope="module")
+def object_info(server: ComfyServer) -> Json:
+    return server.object_info()
+
+
+def run(server: ComfyServer, object_info: Json, seed: int, **changes: object) -> tuple[RunResult, Json]:
+    """The demo with another seed and other settings of nodes, ``{type: {input: value}}``."""
+    workflow: Json = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    workflow = copy.deepcopy(workflow)
+    for node in workflow["nodes"]:
+        if node["type"] == "GAGuidance" and changes.get("without_gag"):
+            node["mode"] = BYPASSED
+    prompt = to_api(workflow, object_info)
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["seed"] = seed
+        if node["class_type"] == "GAGProbe":
+            node["inputs"].update({name: value for name, value in changes.items() if name in node["inputs"]})
+    if changes.get("without_probe"):
+        sampler = next(node for node in prompt.values() if node["class_type"] == "KSampler")
+        probe = prompt.pop(sampler["inputs"]["model"][0])
+        sampler["inputs"]["model"] = probe["inputs"]["model"]
+        report = next(key for key, node in prompt.items() if node["class_type"] == "GAGReport")
+        images = prompt.pop(report)["inputs"]["images"]
+        for node in prompt.values():
+            for name, value in node["inputs"].items():
+                if value == [report, 3]:
+                    node["inputs"][name] = images
+    return server.run(prompt), prompt
+
+
+def id_of(prompt: Json, kind: str) -> str:
+    return next(key for key, node in prompt.items() if node["class_type"] == kind)
+
+
+def pixels(server: ComfyServer, result: RunResult) -> list[bytes]:
+    """Of the pictures in the output folder."""
+    return [Image.open(io.BytesIO(data)).tobytes() for data in server.images(result)]
+
+
+def report_of(server: ComfyServer, result: RunResult, prompt: Json) -> Json:
+    """The JSON file that the node tells of."""
+    shown = result.outputs[id_of(prompt, "GAGReport")]
+    _, path = shown["text"]
+    data: Json = json.loads((server.base / path).read_text(encoding="utf-8"))
+    return data
+
+
+def test_the_report_is_of_the_run_it_follows(server: ComfyServer, object_info: Json) -> None:
+    seed = next(_seeds)
+    result, prompt = run(server, object_info, seed)
+    assert result.status == "success", result.error
+    data = report_of(server, result, prompt)
+    summary, _ = result.outputs[id_of(prompt, "GAGReport")]["text"]
+    assert summary == data["summary"]
+    assert summary.startswith("Guidance acted in 4 of 5 text attentions and in ")
+    assert data["layers"] == ["d0", "d1", "m0", "u0", "u1"]
+    assert len(data["step_sigmas"]) == 12
+    assert data["words"] == ["red", "circle", "blue", "square"]
+    pages = [entry for entry in result.outputs[id_of(prompt, "GAGReport")]["images"] if entry["type"] == "temp"]
+    assert len(pages) == 3
+    said = {data["node"]: data["text"] for kind, data in result.messages if kind == "progress_text"}
+    assert said[id_of(prompt, "GAGProbe")] == "Measured 5 attentions in 12 model calls."
+    assert said[id_of(prompt, "GAGReport")].startswith("Guidance acted in 4 of 5 text attentions")
+
+    # The probe's node is not run again, and still another seed has other numbers.
+    again, prompt = run(server, object_info, next(_seeds))
+    assert report_of(server, again, prompt)["measures"] != data["measures"]
+
+
+def test_the_pictures_are_those_without_the_probe(server: ComfyServer, object_info: Json) -> None:
+    seed = next(_seeds)
+    with_probe, prompt = run(server, object_info, seed)
+    without, _ = run(server, object_info, seed, without_probe=True)
+    assert without.status == with_probe.status == "success", without.error
+    pages = len(result_images(with_probe, id_of(prompt, "GAGReport")))
+    assert pages == 3
+    saved = result_images(with_probe, id_of(prompt, "SaveImage"))
+    assert len(saved) == 2
+    assert pixels(server, without) == pixels_of(server, with_probe, id_of(prompt, "SaveImage"))
+
+
+def result_images(result: RunResult, node: str) -> list[Json]:
+    images: list[Json] = result.outputs[node].get("images", [])
+    return images
+
+
+def pixels_of(server: ComfyServer, result: RunResult, node: str) -> list[bytes]:
+    only = RunResult(result.prompt_id, result.status, result.error, {node: result.outputs[node]}, [])
+    return pixels(server, only)
+
+
+def test_without_gag_it_says_what_gag_would_do(server: ComfyServer, object_info: Json) -> None:
+    result, prompt = run(server, object_info, next(_seeds), without_gag=True)
+    assert result.status == "success", result.error
+    summary = report_of(server, result, prompt)["summary"]
+    assert summary.startswith("No guidance acted; what follows is what the preset gentle would do.")
+
+
+def test_a_word_that_is_not_there_stops_with_a_sentence(server: ComfyServer, object_info: Json) -> None:
+    result, _ = run(server, object_info, next(_seeds), words="red, dog")
+    assert result.status == "error"
+    assert 'words: "dog" is not in the prompt; write words as they stand there, with commas between.' in result.error

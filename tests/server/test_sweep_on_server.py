@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A sweep and a schedule queued on a real server, as their workflows are: one press of Run makes all pictures."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from comfy_server import ComfyServer, Json, RunResult, to_api
+
+ROOT = Path(__file__).resolve().parents[2]
+_seeds = itertools.count(5000)
+
+
+@pytest.fixture(scope="module")
+def object_info(server: ComfyServer) -> Json:
+    return server.object_info()
+
+
+def workflow(name: str, object_info: Json) -> Json:
+    """A workflow in API form, by the kinds of its nodes, and with a seed of its own."""
+    flow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    graph = to_api(flow, object_info)
+    for node in graph.values():
+        if "seed" in node["inputs"]:
+            node["inputs"].update(seed=next(_seeds), steps=4)
+    return graph
+
+
+def of_kind(graph: Json, kind: str) -> str:
+    (found,) = (number for number, node in graph.items() if node["class_type"] == kind)
+    return found
+
+
+def pictures(server: ComfyServer, result: RunResult) -> list[Image.Image]:
+    assert result.status == "success", result.error
+    return [Image.open(io.BytesIO(data)).convert("RGB") for data in server.images(result)]
+
+
+def texts(result: RunResult, node: str) -> list[str]:
+    return [data["text"] for kind, data in result.messages if kind == "progress_text" and data["node"] == node]
+
+
+def test_one_run_makes_all_pictures_each_as_set_by_hand(server: ComfyServer, object_info: Json) -> None:
+    graph = workflow("gag_demo_sweep", object_info)
+    sweep, sampler, decode = (of_kind(graph, kind) for kind in ("GAGSweep", "KSampler", "VAEDecode"))
+    graph[sweep]["inputs"].update(
+        field="guidance_scale", values="2, 10", field_2="orthogonal_scale", values_2="0, 1", include_off=True
+    )
+    every = copy.deepcopy(graph)
+    # The pictures themselves beside the grid: what the sampler made, before they were put together.
+    every["all"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "each"}}
+    result = server.run(every)
+    assert len(texts(result, sweep)) == 4
+    assert set(texts(result, sweep)) == {"Guided 4 of 4 attentions in 4 of 4 calls."}
+    found = pictures(server, result)
+    (whole,) = (picture for picture in found if picture.width > 32)
+    each = [picture for picture in found if picture.width == 32]
+    batch = graph[of_kind(graph, "GAGDemoEmptyLatent")]["inputs"]["batch_size"]
+    assert len(each) == 5 * batch
+
+    by_hand: list[Image.Image] = []
+    settings: list[dict[str, float] | None] = [None]
+    settings += [{"guidance_scale": scale, "orthogonal_scale": part} for scale in (2.0, 10.0) for part in (0.0, 1.0)]
+    for setting in settings:
+        single = copy.deepcopy(graph)
+        model: list[Any] = [of_kind(graph, "GAGDemoLoader"), 0]
+        if setting is not None:
+            defaults = {
+                name: spec[1]["default"]
+                for name, spec in object_info["GAGuidanceAdvanced"]["input"]["required"].items()
+                if "default" in spec[1]
+            }
+            inputs = {**defaults, "model": model, **setting}
+            single["by hand"] = {"class_type": "GAGuidanceAdvanced", "inputs": inputs}
+            model = ["by hand", 0]
+        single[sampler]["inputs"]["model"] = model
+        for kind in ("GAGGrid", "GAGSweep", "SaveImage"):
+            del single[of_kind(single, kind)]
+        single["save"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "one"}}
+        by_hand += pictures(server, server.run(single))
+    assert [picture.tobytes() for picture in each] == [picture.tobytes() for picture in by_hand]
+    assert len({picture.tobytes() for picture in each}) == len(each)
+
+    # In the grid they are there pixel by pixel, eight times as large: one row of the one without GAG, two of two.
+    corners = [place_of(whole, picture) for picture in each[::batch]]
+    assert [top for _, top in corners] == sorted(top for _, top in corners)
+    assert len({top for _, top in corners}) == 3
+    assert corners[0][0] == corners[1][0] == corners[3][0] < corners[2][0] == corners[4][0]
+
+
+def place_of(whole: Image.Image, picture: Image.Image) -> tuple[int, int]:
+    """Left and top of a picture in the grid."""
+    large = picture.resize((256, 256), Image.Resampling.NEAREST)
+    found = [
+        (left, top)
+        for top in range(whole.height - 255)
+        for left in range(whole.width - 255)
+        if whole.getpixel((left, top)) == large.getpixel((0, 0))
+        and whole.getpixel((left + 255, top + 255)) == large.getpixel((255, 255))
+        and whole.crop((left, top, left + 256, top + 256)).tobytes() == large.tobytes()
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_the_sweeps_workflow_makes_its_grid(server: ComfyServer, object_info: Json) -> None:
+    graph = workflow("gag_demo_sweep", object_info)
+    result = server.run(graph)
+    (whole,) = pictures(server, result)
+    assert whole.width > 1000 and whole.height > 1000
+    assert len(texts(result, of_kind(graph, "GAGSweep"))) == 9
+
+
+def test_the_schedules_workflow_shows_its_curve_and_counts_the_steps(server: ComfyServer, object_info: Json) -> None:
+    graph = workflow("gag_demo_schedule", object_info)
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    schedule = of_kind(graph, "GAGSchedule")
+    (shown,) = result.outputs[schedule]["images"]
+    assert shown["type"] == "temp"
+    (guided,) = (
+        number for number, node in graph.items() if node["class_type"] == "GAGuidance" and "schedule" in node["inputs"]
+    )
+    # 0, 1/3, 2/3 and 1 of the steps; from 0.6 on the factor is 0.
+    assert texts(result, guided) == ["Guided 4 of 4 attentions in 2 of 4 calls."]
+
+
+def test_a_schedule_of_0_is_the_picture_without_gag_and_says_so(server: ComfyServer, object_info: Json) -> None:
+    graph = workflow("gag_demo_schedule", object_info)
+    graph[of_kind(graph, "GAGSchedule")]["inputs"].update(kind="constant", end_value=0.0)
+    (scheduled,) = (
+        number for number, node in graph.items() if node["class_type"] == "GAGuidance" and "schedule" in node["inputs"]
+    )
+    (other,) = (number for number, node in graph.items() if node["class_type"] == "GAGuidance" and number != scheduled)
+    graph[other]["inputs"]["strength"] = 0.0
+    seed = next(_seeds)
+    for node in graph.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["seed"] = seed
+    result = server.run(graph)
+    assert texts(result, scheduled) == ["Nothing guided: its schedule is 0."]
+    assert "GAG guided nothing in this run: its schedule is 0 in all steps of the run." in server.log()
+    saved = [
+        output["images"] for number, output in result.outputs.items() if graph[number]["class_type"] == "SaveImage"
+    ]
+    assert len(saved) == 2
+    plain, off = (pictures_of(server, images) for images in saved)
+    assert plain == off
+
+
+def pictures_of(server: ComfyServer, images: list[Json]) -> list[bytes]:
+    result = RunResult("", "success", "", {"one": {"images": images}}, [])
+    return [picture.tobytes() for picture in pictures(server, result)]
+
+
+def test_bad_values_end_in_one_sentence_on_the_node(server: ComfyServer, object_info: Json) -> None:
+    graph = workflow("gag_demo_sweep", object_info)
+    sweep = of_kind(graph, "GAGSweep")
+    graph[sweep]["inputs"]["values"] = "1, two"
+    result = server.run(graph)
+    assert result.status == "error"
+    (error,) = (data for kind, data in result.messages if kind == "execution_error")
+    assert error["node_id"] == sweep
+    assert "guidance_scale must be values such as 1, 2, 5 or 0..10 in 6, got 'two'." in error["exception_message"]

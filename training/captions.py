@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What is said about a scene, in many wordings, and the closed vocabulary of those words."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.pictures import COLOURS, RELATIONS, SHAPES, Scene, changed, draw, lay_out, make_scene, stream
+
+TOKENS = 77
+# The share of training captions with something unsaid or wrong, as captions of real pictures have.
+NOISY = 0.28
+SPLITS = ("train", "tune", "report")
+
+_PLURAL = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+_COUNTS = {1: ("a", "a", "a", "one"), 2: ("two", "two", "two", "a pair of"), 3: ("three",)}
+_RELATIONS = {
+    "left": ("left of", "to the left of", "on the left of", "on the left side of"),
+    "right": ("right of", "to the right of", "on the right of", "on the right side of"),
+    "above": ("above", "above", "over", "placed above", "on top of"),
+    "below": ("below", "below", "under", "beneath", "underneath", "placed below"),
+}
+_UNRELATED = ("and", "and", "next to", "near", "beside", "with")
+_OPENINGS = (
+    *("", "", "", "", "there {is}", "here {is}", "we see", "you can see", "this is", "it shows"),
+    *("a picture of", "an image of", "a drawing of", "a simple picture of", "a small drawing of", "a scene with"),
+    *("the picture shows", "this image contains", "in this picture we see", "in the image there {is}"),
+)
+_CLOSINGS = (
+    *("on a dark background", "on a plain dark background", "in front of a dark background"),
+    *("on black", "in a small picture", "and nothing else"),
+)
+_SENTENCES = (
+    *("the background is dark", "the background is plain and dark", "it is a simple picture"),
+    *("nothing else is in the picture", "there is nothing else", "that is all we can see"),
+    *("this is a small drawing", "the scene is simple", "we see it in front of a dark background"),
+    *("everything else is black", "the picture contains just some simple objects", "all shapes are plain"),
+)
+_LOOKS = ("shape", "thing", "object")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture ``[3, 32, 32]`` in 0..1, what is said of it, and what is in it."""
+
+    picture: NDArray[np.float32]
+    caption: str
+    scene: Scene
+
+
+def words_of(text: str) -> list[str]:
+    """The words and marks of a text, in lower case."""
+    return re.findall(r"[^\s.,]+|[.,]", text.lower())
+
+
+def describe(scene: Scene, rng: random.Random) -> str:
+    """One of many wordings of a scene, of about 2 to 40 words; None in a group is left unsaid."""
+    if scene.relation is not None and rng.random() < 0.25:  # the other way round
+        scene = Scene(scene.groups[::-1], RELATIONS[scene.relation])
+    said = [_phrase(scene, number, rng) for number in range(len(scene.groups))]
+    where = rng.choice(_RELATIONS[scene.relation]) if scene.relation else rng.choice(_UNRELATED)
+    after = ""
+    if len(said) == 3:
+        core = f"{said[0]}, {said[1]} and {said[2]}"
+    elif len(said) == 2 and scene.relation is not None and rng.random() < 0.2:
+        core = f"{said[0]} and {said[1]}"
+        verb = "is" if scene.groups[0].count == 1 else "are"
+        after = f". the {_bare(scene, 0)} {verb} {where} the {_bare(scene, 1)}"
+    else:
+        core = f" {where} ".join(said)
+    plural = len(said) == 1 and scene.groups[0].count != 1
+    opening = rng.choice(_OPENINGS).replace("{is}", "are" if plural else "is")
+    if plural and opening == "this is":
+        opening = "these are"
+    text = f"{opening} {core}".strip()
+    if not after and rng.random() < 0.3:
+        text = f"{text} {rng.choice(_CLOSINGS)}"
+    text += after
+    fillers = rng.sample(_SENTENCES, rng.choices((0, 1, 2, 3), (60, 22, 12, 6))[0])
+    if fillers and rng.random() < 0.25:
+        return ". ".join((fillers[0], text, *fillers[1:])) + "."
+    text = ". ".join((text, *fillers))
+    return text + "." if fillers or rng.random() < 0.2 else text
+
+
+def muddle(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with one thing about it unsaid or wrong."""
+    number = rng.randrange(len(scene.groups))
+    what = rng.choice(("colour", "shape", "count", *(("relation",) if scene.relation else ())))
+    group = scene.groups[number]
+    if rng.random() < 0.6:
+        return replace(scene, relation=None) if what == "relation" else changed(scene, number, **{what: None})
+    if what == "relation":
+        assert scene.relation is not None
+        return replace(scene, relation=rng.choice([other for other in RELATIONS if other != scene.relation]))
+    values: tuple[int | str, ...] = {"colour": tuple(COLOURS), "shape": SHAPES, "count": (1, 2, 3)}[what]
+    return changed(scene, number, **{what: rng.choice([v for v in values if v != getattr(group, what)])})
+
+
+def sample(split: str, seed: int, index: int) -> Sample:
+    """One picture with its caption. Captions of ``train`` are muddled at times, those of the other splits never.
+
+    Raises:
+        ValueError: an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"There is no split {split!r}; there are {', '.join(SPLITS)}.")
+    rng = stream(split, seed, index)
+    scene = make_scene(rng)
+    things = lay_out(scene, rng)
+    said = muddle(scene, rng) if split == "train" and rng.random() < NOISY else scene
+    return Sample(draw(scene, things), describe(said, rng), scene)
+
+
+def _phrase(scene: Scene, number: int, rng: random.Random) -> str:
+    group = scene.groups[number]
+    if group.shape is None:
+        noun = rng.choice(_LOOKS) + ("" if group.count == 1 else "s")
+    else:
+        noun = group.shape if group.count == 1 else _PLURAL[group.shape]
+    count = "some" if group.count is None else rng.choice(_COUNTS[group.count])
+    return " ".join(part for part in (count, group.colour, noun) if part)
+
+
+def _bare(scene: Scene, number: int) -> str:
+    group = scene.groups[number]
+    one = group.count == 1
+    noun = ("shape" if one else "shapes") if group.shape is None else group.shape if one else _PLURAL[group.shape]
+    return f"{group.colour} {noun}" if group.colour else noun
+
+
+def _vocabulary() -> tuple[str, ...]:
+    said = [*_OPENINGS, *_CLOSINGS, *_SENTENCES, *_UNRELATED, *COLOURS, *SHAPES, *_PLURAL.values(), *_LOOKS]
+    said += [phrase for phrases in (*_COUNTS.values(), *_RELATIONS.values()) for phrase in phrases]
+    said += [f"{look}s" for look in _LOOKS]
+    said += ["is", "are", "these", "some", "the", ".", ","]
+    return tuple(sorted({word for phrase in said for word in words_of(phrase) if word != "{is}"}))
+
+
+WORDS = _vocabulary()

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""``python -m training.evaluate FILE``: how many pictures show what the caption says (plain sampling loop)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.captions import SPLITS, Sample, sample
+from training.checker import ATTRIBUTES, check, off_palette, saturation
+from training.export import load
+from training.schedules import sample as sample_pictures
+from training.train import keep_memory
+
+
+def rates(pictures: NDArray[np.floating], samples: Sequence[Sample]) -> dict[str, tuple[float, float, int]]:
+    """Share, standard error and number of right pictures ``[N, 3, 32, 32]``, in everything and in each attribute.
+
+    ``relation`` counts only scenes that have one.
+    """
+    verdicts = [check(picture, one.scene) for picture, one in zip(pictures, samples, strict=True)]
+    out = {}
+    for name in ("everything", *ATTRIBUTES):
+        values = [value for verdict in verdicts if (value := getattr(verdict, name)) is not None]
+        mean = float(np.mean(values)) if values else float("nan")
+        out[name] = (mean, (mean * (1 - mean) / max(1, len(values))) ** 0.5, len(values))
+    return out
+
+
+def grid(pictures: Tensor, path: Path, columns: int = 8, enlarged: int = 4) -> None:
+    """Write pictures ``[N, 3, 32, 32]`` side by side as a PNG."""
+    from PIL import Image
+
+    rows = [torch.cat(list(row), dim=2) for row in pictures[: len(pictures) // columns * columns].split(columns)]
+    whole = (torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0).numpy()
+    image = Image.fromarray(whole)
+    image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.NEAREST).save(path)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="Measure prompt alignment.")
+    parser.add_argument("weights", type=Path, help="a file of training.export")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="number of the first caption")
+    parser.add_argument("--split", choices=SPLITS[1:], default="tune")
+    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 4.0])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--png", type=Path, help="write the first pictures of the last --cfg here")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_memory()
+    name, model, encoder = load(options.weights)
+    samples = [sample(options.split, 0, options.first + number) for number in range(options.count)]
+    noise = torch.randn(options.count, 3, 32, 32, generator=torch.Generator().manual_seed(options.seed))
+    empty = encoder.encode([""])
+    for cfg in options.cfg:
+        parts = []
+        for part in torch.arange(options.count).split(50):
+            context = encoder.encode([samples[number].caption for number in part])
+            parts.append(sample_pictures(name, model, context, empty, cfg, options.steps, noise[part]))
+        pictures = torch.cat(parts)
+        found = rates(pictures.numpy(), samples)
+        text = ", ".join(f"{key} {mean:.3f}±{error:.3f} (N={n})" for key, (mean, error, n) in found.items())
+        price = [np.mean([measure(p) for p in pictures.numpy()]) for measure in (saturation, off_palette)]
+        print(
+            f"{name}, CFG {cfg:g}, {options.steps} steps: {text}; saturation {price[0]:.3f}, off palette {price[1]:.3f}"
+        )
+        if options.png:
+            grid(pictures[:32], options.png)
+    if options.png:
+        for number, one in enumerate(samples[:32]):
+            print(f"row {number // 8}, column {number % 8}: {one.caption}")
+
+
+if __name__ == "__main__":
+    main()

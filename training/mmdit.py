@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A small joint-attention transformer over image and text tokens, in PyTorch alone and with autograd.
+
+Weights have the names that ComfyUI's ``comfy.ldm.flux.model.Flux`` gives them, and both give the same output for the
+same weights (tests/training); the host's own class adds in place, which cannot be differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.text import WIDTH
+
+CONFIG: dict[str, Any] = {
+    "image_model": "flux",
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": 4,
+    "hidden_size": 96,
+    "num_heads": 3,
+    "mlp_ratio": 3.0,
+    "depth": 2,
+    "depth_single_blocks": 4,
+    "context_in_dim": WIDTH,
+    "vec_in_dim": 4,  # the host wants a pooled text; ours is always zero
+    "axes_dim": [8, 12, 12],
+    "theta": 100,  # few tokens: the slowest angle still turns visibly over 8
+    "qkv_bias": True,
+    "guidance_embed": False,
+}
+_HIDDEN: int = CONFIG["hidden_size"]
+_HEADS: int = CONFIG["num_heads"]
+_MLP = int(_HIDDEN * CONFIG["mlp_ratio"])
+_PATCH: int = CONFIG["patch_size"]
+_PIXELS = CONFIG["in_channels"] * _PATCH**2
+
+
+class _Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(_HIDDEN // _HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.scale.shape, self.scale, 1e-6)
+
+
+class _Norms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_norm, self.key_norm = _Norm(), _Norm()
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, N, 3 * hidden]`` to queries, keys and values ``[B, heads, N, d]``."""
+        q, k, v = qkv.unflatten(-1, (3, _HEADS, -1)).permute(2, 0, 3, 1, 4)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(_HIDDEN, 3 * _HIDDEN), nn.Linear(_HIDDEN, _HIDDEN)
+        self.norm = _Norms()
+
+
+class _Modulation(nn.Module):
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.lin = nn.Linear(_HIDDEN, parts * _HIDDEN)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(nn.functional.silu(vec))[:, None].chunk(self.parts, dim=-1)
+
+
+class _Embedder(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_layer, self.out_layer = nn.Linear(width, _HIDDEN), nn.Linear(_HIDDEN, _HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(nn.functional.silu(self.in_layer(x)))
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(_HIDDEN, _MLP), nn.GELU(approximate="tanh"), nn.Linear(_MLP, _HIDDEN))
+
+
+def _normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, (_HIDDEN,), eps=1e-6) * (1 + scale) + shift
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    # Written out: for so few tokens faster on a CPU, backward above all, than scaled_dot_product_attention.
+    scores = _turn(q * q.shape[-1] ** -0.5, turns) @ _turn(k, turns).transpose(-1, -2)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def _turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary embedding of ``[B, heads, N, d]`` by unit numbers ``[N, d / 2]``, neighbours being pairs."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
+
+
+class _Double(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.img_mod, self.txt_mod = _Modulation(6), _Modulation(6)
+        self.img_attn, self.txt_attn = _Attention(), _Attention()
+        self.img_mlp, self.txt_mlp = _mlp(), _mlp()
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2 = self.img_mod(vec)
+        t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = self.txt_mod(vec)
+        i_parts = self.img_attn.norm.split(self.img_attn.qkv(_normed(img, i_shift, i_scale)))
+        t_parts = self.txt_attn.norm.split(self.txt_attn.qkv(_normed(txt, t_shift, t_scale)))
+        q, k, v = (torch.cat((t, i), dim=2) for t, i in zip(t_parts, i_parts, strict=True))
+        read = _attend(q, k, v, turns)
+        img = img + i_gate * self.img_attn.proj(read[:, txt.shape[1] :])
+        img = img + i_gate2 * self.img_mlp(_normed(img, i_shift2, i_scale2))
+        txt = txt + t_gate * self.txt_attn.proj(read[:, : txt.shape[1]])
+        return img, txt + t_gate2 * self.txt_mlp(_normed(txt, t_shift2, t_scale2))
+
+
+class _Single(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(_HIDDEN, 3 * _HIDDEN + _MLP), nn.Linear(_HIDDEN + _MLP, _HIDDEN)
+        self.norm, self.modulation = _Norms(), _Modulation(3)
+
+    def forward(self, x: Tensor, vec: Tensor, turns: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(vec)
+        qkv, mlp = self.linear1(_normed(x, shift, scale)).split((3 * _HIDDEN, _MLP), dim=-1)
+        read = _attend(*self.norm.split(qkv), turns)
+        return x + gate * self.linear2(torch.cat((read, nn.functional.gelu(mlp, approximate="tanh")), dim=-1))
+
+
+class _Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(_HIDDEN, _PIXELS)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(_HIDDEN, 2 * _HIDDEN))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return self.linear(_normed(x, shift, scale))
+
+
+class MMDiT(nn.Module):
+    """The velocity (noise - picture) ``[B, 3, H, W]`` of a noised picture, its noise level ``[B]`` and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.img_in, self.txt_in = nn.Linear(_PIXELS, _HIDDEN), nn.Linear(WIDTH, _HIDDEN)
+        self.time_in, self.vector_in = _Embedder(256), _Embedder(CONFIG["vec_in_dim"])
+        self.double_blocks = nn.ModuleList(_Double() for _ in range(CONFIG["depth"]))
+        self.single_blocks = nn.ModuleList(_Single() for _ in range(CONFIG["depth_single_blocks"]))
+        self.final_layer = _Last()
+        # Every block begins as the identity.
+        for name, module in self.named_modules():
+            if name.endswith((".lin", "adaLN_modulation.1", "final_layer.linear")) and isinstance(module, nn.Linear):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """``x`` ``[B, 3, H, W]``, noise levels 0..1 ``[B]``, ``context`` ``[B, 77, WIDTH]``."""
+        height, width = x.shape[-2] // _PATCH, x.shape[-1] // _PATCH
+        img = self.img_in(nn.functional.pixel_unshuffle(x, _PATCH).flatten(2).transpose(1, 2))
+        half = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=x.device) / 128)
+        waves = 1000 * timesteps[:, None] * half
+        vec = self.time_in(torch.cat((waves.cos(), waves.sin()), dim=-1))
+        vec = vec + self.vector_in(x.new_zeros(len(x), CONFIG["vec_in_dim"]))
+        txt = self.txt_in(context)
+        turns = _turns(txt.shape[1], height, width).to(x.device)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, turns)
+        both = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            both = block(both, vec, turns)
+        out = self.final_layer(both[:, txt.shape[1] :], vec)
+        return nn.functional.pixel_shuffle(out.transpose(1, 2).unflatten(-1, (height, width)), _PATCH)
+
+
+def _turns(text: int, height: int, width: int) -> Tensor:
+    """The rotary embedding's unit numbers ``[text + height * width, d / 2]``: text is at (0, 0)."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).flatten(0, 1)
+    places = torch.cat((torch.zeros(text, 3, dtype=places.dtype), places)).double()
+    theta = float(CONFIG["theta"])
+    parts = [
+        places[:, axis, None] * theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        for axis, dim in enumerate(CONFIG["axes_dim"])
+    ]
+    angles = torch.cat(parts, dim=-1).float()
+    return torch.polar(torch.ones_like(angles), angles)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Scenes of coloured shapes, drawn exactly: which things, where, and the 32x32 picture of them.
+
+Everything follows from (DATA_VERSION, split, seed, index), so a model's training data is reproducible without files.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Frozen before any guidance is measured; another number means other pictures and other captions.
+DATA_VERSION = 1
+SIZE = 32
+SIZES = (8, 9, 10)
+MARGIN = 2
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.90, 0.12, 0.12),
+    "green": (0.10, 0.75, 0.20),
+    "blue": (0.15, 0.30, 0.95),
+    "yellow": (0.95, 0.85, 0.10),
+    "purple": (0.75, 0.15, 0.85),
+    "white": (0.95, 0.95, 0.95),
+}
+BACKGROUND = (0.12, 0.12, 0.12)
+SHAPES = ("circle", "square", "triangle", "cross")
+# The opposite of each: "a left of b" is "b right of a".
+RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One to three things that look alike; None stands for what a caption leaves unsaid."""
+
+    count: int | None
+    colour: str | None
+    shape: str | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Groups of things and, between exactly two of them, where the first is seen from the second (or None)."""
+
+    groups: tuple[Group, ...]
+    relation: str | None = None
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn shape: its group's number, its left upper corner and its width, in pixels."""
+
+    group: int
+    x: int
+    y: int
+    size: int
+
+
+def stream(split: str, seed: int, index: int) -> random.Random:
+    """The random numbers of one picture of a split."""
+    return random.Random(f"{DATA_VERSION}:{split}:{seed}:{index}")
+
+
+@cache
+def mask(shape: str, size: int) -> NDArray[np.bool_]:
+    """The pixels ``[size, size]`` of a shape."""
+    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
+    if shape == "circle":
+        return rows**2 + columns**2 <= (size / 2) ** 2
+    if shape == "square":
+        return np.ones((size, size), bool)
+    if shape == "triangle":
+        return np.abs(columns) <= (rows + size / 2) / 2
+    arm = (size - 2 * round(size / 3)) / 2
+    return (np.abs(rows) < arm) | (np.abs(columns) < arm)
+
+
+def make_scene(rng: random.Random) -> Scene:
+    """A scene of one to three things, of which about half are two groups in a relation."""
+    kind = rng.choices(("one", "alike", "pair", "pair and more", "two", "three"), (15, 15, 35, 20, 5, 10))[0]
+    counts = {
+        "one": (1,),
+        "alike": (rng.choice((2, 3)),),
+        "pair": (1, 1),
+        "pair and more": rng.choice(((1, 2), (2, 1))),
+        "two": (1, 1),
+        "three": (1, 1, 1),
+    }[kind]
+    looks: list[tuple[str, str]] = []
+    while len(looks) < len(counts):
+        look = (rng.choice(tuple(COLOURS)), rng.choice(SHAPES))
+        if look not in looks:
+            looks.append(look)
+    groups = tuple(Group(count, *look) for count, look in zip(counts, looks, strict=True))
+    return Scene(groups, rng.choice(tuple(RELATIONS)) if kind.startswith("pair") else None)
+
+
+def lay_out(scene: Scene, rng: random.Random) -> tuple[Thing, ...]:
+    """Places for a scene's things: nothing touches, and a relation holds along its own axis only."""
+    owners = [number for number, group in enumerate(scene.groups) for _ in range(group.count or 1)]
+    while True:
+        things: list[Thing] = []
+        for owner in owners:
+            size = rng.choice(SIZES)
+            places = SIZE - size - 1
+            thing = Thing(owner, 1 + int(rng.random() * places), 1 + int(rng.random() * places), size)
+            if any(_touch(thing, other) for other in things):
+                break
+            things.append(thing)
+        else:
+            if scene.relation is None or _related(things, scene.relation):
+                return tuple(things)
+
+
+def draw(scene: Scene, things: tuple[Thing, ...]) -> NDArray[np.float32]:
+    """The picture ``[3, 32, 32]`` in 0..1."""
+    picture = np.empty((3, SIZE, SIZE), np.float32)
+    picture[:] = np.array(BACKGROUND, np.float32)[:, None, None]
+    for thing in things:
+        group = scene.groups[thing.group]
+        assert group.colour is not None and group.shape is not None
+        part = picture[:, thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]
+        part[:, mask(group.shape, thing.size)] = np.array(COLOURS[group.colour], np.float32)[:, None]
+    return picture
+
+
+def gap(first: tuple[float, float, float, float], second: tuple[float, float, float, float], relation: str) -> float:
+    """Free pixels between two boxes (left, top, right, bottom) the first of which lies as said; negative: overlap."""
+    if relation in ("right", "below"):
+        return gap(second, first, RELATIONS[relation])
+    return second[0] - first[2] if relation == "left" else second[1] - first[3]
+
+
+def box(boxes: list[tuple[float, float, float, float]]) -> tuple[float, float, float, float]:
+    """The box around boxes (left, top, right, bottom)."""
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return min(lefts), min(tops), max(rights), max(bottoms)
+
+
+def changed(scene: Scene, number: int, **values: int | str | None) -> Scene:
+    """The scene with other values in one group."""
+    groups = list(scene.groups)
+    groups[number] = replace(groups[number], **values)  # type: ignore[arg-type]
+    return Scene(tuple(groups), scene.relation)
+
+
+def _touch(a: Thing, b: Thing) -> bool:
+    return (
+        a.x < b.x + b.size + MARGIN
+        and b.x < a.x + a.size + MARGIN
+        and a.y < b.y + b.size + MARGIN
+        and b.y < a.y + a.size + MARGIN
+    )
+
+
+def _related(things: list[Thing], relation: str) -> bool:
+    first, second = (
+        box([(t.x, t.y, t.x + t.size, t.y + t.size) for t in things if t.group == number]) for number in (0, 1)
+    )
+    across = ("above", "below") if relation in ("left", "right") else ("left", "right")
+    return gap(first, second, relation) >= MARGIN and all(gap(first, second, other) < 0 for other in across)

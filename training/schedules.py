@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Noise schedules, training targets and a plain Euler sampler of the two models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Name = Literal["unet", "mmdit"]
+NAMES: tuple[Name, ...] = ("unet", "mmdit")
+STEPS = 1000
+_ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64) ** 2, 0)
+# ComfyUI's discrete schedule: noise over signal of each of the 1000 timesteps.
+SIGMAS = ((1 - _ALPHAS) / _ALPHAS).sqrt()
+
+
+def scaled(picture: Tensor) -> Tensor:
+    """A picture in 0..1 as the models see it: of about unit size."""
+    return (picture - 0.25) * 4.0
+
+
+def unscaled(x: Tensor) -> Tensor:
+    """A model's picture in 0..1."""
+    return (x / 4.0 + 0.25).clamp(0.0, 1.0)
+
+
+def training_pair(name: Name, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noised pictures, the model's time input ``[B]`` and the target, for scaled pictures ``[B, 3, 32, 32]``."""
+    noise = torch.randn(x.shape, generator=generator)
+    if name == "unet":  # v-prediction, timesteps uniform
+        t = torch.randint(STEPS, (len(x),), generator=generator)
+        signal = _ALPHAS[t].sqrt().float()[:, None, None, None]
+        amount = (1 - _ALPHAS[t]).sqrt().float()[:, None, None, None]
+        return signal * x + amount * noise, t.float(), signal * noise - amount * x
+    # rectified flow, levels logit-normal
+    level = torch.randn(len(x), generator=generator).sigmoid()
+    wide = level[:, None, None, None]
+    return (1 - wide) * x + wide * noise, level, noise - x
+
+
+def levels(name: Name, steps: int) -> Tensor:
+    """ComfyUI's ``simple`` schedule: ``steps + 1`` noise levels down to zero."""
+    table = SIGMAS if name == "unet" else torch.arange(1, 10001, dtype=torch.float64) / 10000
+    stride = len(table) / steps
+    chosen = [float(table[-(1 + int(number * stride))]) for number in range(steps)]
+    return torch.tensor([*chosen, 0.0])
+
+
+def denoised(name: Name, model: Callable[..., Any], x: Tensor, sigma: float, context: Tensor) -> Tensor:
+    """The model's finished picture, guessed from ``x`` at a noise level of the sampler."""
+    if name == "unet":
+        scale = (sigma**2 + 1) ** 0.5
+        t = float((SIGMAS.log() - torch.tensor(sigma, dtype=torch.float64).log()).abs().argmin())
+        v: Tensor = model(x / scale, torch.full((len(x),), t), context=context)
+        return x / scale**2 - v * (sigma / scale)
+    out: Tensor = model(x, torch.full((len(x),), sigma), context=context)
+    return x - sigma * out
+
+
+@torch.no_grad()
+def sample(
+    name: Name, model: Callable[..., Any], context: Tensor, empty: Tensor, cfg: float, steps: int, noise: Tensor
+) -> Tensor:
+    """Pictures ``[B, 3, 32, 32]`` in 0..1 by Euler's method, as ComfyUI's ``euler`` with ``simple`` and CFG."""
+    sigmas = levels(name, steps).tolist()
+    x = noise * (1 + sigmas[0] ** 2) ** 0.5 if name == "unet" else noise * sigmas[0]
+    for sigma, following in pairwise(sigmas):
+        x0 = denoised(name, model, x, sigma, context)
+        if cfg != 1.0:
+            unconditional = denoised(name, model, x, sigma, empty.expand_as(context))
+            x0 = unconditional + cfg * (x0 - unconditional)
+        x = x0 + (x - x0) * (following / sigma)
+    return unscaled(x)

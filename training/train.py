@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""``python -m training.train unet|mmdit``: train a demo model on the frozen text encoder; resumes by itself."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from training import text
+from training.captions import sample
+from training.pictures import DATA_VERSION
+from training.schedules import NAMES, Name, scaled, training_pair
+
+EMPTY = 0.1
+EMA = 0.999
+_LOG_EVERY = 50
+_SAVE_SECONDS = 240.0
+
+
+def build(name: Name) -> nn.Module:
+    """A freshly initialised model."""
+    if name == "unet":
+        from training.host_models import trainable_unet
+
+        return trainable_unet()
+    from training.mmdit import MMDiT
+
+    return MMDiT()
+
+
+def batch(encoder: text.TextEncoder, seed: int, step: int, size: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Scaled pictures ``[B, 3, 32, 32]`` and contexts ``[B, 77, WIDTH]`` of a step; a tenth have an empty caption."""
+    samples = [sample("train", seed, first + step * size + number) for number in range(size)]
+    unsaid = torch.rand(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)) < EMPTY
+    captions = ["" if empty else one.caption for empty, one in zip(unsaid.tolist(), samples, strict=True)]
+    return scaled(torch.from_numpy(np.stack([one.picture for one in samples]))), encoder.encode(captions)
+
+
+class Training:
+    """A model, its averaged weights, its optimizer and how far they are."""
+
+    def __init__(self, name: Name, folder: Path, settings: dict[str, Any]) -> None:
+        self.name: Name = name
+        self.folder = folder
+        self.settings = settings
+        torch.manual_seed(settings["seed"])
+        self.encoder = text.load()
+        self.model = build(name)
+        self.average = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
+        others = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
+            lr=settings["lr"],
+            betas=(0.9, 0.99),
+        )
+        self.step = 0
+        self.seconds = 0.0
+        checkpoint = folder / "checkpoint.pt"
+        if checkpoint.is_file():
+            state = torch.load(checkpoint, weights_only=True)
+            # A longer budget may be given later; the learning rate then goes on where that budget has it.
+            for key in ("seed", "batch", "lr"):
+                if state["settings"][key] != settings[key]:
+                    raise SystemExit(
+                        f"{checkpoint} was begun with --{key} {state['settings'][key]}, not {settings[key]}: "
+                        "give the same, or another --out."
+                    )
+            self.model.load_state_dict(state["model"])
+            self.average = state["average"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            print(f"{name}: resumed at step {self.step}", flush=True)
+
+    def done(self) -> float:
+        """The share of the budget that is used up."""
+        if self.settings["steps"]:
+            return float(self.step / self.settings["steps"])
+        return float(self.seconds / (60 * self.settings["minutes"]))
+
+    def advance(self) -> float:
+        """One step; its loss."""
+        seed, size = self.settings["seed"], self.settings["batch"]
+        x, context = batch(self.encoder, seed, self.step, size)
+        generator = torch.Generator().manual_seed(seed * 7_000_003 + self.step)
+        noised, t, target = training_pair(self.name, x, generator)
+        warm = min(1.0, (self.step + 1) / 200)
+        for group in self.optimizer.param_groups:
+            group["lr"] = (
+                self.settings["lr"] * warm * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * min(1, self.done()))))
+            )
+        if self.name == "unet":
+            noised = noised.contiguous(memory_format=torch.channels_last)
+        loss = nn.functional.mse_loss(self.model(noised, t, context=context), target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(EMA, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for key, value in self.model.state_dict().items():
+                self.average[key].lerp_(value, 1 - keep)
+        return loss.item()
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        state = {
+            "name": self.name,
+            "data_version": DATA_VERSION,
+            "settings": self.settings,
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        torch.save(state, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+
+    def run(self) -> None:
+        """Train until the budget is used up or the process is asked to end; save in either case."""
+        stop: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+        losses: list[float] = []
+        saved = time.monotonic()
+        log = self.folder / "loss.jsonl"
+        while self.done() < 1 and not stop:
+            begun = time.monotonic()
+            losses.append(self.advance())
+            self.seconds += time.monotonic() - begun
+            if self.step % _LOG_EVERY == 0:
+                loss = sum(losses) / len(losses)
+                losses.clear()
+                rate = self.seconds / self.step
+                left = self.seconds * (1 / self.done() - 1) / 60
+                line = {"step": self.step, "seconds": round(self.seconds, 1), "loss": round(loss, 5)}
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(
+                    f"{self.name}: step {self.step}, loss {loss:.4f}, {rate:.3f} s/step, {left:.0f} min left",
+                    flush=True,
+                )
+                if not math.isfinite(loss):
+                    raise SystemExit(f"{self.name}: the loss is {loss}; the last checkpoint is kept.")
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+        plot(log)
+        print(f"{self.name}: {'stopped' if stop else 'finished'} at step {self.step}", flush=True)
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory: asking for it anew in every step costs a quarter of the time."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        most = 2**31 - 1
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, most)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 2**28)  # M_TOP_PAD
+
+
+def plot(log: Path) -> None:
+    """Draw the loss log beside it as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else []
+    figure, axes = plt.subplots(figsize=(7, 4))
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.8)
+    axes.set(xlabel="step", ylabel="mean squared error", yscale="log", title=log.parent.name)
+    figure.tight_layout()
+    figure.savefig(log.with_suffix(".png"), dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m training.train", description="Train one of the demo models.")
+    parser.add_argument("model", choices=NAMES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder of checkpoint and log (default: .cache/training/MODEL-seedK)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--minutes", type=float, default=100.0, help="budget that the learning rate decays over")
+    budget.add_argument("--steps", type=int, default=0, help="the same in steps, which makes runs repeatable exactly")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_memory()
+    folder = options.out or text.FOLDER / f"{options.model}-seed{options.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {key: getattr(options, key) for key in ("seed", "minutes", "steps", "batch", "lr")}
+    Training(options.model, folder, settings).run()
+
+
+if __name__ == "__main__":
+    main()

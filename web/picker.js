@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+import { formatBlocks, parseBlocks } from "./blocks.js";
+import { element } from "./dom.js";
+
+/**
+ * The blocks of a model, and which of them are guided where none are named.
+ * @typedef {{parts: import("./blocks.js").Parts, default: import("./blocks.js").Chosen}} Model
+ */
+
+/** @type {Record<string, string>} */
+const TITLES = { d: "down", m: "middle", u: "up" };
+
+/** A grid of a model's blocks that shows what a text names and, clicked, writes it. */
+export class Picker {
+  /** @param {(text: string) => void} write is called with the new text */
+  constructor(write) {
+    this.write = write;
+    this.element = element("div", { className: "gag-picker" });
+    this.rows = 1;
+    this.drawn = "";
+  }
+
+  /**
+   * @param {Model | undefined} model
+   * @param {string} text
+   */
+  draw(model, text) {
+    const drawn = JSON.stringify([model, text]);
+    if (drawn === this.drawn) return;
+    this.drawn = drawn;
+    if (!model) {
+      this.rows = 1;
+      this.element.replaceChildren("Run once to see this model's blocks.");
+      return;
+    }
+    const chosen = text.trim() ? parseBlocks(text, model.parts) : model.default;
+    const shown = chosen ?? nothing(model);
+    const rows = Object.entries(shown).map(([part, blocks]) => {
+      const cells = blocks.map((block, number) => this.cell(model, shown, part, number, block));
+      return element("div", { className: "gag-part" }, element("span", {}, TITLES[part] ?? part), ...cells);
+    });
+    const reset = element("button", { textContent: "default", title: "Guide the model's usual blocks: empties the text." });
+    reset.onclick = () => this.write("");
+    const note = chosen ? (text.trim() ? "" : "the default") : "The text does not name blocks of this model.";
+    rows.push(element("div", { className: "gag-part" }, reset, element("span", { className: "gag-note" }, note)));
+    // Cells wrap; twelve fit side by side at the node's usual width.
+    this.rows = Object.values(shown).reduce((sum, blocks) => sum + Math.ceil(blocks.length / 12), 1);
+    this.element.replaceChildren(...rows);
+  }
+
+  /**
+   * @param {Model} model
+   * @param {import("./blocks.js").Chosen} shown
+   * @param {string} part
+   * @param {number} number
+   * @param {boolean[]} block
+   */
+  cell(model, shown, part, number, block) {
+    const some = block.some(Boolean);
+    const all = block.every(Boolean);
+    const cell = element("button", {
+      className: `gag-block ${all ? "gag-on" : some ? "gag-some" : ""}`,
+      textContent: `${number}`,
+      title: `${part} ${number}: ${block.filter(Boolean).length} of ${block.length} text attentions guided`,
+    });
+    cell.setAttribute("aria-pressed", all ? "true" : some ? "mixed" : "false");
+    cell.onclick = () => {
+      const wanted = structuredClone(shown);
+      wanted[part][number] = block.map(() => !all);
+      const text = formatBlocks(wanted);
+      // An empty text is the default, so the last block stays.
+      if (text) this.write(text === formatBlocks(model.default) ? "" : text);
+    };
+    return cell;
+  }
+}
+
+/**
+ * @param {Model} model
+ * @returns {import("./blocks.js").Chosen}
+ */
+function nothing(model) {
+  const entries = Object.entries(model.default).map(([part, blocks]) => [part, blocks.map((b) => b.map(() => false))]);
+  return Object.fromEntries(entries);
+}
