@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_server import ComfyServer, Json
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page, Route
+    from playwright.sync_api import Browser, Page, Route
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 OPTIONS = (
@@ -63,6 +63,12 @@ class FrontEnd:
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
+    def go_to(self, server: ComfyServer) -> None:
+        """Open a server's page, anew if it is open already."""
+        self.page.goto(server.url, wait_until="commit")
+        self.page.wait_for_function(LOADED, timeout=LOAD_TIMEOUT_MS)
+        time.sleep(1)  # until it has restored or made its first workflow, which no event tells
+
     def load(self, workflow: Json) -> None:
         """Open a workflow, as when its file is dropped onto the page."""
         self.page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
@@ -75,6 +81,13 @@ class FrontEnd:
     def evaluate(self, script: str, argument: Any = None) -> Any:
         """Run a script in the page and return what it returns."""
         return self.page.evaluate(script, argument)
+
+    @contextmanager
+    def beside(self, server: ComfyServer, without: str | None = None) -> Iterator[FrontEnd]:
+        """Another tab in the same browser, with a session of its own; ``without`` files whose address has this end."""
+        browser = self.page.context.browser
+        assert browser is not None
+        yield from _opened(browser, server, self.page.viewport_size or {}, without)
 
     def wait(self, script: str, argument: Any = None, timeout_ms: int = 60_000) -> None:
         """Wait until a script returns something true."""
@@ -90,19 +103,23 @@ def front_end(server: ComfyServer, width: int = 1320, height: int = 880) -> Iter
     server.settings({"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=list(OPTIONS))
-        page = browser.new_page(viewport={"width": width, "height": height})
-        page.route("**/*", _only_from(server.url))
-        opened = FrontEnd(page)
-        page.goto(server.url, wait_until="commit")
-        page.wait_for_function(LOADED, timeout=LOAD_TIMEOUT_MS)
-        time.sleep(1)  # until it has restored or made its first workflow, which no event tells
-        yield opened
+        yield from _opened(browser, server, {"width": width, "height": height})
         browser.close()
 
 
-def _only_from(url: str) -> Callable[[Route], None]:
+def _opened(browser: Browser, server: ComfyServer, size: Any, without: str | None = None) -> Iterator[FrontEnd]:
+    page = browser.new_page(viewport=size)
+    page.route("**/*", _only_from(server.url, without))
+    opened = FrontEnd(page)
+    opened.go_to(server)
+    yield opened
+    page.close()
+
+
+def _only_from(url: str, without: str | None) -> Callable[[Route], None]:
     def let_through(route: Route) -> None:
-        if route.request.url.startswith((url, "data:", "blob:")):
+        asked = route.request.url
+        if asked.startswith((url, "data:", "blob:")) and not (without and asked.partition("?")[0].endswith(without)):
             route.continue_()
         else:
             route.abort()

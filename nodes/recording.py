@@ -331,7 +331,7 @@ class Recording:
             if call.guided:
                 strengths[step_of[id(call)]] = call.strength
         for part in self.measured:
-            values = part.values.detach().to("cpu", torch.float64)
+            values = part.values.detach().to("cpu", torch.float64, copy=True)
             for of, (call, layer, held) in zip(values, part.of, strict=True):
                 of[:, _GAIN] *= abs(call.strength)
                 for branch, rows in _parts(call.batch, call.kinds):

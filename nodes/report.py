@@ -208,18 +208,19 @@ def _heat_maps(result: Result) -> Tensor:
         plain(axes).grid(visible=False)
         values = _values(result, branch, name)
         top = 1.0 if name in _SHARES else None
-        drawn = axes.imshow(
-            values.tolist(), aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0, vmax=top, origin="upper"
-        )
+        layers, steps = values.shape
+        # Steps are counted from 1.
+        place = {"aspect": "auto", "interpolation": "nearest", "extent": (0.5, steps + 0.5, layers - 0.5, -0.5)}
+        drawn = axes.imshow(values.numpy(), cmap="viridis", vmin=0.0, vmax=top, **place)
         if name in ("gain", "capped") and result.guided.any():
             pale = [[(1.0, 1.0, 1.0, 0.0 if cell else 0.65) for cell in row] for row in result.guided[branch].tolist()]
-            axes.imshow(pale, aspect="auto", interpolation="nearest", origin="upper")
+            axes.imshow(pale, **place)
         axes.set_facecolor(GRID)
         axes.set_title(_TITLES[name], fontsize=8, color=INK)
         axes.tick_params(labelsize=7)
         every = max(1, math.ceil(len(result.layers) / _MOST_NAMES))
         axes.set_yticks(range(0, len(result.layers), every), result.layers[::every])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         bar = figure.colorbar(drawn, ax=axes, shrink=0.9, aspect=25)
         bar.ax.tick_params(labelsize=7, colors=INK)
         bar.outline.set_visible(False)
@@ -235,7 +236,7 @@ def _curves(result: Result) -> Tensor:
     names = ["gain", "discrepancy", "support", "entropy_dense", "capped", "negative", "parallel", "contraction"]
     if bool((result.values[..., list(MEASURES).index("mass")] < 1.0).any()):
         names[-2] = "mass"
-    steps = list(range(len(result.sigmas)))
+    steps = list(range(1, len(result.sigmas) + 1))
     for axes, name in zip(figure.subplots(2, 4).flat, names, strict=True):
         plain(axes)
         for branch in _branches(result):
@@ -247,7 +248,7 @@ def _curves(result: Result) -> Tensor:
         axes.set_title(_TITLES[name], fontsize=8, color=INK)
         axes.tick_params(labelsize=7)
         axes.set_ylim(bottom=0.0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for axes in figure.axes[4:8]:
         axes.set_xlabel("step", fontsize=8, color=INK)
     if len(_branches(result)) > 1:
@@ -352,7 +353,7 @@ def _where_in_run(steps: Tensor) -> str:
     numbers = steps.nonzero().flatten().tolist()
     if len(numbers) == len(steps):
         return ""
-    return f", from step {numbers[0]} to {numbers[-1]}"
+    return f", from step {numbers[0] + 1} to {numbers[-1] + 1}"
 
 
 def _percent(share: float) -> str:

@@ -652,6 +652,16 @@ def test_what_attention_does_not_see_changes_nothing(gauge: str, depth: int) -> 
     torch.testing.assert_close(out, guided_attention(q, k, v, config, scale=0.25), atol=1e-7, rtol=0)
 
 
+@depths
+def test_an_offset_of_all_keys_costs_no_precision(depth: int) -> None:
+    """In single precision, with keys a thousand times as far from the origin as from each other."""
+    q, k, v = cases.qkv(SMALL)
+    q[..., 0] = 0.0  # or the logits would be rounded to the size of the offset already
+    k[..., 0] += 1000.0
+    config = with_depth(SOLVED, depth)
+    assert_close(guided_attention(q, k, v, config), reference.guided_attention(q, k, v, config), error=5e-4)
+
+
 def test_a_matrix_that_stretches_key_space_changes_it() -> None:
     """What the docstring leaves out: there is no measure of residuals that such a matrix would keep."""
     q, k, v = cases.qkv(SMALL, dtype=torch.float64)

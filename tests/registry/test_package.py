@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WANTED = re.compile(
     r"__init__\.py|pyproject\.toml|requirements\.txt|LICENSE|README\.md|CHANGELOG\.md"
     r"|(gag_core|nodes)/\w+\.py"
-    r"|web/(docs/.*\.md|.*\.(js|css))|locales/.*\.json"
+    r"|web/(docs/.*\.(md|png)|.*\.(js|css))|locales/.*\.json"
     r"|workflows/\w+\.(json|jpg)"
     r"|docs/\w+\.(md|png|jpg)|assets/\w+\.safetensors|assets/demo\w*\.(png|json)"
 )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The pages: what they link to is there, what they tell to run exists, and every message has its place in them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/**/*.md")])
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+# Where messages for users come from. Those of the rest of gag_core are for who calls it as a library.
+MODULES = sorted([*ROOT.glob("nodes/*.py"), ROOT / "gag_core" / "config.py", ROOT / "gag_core" / "fused.py"])
+SAYING = {"log.warning", "log.info", "log.error", "show_on_node", "_error", "notes.append"}
+ANYTHING = "…"
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+@every_page
+def test_what_a_page_links_to_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.is_relative_to(ROOT) and linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(linked), f"{page.name} links to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link can point to in a page: its headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_commands_of_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    help_of_dev = (ROOT / "dev.py").read_text(encoding="utf-8")
+    for command in re.findall(r"python (?:\S*/)?dev\.py (\w+)", text):
+        assert re.search(rf"^  {command} ", help_of_dev, flags=re.MULTILINE), f"{page.name}: dev.py {command}"
+    for script in re.findall(r"python ((?:dev|benchmarks|training)/\w+\.py)", text):
+        assert (ROOT / script).exists(), f"{page.name}: {script}"
+    for module in re.findall(r"python -m (training\.\w+)", text):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), f"{page.name}: {module}"
+
+
+@every_page
+def test_templates_that_a_page_names_exist(page: Path) -> None:
+    for name in re.findall(r"\bgag_(?!core)\w+\b", page.read_text(encoding="utf-8")):
+        if name.startswith("gag_demo") or "template" in page.read_text(encoding="utf-8"):
+            assert (ROOT / "workflows" / f"{name}.json").exists(), f"{page.name}: {name}"
+
+
+def test_every_message_is_in_troubleshooting() -> None:
+    page = plain(TROUBLESHOOTING.read_text(encoding="utf-8"))
+    missing = [message for message in sorted(messages()) if plain(message) not in page]
+    assert not missing, "docs/troubleshooting.md does not have:\n" + "\n".join(missing)
+
+
+def test_troubleshooting_has_no_message_that_is_gone() -> None:
+    known = {plain(message) for message in messages()}
+    told = re.findall(r"^- `([^`]+)`", TROUBLESHOOTING.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    gone = [message for message in map(plain, told) if not any(one in message or message in one for one in known)]
+    assert told and not gone, "docs/troubleshooting.md still has:\n" + "\n".join(gone)
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("`", "").split())
+
+
+def messages() -> set[str]:
+    """What the pack can say to users, with … in the place of what is filled in."""
+    found: set[str] = set()
+    for module in MODULES:
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        nodes = list(ast.walk(tree))
+        values: dict[str, list[ast.expr]] = {}
+        for node in nodes:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                if isinstance(node, (ast.Assign, ast.AugAssign)) and isinstance(target, ast.Name):
+                    values.setdefault(target.id, []).append(node.value)
+        said: list[ast.expr] = []
+        for node in nodes:
+            if isinstance(node, ast.Call) and (called := ast.unparse(node.func)).endswith((*SAYING, "Error")):
+                said += node.args if called.endswith("Error") else node.args[:1]
+            elif isinstance(node, ast.FunctionDef) and node.name == "_why_nothing":
+                # The few words on the node, and the end of the sentence in the log.
+                returned = [one.value for one in ast.walk(node) if isinstance(one, ast.Return)]
+                said += [part for value in returned if isinstance(value, ast.Tuple) for part in value.elts]
+        said += [value for one in said if isinstance(one, ast.Name) for value in values.get(one.id, [])]
+        constants = {name: assigned[0] for name, assigned in values.items() if name.isupper()}
+        templates = (template_of(one, constants) for one in said)
+        found.update(template.strip() for template in templates if len(words(template)) >= 2)
+    return found
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w{2,}", text)
+
+
+def template_of(node: ast.expr, constants: dict[str, ast.expr]) -> str:
+    """The text of an expression as far as it stands in the source."""
+    if isinstance(node, ast.Constant):
+        return re.sub(r"%[gds]|\{\}", ANYTHING, node.value) if isinstance(node.value, str) else ANYTHING
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template_of(value, constants) for value in node.values)
+    if isinstance(node, ast.BinOp):
+        return template_of(node.left, constants) + template_of(node.right, constants)
+    if isinstance(node, ast.Name) and node.id in constants:
+        return template_of(constants[node.id], {})
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".format"):
+        assert isinstance(node.func, ast.Attribute)
+        return template_of(node.func.value, constants)
+    return ANYTHING
+
+
+def test_messages_are_found_in_source() -> None:
+    source = '_MANY = "at most {} of {}"\nf(_MANY.format(1), "a" + f" b {x!r}, c", f"{x:g}%", other)'
+    tree = ast.parse(source)
+    assert isinstance(tree.body[0], ast.Assign) and isinstance(tree.body[1], ast.Expr)
+    assert isinstance(tree.body[1].value, ast.Call)
+    found = [template_of(one, {"_MANY": tree.body[0].value}) for one in tree.body[1].value.args]
+    assert found == ["at most … of …", "a b …, c", "…%", "…"]
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(sorted(messages())) + "\n")
