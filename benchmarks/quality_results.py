@@ -79,6 +79,13 @@ class Outcome:
         asked = self.asked(attribute)
         return float(self.right(attribute)[asked].mean()) if asked.any() else float("nan")
 
+    def score(self) -> NDArray[np.float64]:
+        """Of what each caption says of its scene, the share of attributes that are right."""
+        asked = np.stack([self.asked(name) for name in ATTRIBUTES])
+        right = np.stack([self.right(name) for name in ATTRIBUTES])
+        score: NDArray[np.float64] = (asked & right).sum(0) / asked.sum(0)
+        return score
+
     def price(self, name: str) -> NDArray[np.float32]:
         """One of PRICES, caption by caption."""
         values: NDArray[np.float32] = getattr(self, name)
@@ -183,13 +190,13 @@ class Results:
         return list(dict.fromkeys(key.cell for key in self.measured()))
 
     def best(self, cell: Cell, family: str) -> tuple[str, Outcome] | None:
-        """The setting with the most right captions on ``tune``; of equally good ones, the one that was run first."""
+        """The setting with the most right captions on ``tune``; of equals the best score, then the one run first."""
         tried = [key for key in self.measured() if key[:3] == (cell, TUNE, family)]
         if not tried:
             return None
         captions = min(self.captions(key) for key in tried)
         outcomes = [(key.setting, self._joined[key].first(captions)) for key in tried]
-        return max(outcomes, key=lambda one: int(one[1].right().sum()))
+        return max(outcomes, key=lambda one: (int(one[1].right().sum()), float(one[1].score().sum())))
 
 
 def versions_in(lines: Iterable[Line]) -> dict[str, list[str]]:

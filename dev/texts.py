@@ -186,11 +186,13 @@ def main() -> int:
     except TextError as error:
         print(f"texts: {error}")
         return 1
-    for path, text in wanted.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", newline="\n")
-            print(f"texts: wrote {path.relative_to(ROOT)}")
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(wanted[path], encoding="utf-8", newline="\n")
+        print(f"texts: wrote {path.relative_to(ROOT)}")
+    if not stale:
+        print("texts: nothing changed")
     return 0
 
 

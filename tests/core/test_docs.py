@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/**/*.md")])
@@ -57,6 +58,18 @@ def test_templates_that_a_page_names_exist(page: Path) -> None:
     for name in re.findall(r"\bgag_(?!core)\w+\b", page.read_text(encoding="utf-8")):
         if name.startswith("gag_demo") or "template" in page.read_text(encoding="utf-8"):
             assert (ROOT / "workflows" / f"{name}.json").exists(), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")], ids=lambda page: page.name
+)
+def test_examples_of_a_page_run(page: Path) -> None:
+    q, k, v = (torch.randn(1, 2, tokens, 8) for tokens in (5, 7, 7))
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        names: dict[str, object] = {"q": q, "k": k, "v": v}
+        exec(example, names)
+        out = names["out"]
+        assert isinstance(out, torch.Tensor) and out.shape == (1, 2, 5, 8) and bool(out.isfinite().all())
 
 
 def test_every_message_is_in_troubleshooting() -> None:

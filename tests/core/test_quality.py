@@ -156,6 +156,12 @@ def test_relations_are_rated_among_the_captions_that_have_one() -> None:
     assert Outcome(marks, *np.zeros((2, 4), np.float32)).rate("relation") == 0.5
 
 
+def test_the_score_is_the_share_of_what_was_asked_for() -> None:
+    relation = BITS["has_relation"]
+    marks = np.array([relation | BITS["relation"] | BITS["colour"], BITS["count"], relation | BITS["colour"]], np.uint8)
+    assert Outcome(marks, *np.zeros((2, 3), np.float32)).score() == pytest.approx([2 / 4, 1 / 3, 1 / 4])
+
+
 def test_later_captions_join_the_earlier_ones(tmp_path: Path) -> None:
     right = np.array([True, False, True, True, False])
     results = Results(tmp_path)

@@ -6,6 +6,8 @@ tests/server has the real one.
 
 from __future__ import annotations
 
+import asyncio
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -229,8 +231,17 @@ def test_the_blocks_of_a_model_are_told_before_its_text_is_read(monkeypatch: pyt
         guidance.guide(host.build_model("sd15"), config, start_percent=0.0, end_percent=1.0, node_id=NODE, blocks="d99")
     ((event, data),) = server.messages
     assert event == live.BLOCKS
-    assert data["parts"] == {"d": [1] * 6, "m": [1], "u": [1] * 9}
+    assert data["parts"] == {"d": [1] * 2, "m": [1], "u": [1] * 4}
     assert live._blocks == {("", NODE): {key: data[key] for key in ("parts", "default")}}
+
+
+def test_presets_are_sent_as_they_are_but_for_the_strength() -> None:
+    presets = host.pack_module("nodes.presets").PRESETS
+    sent = json.loads(asyncio.run(live._get_presets(None)).text)
+    assert list(sent) == list(presets)
+    for name, settings in sent.items():
+        assert replace(presets[name], **settings) == presets[name]
+        assert set(settings) == set(vars(presets[name])) - {"strength"}
 
 
 def test_no_more_is_remembered_than_a_number_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

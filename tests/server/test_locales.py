@@ -46,14 +46,34 @@ def test_there_are_no_other_languages() -> None:
     assert sorted(path.stem for path in texts.TRANSLATIONS.iterdir()) == sorted(texts.LANGUAGES)
 
 
-def test_comfyui_serves_them(server: ComfyServer) -> None:
+def get(server: ComfyServer, path: str) -> bytes:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-    connection.request("GET", "/i18n")
-    served = json.loads(connection.getresponse().read())
-    connection.close()
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        assert answer.status == 200, path
+        return answer.read()
+    finally:
+        connection.close()
+
+
+def test_comfyui_serves_them(server: ComfyServer) -> None:
+    served = json.loads(get(server, "/i18n"))
     for language in ("en", *texts.LANGUAGES):
         for node, definition in read(language).items():
             assert served[language]["nodeDefs"][node] == definition
+
+
+def test_pictures_of_help_pages_are_served(server: ComfyServer) -> None:
+    """The front end looks for them where it found the page."""
+    shown = [
+        name
+        for page in texts.HELP.glob("*.md")
+        for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    ]
+    assert sorted(shown) == sorted(path.name for path in texts.HELP.glob("*.png"))
+    for name in shown:
+        assert get(server, f"/extensions/gag/docs/{name}") == (texts.HELP / name).read_bytes()
 
 
 @every_language
@@ -70,7 +90,7 @@ def test_a_language_is_whole(language: str) -> None:
 def test_a_translation_keeps_what_is_no_matter_of_language(language: str, object_info: Json) -> None:
     english, other = read("en"), read(language)
     titles = sorted(((english[node]["display_name"], other[node]["display_name"]) for node in english), key=_length)
-    options = {
+    options: dict[tuple[str, ...], list[str]] = {
         (node, "inputs", name, "tooltip"): settings["options"]
         for node, info in texts.nodes_of_pack(object_info).items()
         for name, kind, settings in texts.inputs_of(info)
