@@ -60,6 +60,7 @@ SCRIPTS = {
     "texts": DEV / "texts.py",
     "serve": DEV / "serve.py",
 }
+_MOST_PROCESSES = 4
 CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
 
 
@@ -213,7 +214,7 @@ def prepare_host() -> None:
 def run_tests(python: Path, options: list[str]) -> int:
     """Run every check, even after one failed, then pytest, then compare docs/ with what a full run said."""
     if missing := missing_modules(python, *tools_for_tests(python)):
-        names = " ".join(missing)
+        names = " ".join({"xdist": "pytest-xdist"}.get(module, module) for module in missing)
         raise HostError(f"The tests need {names} beside your ComfyUI: run `{python} -m pip install {names}`.")
     install_pack(CACHE / "typing")  # for mypy, which needs a package's folder to have the package's name
     commands = [["-m", *check] for check in CHECKS]
@@ -221,7 +222,11 @@ def run_tests(python: Path, options: list[str]) -> int:
         commands.append(["-m", "pytest", *options])
     else:
         TEST_RESULTS.unlink(missing_ok=True)
-        commands.append(["-m", "pytest", f"--junit-xml={TEST_RESULTS}"])
+        # Several threads in each of several processes would wait for each other.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # A file stays in one process, whose server or models its tests share; each process takes some 2 GB.
+        processes = str(min(_MOST_PROCESSES, os.cpu_count() or 1))
+        commands.append(["-m", "pytest", "-n", processes, "--dist", "loadfile", f"--junit-xml={TEST_RESULTS}"])
         commands.append([str(SCRIPTS["docs"]), "--check"])
     failed = []
     for command in commands:
@@ -235,7 +240,7 @@ def run_tests(python: Path, options: list[str]) -> int:
 
 def tools_for_tests(python: Path) -> list[str]:
     """What the tests need besides ComfyUI; the same as in dev/requirements.in."""
-    tools = ["pytest", "hypothesis", "ruff", "mypy", "entmax"]
+    tools = ["pytest", "xdist", "hypothesis", "ruff", "mypy", "entmax", "matplotlib", "kornia", "pathspec"]
     if sys.platform == "linux":
         tools.append("triton")
     if python_version(python) < (3, 14):  # there is no Ray for later ones yet

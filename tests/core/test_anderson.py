@@ -127,6 +127,18 @@ def test_what_cannot_be_solved_is_left_alone() -> None:
     )
 
 
+def test_a_solution_that_would_raise_the_residual_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As rounding may give one; here every other problem is solved wrongly."""
+    f, d = problem(3, 6)
+    right = anderson.coefficients(f, d, regularization=0.01)
+    solve = anderson._solved
+    wrong = torch.tensor([1.0, -1.0, 1.0, 30.0, 1.0, math.nan], dtype=torch.float64).unsqueeze(-1)
+    monkeypatch.setattr(anderson, "_solved", lambda *arguments: wrong * solve(*arguments))
+    found = anderson.coefficients(f, d, regularization=0.01)
+    assert torch.equal(found[::2], right[::2]) and (right[::2] != 0).all()
+    assert torch.equal(found[1::2], torch.zeros(3, 3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("m", [1, 3])
 @pytest.mark.parametrize("size", [1e-34, 1e-25, 1e-10, 1e10, 1e25, 1e34], ids="size={}".format)
 def test_coefficients_have_no_unit(m: int, size: float) -> None:
