@@ -97,13 +97,13 @@ class Extension:
     def wait_text(self, node: str, part: str, text: str) -> None:
         """Wait until a part of a panel, by its selector, has exactly this text."""
         script = "([type, part, text]) => gagPanel(type).querySelector(part)?.textContent === text"
-        self.page.wait(script, [node, part, text], timeout_ms=20_000)
+        self.page.wait(script, [node, part, text])
 
     def wait_blocks(self, pressed: str) -> None:
         """Wait until the picker shows these blocks as guided, by the names of their parts, ``down0,up1``."""
         script = """pressed => [...gagPanel("GAGuidanceAdvanced").querySelectorAll(".gag-block[aria-pressed=true]")]
             .map(b => b.parentElement.firstChild.textContent + b.textContent).join() === pressed"""
-        self.page.wait(script, pressed, timeout_ms=20_000)
+        self.page.wait(script, pressed)
 
 
 @pytest.fixture(scope="module", params=["classic", "vue"])
