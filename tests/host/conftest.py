@@ -10,7 +10,7 @@ import pytest
 import host_process as host
 
 
-@pytest.fixture(autouse=True, scope="session")
-def host_in_the_results(record_testsuite_property: Any) -> None:
-    """The report says which ComfyUI was tested, for dev/pages.py."""
-    record_testsuite_property("host", host.VERSION)
+@pytest.fixture(autouse=True)
+def host_in_the_results(record_property: Any) -> None:
+    """The report says which ComfyUI was tested, for dev/pages.py; by test, because that travels between processes."""
+    record_property("host", host.VERSION)

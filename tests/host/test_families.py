@@ -33,13 +33,14 @@ UNETS: dict[str, dict[str, Any]] = {
 _SD15 = {**host.CONFIGS["sd15"][1], "model_channels": 64}
 
 
-@pytest.fixture(autouse=True, scope="session")
-def families_in_the_results(record_testsuite_property: Any) -> None:
-    """The report says which family a model belongs to, for dev/pages.py."""
-    for name in UNETS:
-        record_testsuite_property(f"family of {name}", "unet")
-    for name, tiny in TRANSFORMERS.items():
-        record_testsuite_property(f"family of {name}", tiny.family)
+@pytest.fixture(autouse=True)
+def family_in_the_results(request: pytest.FixtureRequest, record_property: Any) -> None:
+    """The report says which family the test's model belongs to, for dev/pages.py."""
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    if name in UNETS:
+        record_property(f"family of {name}", "unet")
+    elif name in TRANSFORMERS:
+        record_property(f"family of {name}", TRANSFORMERS[name].family)
 
 
 def guided(model: Any, **settings: Any) -> Any:
