@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -25,6 +26,7 @@ from comfy_host import (  # noqa: E402
     CACHED_HOST,
     TEST_RESULTS,
     VENV,
+    VENV_REGISTRY,
     HostError,
     install_pack,
     missing_modules,
@@ -60,6 +62,7 @@ SCRIPTS = {
     "texts": DEV / "texts.py",
     "serve": DEV / "serve.py",
 }
+REGISTRY_LOCK = DEV / "requirements-registry.lock"
 _MOST_PROCESSES = 4
 CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
 
@@ -72,6 +75,8 @@ def main(args: list[str]) -> int:
         return 0 if command in ("-h", "--help") else 2
     try:
         python = prepare()
+        if command in ("test", "setup"):
+            make_venv(VENV_REGISTRY, [REGISTRY_LOCK], "this downloads 20 MB", fill_registry_venv)
         if command == "test":
             return run_tests(python, options)
         return run(python, SCRIPTS[command], *options) if command in SCRIPTS else 0
@@ -98,18 +103,32 @@ def prepare() -> Path:
 
 
 def prepare_venv() -> None:
-    """Make .cache/venv what the lock files say. Downloads are kept, so that an interrupted run goes on where it was."""
-    recipe = [DEV / "gag_torchvision_ops.py", *sorted(DEV.glob("requirements*.lock"))]
+    """Make .cache/venv what the lock files say."""
+    recipe = [DEV / "gag_torchvision_ops.py", *sorted({*DEV.glob("requirements*.lock")} - {REGISTRY_LOCK})]
+    make_venv(VENV, recipe, "this downloads from 0.5 to 4 GB, depending on the build of torch", fill_venv)
+
+
+def make_venv(venv: Path, recipe: list[Path], size: str, fill: Callable[[], None]) -> None:
+    """Make a virtual environment and fill it, unless that was done and its recipe is still the same.
+
+    Downloads are kept, so that an interrupted run goes on where it was.
+    """
     want = hashlib.sha256(b"".join(path.read_bytes() for path in recipe)).hexdigest()
-    stamp = VENV / "gag-ready"
-    if python_in(VENV).exists() and stamp.exists() and stamp.read_text() == want:
+    stamp = venv / "gag-ready"
+    if python_in(venv).exists() and stamp.exists() and stamp.read_text() == want:
         return
     if not (3, 10) <= sys.version_info < (3, 15):
         raise HostError(f"Python 3.10 to 3.14 is needed; this is {sys.version.split()[0]}.")
-    say(f"preparing {VENV} (the first time this downloads from 0.5 to 4 GB, depending on the build of torch)")
+    say(f"preparing {venv} (the first time {size})")
     stamp.unlink(missing_ok=True)
-    if not pip_works() and run(sys.executable, "-m", "venv", "--clear", VENV):
+    if not pip_works(venv) and run(sys.executable, "-m", "venv", "--clear", venv):
         raise HostError("No virtual environment could be made; on Debian and Ubuntu, install python3-venv.")
+    fill()
+    stamp.write_text(want)
+
+
+def fill_venv() -> None:
+    """Install what ComfyUI and the tests need."""
     # Where pip is set up to find the CPU build it is asked for by name: given the choice, pip prefers a build whose
     # hash it can read in an index over one in a folder of wheels. Elsewhere this fails at once, which is fine.
     torch_lock = DEV / "requirements-torch-cpu.lock"
@@ -120,24 +139,28 @@ def prepare_venv() -> None:
         install(DEV / "requirements-cuda.lock")
     install(DEV / "requirements.lock")
     mend_torchvision()
-    stamp.write_text(want)
 
 
-def pip_works() -> bool:
-    """Whether .cache/venv is there and whole enough to go on with."""
-    return python_in(VENV).exists() and ask_python("import pip").returncode == 0
+def fill_registry_venv() -> None:
+    """Install the command lines."""
+    install(REGISTRY_LOCK, VENV_REGISTRY)
 
 
-def install(lock: Path) -> None:
+def pip_works(venv: Path) -> bool:
+    """Whether a virtual environment is there and whole enough to go on with."""
+    return python_in(venv).exists() and ask_python("import pip", venv).returncode == 0
+
+
+def install(lock: Path, venv: Path = VENV) -> None:
     """Download what a lock file names, then install it."""
-    if not download(lock):
+    if not download(lock, venv):
         raise HostError("pip could not download the packages (see above); run the same command again to go on.")
     say(f"installing {lock.name}")
-    if pip("install", "-qq", "--no-index", "--find-links", wheels_of(lock), "-r", lock):
+    if pip("install", "-qq", "--no-index", "--find-links", wheels_of(lock), "-r", lock, venv=venv):
         raise HostError("pip could not install the packages (see above).")
 
 
-def download(lock: Path, quiet: bool = False) -> bool:
+def download(lock: Path, venv: Path = VENV, quiet: bool = False) -> bool:
     """Download what a lock file names into .cache/wheels. Returns whether that worked.
 
     Done a few packages at a time: pip keeps what it downloaded only once it has everything that it was asked for.
@@ -146,12 +169,12 @@ def download(lock: Path, quiet: bool = False) -> bool:
     wheels = wheels_of(lock)
     wheels.mkdir(parents=True, exist_ok=True)
     # pip's own progress is worth its many lines only for the few large files.
-    options = ["-qq"] if lock.name == "requirements.lock" else []
+    options = ["-qq"] if lock.name in ("requirements.lock", REGISTRY_LOCK.name) else []
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="downloading-") as temporary:
         part = Path(temporary, "requirements.txt")
         for first in range(0, len(pinned), 4):
             part.write_text("".join(pinned[first : first + 4]), encoding="utf-8")
-            if pip("download", *options, "--no-cache-dir", "-d", wheels, "-r", part, quiet=quiet):
+            if pip("download", *options, "--no-cache-dir", "-d", wheels, "-r", part, venv=venv, quiet=quiet):
                 return False
             if not quiet:
                 say(f"downloaded {min(first + 4, len(pinned))} of the {len(pinned)} packages in {lock.name}")
@@ -163,10 +186,10 @@ def wheels_of(lock: Path) -> Path:
     return CACHE / "wheels" / lock.stem
 
 
-def pip(command: str, *options: str | Path, quiet: bool = False) -> int:
-    """Run the venv's pip on pinned, hash-checked files."""
+def pip(command: str, *options: str | Path, venv: Path = VENV, quiet: bool = False) -> int:
+    """Run a venv's pip on pinned, hash-checked files."""
     common = ["--no-deps", "--require-hashes", "--disable-pip-version-check"]
-    return run(python_in(VENV), "-m", "pip", command, *common, *options, quiet=quiet)
+    return run(python_in(venv), "-m", "pip", command, *common, *options, quiet=quiet)
 
 
 def torch_wants_cuda() -> bool:
@@ -175,9 +198,9 @@ def torch_wants_cuda() -> bool:
     return sys.platform == "linux" and "nvidia-" in answer.stdout
 
 
-def ask_python(code: str) -> subprocess.CompletedProcess[str]:
-    """What the venv's Python prints when it runs this code."""
-    return subprocess.run([str(python_in(VENV)), "-c", code], capture_output=True, text=True)
+def ask_python(code: str, venv: Path = VENV) -> subprocess.CompletedProcess[str]:
+    """What a venv's Python prints when it runs this code."""
+    return subprocess.run([str(python_in(venv)), "-c", code], capture_output=True, text=True)
 
 
 def mend_torchvision() -> None:

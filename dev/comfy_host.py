@@ -19,6 +19,8 @@ CACHE = ROOT / ".cache"
 PINNED = "0.3.75"
 CACHED_HOST = CACHE / f"comfyui-{PINNED}"
 VENV = CACHE / "venv"
+# The command lines of the Comfy Registry and of ComfyUI-Manager, apart: they need other packages than ComfyUI.
+VENV_REGISTRY = CACHE / "venv-registry"
 # What pytest said in the last full run.
 TEST_RESULTS = CACHE / "tests.xml"
 

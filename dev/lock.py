@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Rewrite the lock files from requirements.in: ``python dev/lock.py [path of uv]`` (needs uv; users never run this)."""
+"""Rewrite the lock files from the .in files: ``python dev/lock.py [path of uv]`` (needs uv; users never run this)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ ABOUT = {
     "requirements-torch.lock": "torch alone; dev.py prefers requirements-torch-cpu.lock where it can be had.",
     "requirements-cuda.lock": "The CUDA libraries; installed only beside a torch build that asks for them.",
 }
+REGISTRY = ["requirements-registry.in", "--excludes=requirements-registry.excludes"]
 
 
 def lock_file_of(requirement: str) -> str:
@@ -34,19 +35,31 @@ def lock_file_of(requirement: str) -> str:
 
 
 def main() -> int:
-    """Resolve once, so that the three files fit together, then deal the requirements out."""
+    """Resolve what runs together at once, so that the files fit together, then deal the requirements out."""
     uv = sys.argv[1] if len(sys.argv) > 1 else "uv"
-    command = [uv, "pip", "compile", *OPTIONS, "requirements.in"]
+    pinned = resolve(uv, "requirements.in")
+    for name, about in ABOUT.items():
+        write(name, about, [part for part in pinned if lock_file_of(part) == name], "requirements.in, split")
+    about = "The command lines of the Comfy Registry and ComfyUI-Manager."
+    write("requirements-registry.lock", about, resolve(uv, *REGISTRY), " ".join(REGISTRY))
+    return 0
+
+
+def resolve(uv: str, *sources: str) -> list[str]:
+    """All that the sources need, pinned."""
+    command = [uv, "pip", "compile", *OPTIONS, *sources]
     text = subprocess.run(command, cwd=DEV, check=True, stdout=subprocess.PIPE, text=True).stdout
     # A requirement is one line and its indented hash lines; options such as index addresses are not taken over.
     pinned = re.findall(r"^[a-zA-Z0-9][^\n]*==[^\n]*\n(?:[ ]+--hash=[^\n]*\n?)*", text, flags=re.MULTILINE)
-    for name, about in ABOUT.items():
-        parts = [part.rstrip("\n") for part in pinned if lock_file_of(part) == name]
-        header = f"# {about} Install with --no-deps --require-hashes.\n"
-        header += f"# Written by `python dev/lock.py`: uv pip compile {' '.join(OPTIONS)} requirements.in, split.\n"
-        (DEV / name).write_text(header + "\n".join(parts) + "\n", encoding="utf-8", newline="\n")
-        print(f"{name}: {len(parts)} requirements")
-    return 0
+    return [part.rstrip("\n") for part in pinned]
+
+
+def write(name: str, about: str, parts: list[str], sources: str) -> None:
+    """Write a lock file."""
+    header = f"# {about} Install with --no-deps --require-hashes.\n"
+    header += f"# Written by `python dev/lock.py`: uv pip compile {' '.join(OPTIONS)} {sources}.\n"
+    (DEV / name).write_text(header + "\n".join(parts) + "\n", encoding="utf-8", newline="\n")
+    print(f"{name}: {len(parts)} requirements")
 
 
 if __name__ == "__main__":

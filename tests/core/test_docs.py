@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -63,12 +64,11 @@ def test_templates_that_a_page_names_exist(page: Path) -> None:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")], ids=lambda page: page.name
 )
-def test_examples_of_a_page_run(page: Path) -> None:
+def test_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
     q, k, v = (torch.randn(1, 2, tokens, 8) for tokens in (5, 7, 7))
     for example in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-        names: dict[str, object] = {"q": q, "k": k, "v": v}
-        exec(example, names)
-        out = names["out"]
+        (tmp_path / "example.py").write_text(example, encoding="utf-8")
+        out = runpy.run_path(str(tmp_path / "example.py"), init_globals={"q": q, "k": k, "v": v})["out"]
         assert isinstance(out, torch.Tensor) and out.shape == (1, 2, 5, 8) and bool(out.isfinite().all())
 
 

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""ComfyUI-Manager's ``cm-cli`` in ComfyUI's Python: ``python manager.py PACKAGES BASE REGISTRY OPTION...``.
+
+Manager itself knows one registry and installs into the ComfyUI that it finds. Here it gets the address of another
+registry and another base directory, and its own packages from a folder, where ComfyUI's Python lacks them.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+
+def main() -> None:
+    """Say where, then run it."""
+    packages, base, registry, *options = sys.argv[1:]
+    sys.argv[1:] = options
+    sys.path[0] = os.environ["COMFYUI_PATH"]
+    sys.path.append(packages)
+    from comfy.cli_args import args
+
+    args.base_directory = base
+    from comfyui_manager.common import cnr_utils
+
+    cnr_utils.base_url = registry
+    runpy.run_module("cm_cli", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
