@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """ComfyUI's front end in a real, headless Chromium: for ``tests/browser`` and ``dev/thumbnails.py``.
 
+``python dev/browser.py`` makes the help pages' pictures of what the pack adds to its nodes.
+
 Not part of the locked environment, because a browser cannot be locked: ``pip install playwright`` beside what
 ``dev.py setup`` brings, and a Chromium or Chrome on this machine.
 """
@@ -8,14 +10,20 @@ Not part of the locked environment, because a browser cannot be locked: ``pip in
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
+from comfy_host import ROOT
 from comfy_server import ComfyServer, Json
 
 if TYPE_CHECKING:
@@ -33,6 +41,40 @@ OPTIONS = (
 )
 LOADED = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types.GAGuidance)"
 LOAD_TIMEOUT_MS = 180_000
+HELP = ROOT / "web" / "docs"
+# Of the demo's workflow: its guidance node with the chart unfolded, or an advanced one in its place with the picker.
+UNFOLD = """async advanced => {
+    const { graph, canvas } = window.app;
+    const find = type => graph.nodes.find(node => node.type === type);
+    let node = find("GAGuidance");
+    if (advanced) {
+        const other = window.LiteGraph.createNode("GAGuidanceAdvanced");
+        graph.add(other);
+        find("GAGDemoLoader").connect(0, other, 0);
+        other.connect(0, find("KSampler"), 0);
+        graph.remove(node);
+        node = other;
+    }
+    const { element } = node.widgets.find(widget => widget.name === "gag_panel");
+    [...element.querySelectorAll("button")].at(-1).click();
+    for (const group of [...graph.groups]) graph.remove(group);
+    for (const other of graph.nodes) if (other !== node) other.pos = [other.pos[0] + 5000, other.pos[1]];
+    node.pos = [100, 100];
+    canvas.deselectAll();
+    canvas.render_canvas_border = canvas.show_info = false;
+    window.gagApi = window.comfyAPI.api.api;
+    const done = new Promise(resolve => window.gagApi.addEventListener("execution_success", resolve));
+    await window.app.queuePrompt(0);
+    await done;
+    await new Promise(resolve => setTimeout(resolve, 2000));
+    canvas.ds.scale = 1.5;
+    canvas.ds.offset = [0, 0];
+    canvas.setDirty(true, true);
+    await new Promise(resolve => setTimeout(resolve, 2000));
+    const title = window.LiteGraph.NODE_TITLE_HEIGHT, box = canvas.canvas.getBoundingClientRect();
+    const [width, height] = node.size.map(length => 1.5 * length);
+    return { x: box.x + 140, y: box.y + 140 - 1.5 * title, width: width + 20, height: height + 1.5 * title + 20 };
+}"""
 
 
 def what_is_missing() -> str | None:
@@ -99,8 +141,6 @@ def front_end(server: ComfyServer, width: int = 1320, height: int = 880) -> Iter
     """Open the front end of a running server in a browser of its own, which talks to nobody else."""
     from playwright.sync_api import sync_playwright
 
-    # First steps and warnings that would lie over the page.
-    server.settings({"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), headless=True, args=list(OPTIONS))
         yield from _opened(browser, server, {"width": width, "height": height})
@@ -108,6 +148,8 @@ def front_end(server: ComfyServer, width: int = 1320, height: int = 880) -> Iter
 
 
 def _opened(browser: Browser, server: ComfyServer, size: Any, without: str | None = None) -> Iterator[FrontEnd]:
+    # First steps and warnings that would lie over the page.
+    server.settings({"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False})
     page = browser.new_page(viewport=size)
     page.route("**/*", _only_from(server.url, without))
     opened = FrontEnd(page)
@@ -125,3 +167,26 @@ def _only_from(url: str, without: str | None) -> Callable[[Route], None]:
             route.abort()
 
     return let_through
+
+
+def main() -> int:
+    """Make the pictures."""
+    from thumbnails import ONLY_THE_GRAPH  # which imports this file
+
+    if missing := what_is_missing():
+        print(f"browser: {missing}")
+        return 1
+    demo = json.loads((ROOT / "workflows" / "gag_demo.json").read_text(encoding="utf-8"))
+    with ComfyServer(cpu=True) as server, front_end(server, 1000, 1400) as opened:
+        opened.page.add_style_tag(content=ONLY_THE_GRAPH)
+        for name, advanced in (("GAGuidance-panel", False), ("GAGuidanceAdvanced-panel", True)):
+            opened.load(demo)
+            shot = opened.page.screenshot(clip=opened.evaluate(UNFOLD, advanced))
+            picture = Image.open(io.BytesIO(shot)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+            picture.save(HELP / f"{name}.png", optimize=True)
+            print(f"browser: wrote web/docs/{name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,9 +2,11 @@
 """``python dev.py texts``: writes what users read of the nodes, from the one place where it is written: their schemas.
 
 Of it come ``locales/<language>/nodeDefs.json``, which the front end shows instead, and the lists of inputs and outputs
-in the help pages. ``dev/translations/<language>.json`` has a translation for each English text, so that whoever changes
-a text is told which translations are to follow. Widgets keep their names in every language, because messages, GAG Sweep
-and other people's advice call them so; what only has a socket is called as ComfyUI's own translations do.
+in the help pages. What ``web/`` adds to the nodes is written in ``web/texts.js``; of it comes
+``locales/<language>/main.json``. ``dev/translations/<language>.json`` has a translation for each English text, so that
+whoever changes a text is told which translations are to follow. Widgets keep their names in every language, because
+messages, GAG Sweep and other people's advice call them so; what only has a socket is called as ComfyUI's own
+translations do.
 """
 
 from __future__ import annotations
@@ -25,9 +27,12 @@ from comfy_server import ComfyServer, Json
 LOCALES = ROOT / "locales"
 TRANSLATIONS = ROOT / "dev" / "translations"
 HELP = ROOT / "web" / "docs"
+PANEL = ROOT / "web" / "texts.js"
 LANGUAGES = ("de", "fr", "ja", "ko", "zh")
 # The front end's translations have a syntax of their own, of which these are a part.
 SPECIAL = re.compile(r"[{}@|]")
+# Where a value comes into a text of PANEL.
+PLACE = re.compile(r"\{\w+\}")
 _WIDTH = 118
 _WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
@@ -59,6 +64,12 @@ def english(object_info: Json, folder: str = "gag") -> Json:
     }
 
 
+def panel_texts() -> dict[str, str]:
+    """What ``web/texts.js`` says, by name."""
+    lines = re.findall(r'(?m)^  (\w+): ("(?:[^"\\]|\\.)*"),$', PANEL.read_text(encoding="utf-8"))
+    return {name: json.loads(text) for name, text in lines}
+
+
 def nodes_of_pack(object_info: Json, folder: str = "gag") -> Json:
     """What the server says of the pack's nodes, by their ids."""
     return {node: object_info[node] for node in schemas.of_pack(object_info, folder)}
@@ -86,7 +97,7 @@ def _named(name: str, tooltip: str | None) -> Json:
 
 
 def texts_of(definitions: Json) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every text of ``nodeDefs`` with the keys that lead to it."""
+    """Every text, each with the keys that lead to it."""
     for key, value in definitions.items():
         if isinstance(value, str):
             yield (key,), value
@@ -106,6 +117,9 @@ def translated(definitions: Json, language: str) -> Json:
         if wrong:
             listed = "\n  ".join(sorted(wrong))
             raise TextError(f"dev/translations/{language}.json {what} translation of:\n  {listed}")
+    for text in sorted(used):
+        if sorted(PLACE.findall(text)) != sorted(PLACE.findall(phrases[text])):
+            raise TextError(f"dev/translations/{language}.json must have the same words in {{ }} as:\n  {text}")
 
     def replaced(value: Json) -> Json:
         return {key: phrases[item] if isinstance(item, str) else replaced(item) for key, item in value.items()}
@@ -129,10 +143,12 @@ def files(object_info: Json, folder: str = "gag") -> dict[Path, str]:
     for keys, text in texts_of(definitions):
         if not text or SPECIAL.search(text):
             raise TextError(f"{'.'.join(keys)} must be a text without {{ }} @ and |, got {text!r}.")
-    wanted = {"en": definitions, **{language: translated(definitions, language) for language in LANGUAGES}}
+    texts = {"nodeDefs": definitions, "main": {"gag": panel_texts()}}
+    wanted = {"en": texts, **{language: translated(texts, language) for language in LANGUAGES}}
     found = {
-        LOCALES / language / "nodeDefs.json": json.dumps(nodes, indent=2, ensure_ascii=False) + "\n"
-        for language, nodes in wanted.items()
+        LOCALES / language / f"{name}.json": json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        for language, files_of_it in wanted.items()
+        for name, content in files_of_it.items()
     }
     for node, info in nodes_of_pack(object_info, folder).items():
         page = HELP / f"{node}.md"

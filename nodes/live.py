@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from itertools import count
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,9 +37,20 @@ _SECONDS_BETWEEN_MESSAGES = 0.25
 _MOST_REMEMBERED = 256
 _MOST_CHARTS = 1000
 
-# By browser tab: its connection, and the nodes whose charts are open in it. A tab that is closed or loaded anew has
-# another connection or none, so that what it said before does not count any more.
-_listeners: dict[str, tuple[Any, frozenset[str]]] = {}
+
+class _Listener(NamedTuple):
+    """What a browser tab said: which charts are open in it, and of which workflow.
+
+    A tab that is closed or loaded anew has another connection or none, so that this does not count any more.
+    """
+
+    connection: Any
+    workflow: str
+    nodes: frozenset[str]
+
+
+# By browser tab.
+_listeners: dict[str, _Listener] = {}
 # By workflow and node: the blocks of the model that last came in.
 _blocks: dict[tuple[str, str], Json] = {}
 _runs = count(1)
@@ -64,41 +76,45 @@ async def _get_presets(_: web.Request) -> web.Response:
 async def _get_blocks(request: web.Request) -> web.Response:
     """What :func:`tell_blocks` told of the nodes of one workflow, by node."""
     wanted = request.query.get("workflow", "")
-    return web.json_response({node: known for (workflow, node), known in _blocks.items() if workflow == wanted})
+    return web.json_response({node: known for (workflow, node), known in list(_blocks.items()) if workflow == wanted})
 
 
 async def _post_listen(request: web.Request) -> web.Response:
-    """A tab says which charts are open in it: ``{"client": id of its connection, "nodes": [node ids]}``."""
+    """A tab says which charts are open in it: ``{"client": its connection's id, "workflow": id, "nodes": [ids]}``."""
     try:
         body = await request.json()
-        client, nodes = body["client"], body["nodes"]
+        client, workflow, nodes = body["client"], body["workflow"], body["nodes"]
     except (ValueError, TypeError, KeyError):
-        client, nodes = None, None
-    if not isinstance(client, str) or not isinstance(nodes, list) or not all(isinstance(n, str) for n in nodes):
-        return web.Response(status=400, text='GAG: expected {"client": text, "nodes": [text, ...]}.')
+        client, workflow, nodes = None, None, None
+    if not isinstance(nodes, list) or not all(isinstance(text, str) for text in (client, workflow, *nodes)):
+        expected = '{"client": text, "workflow": text, "nodes": [text, ...]}'
+        return web.Response(status=400, text=f"GAG: expected {expected}.")
     if len(nodes) > _MOST_CHARTS:
         return web.Response(status=400, text=f"GAG: at most {_MOST_CHARTS} charts can be open, got {len(nodes)}.")
     sockets = getattr(_server(), "sockets", {})
-    for known, (connection, _) in list(_listeners.items()):
-        if sockets.get(known) is not connection:
+    for known, listener in list(_listeners.items()):
+        if sockets.get(known) is not listener.connection:
             del _listeners[known]
     if client not in sockets:
         return web.Response(status=409, text="GAG: this tab has no connection to the server.")
     if nodes:
-        _listeners[client] = (sockets[client], frozenset(nodes))
+        _listeners[client] = _Listener(sockets[client], workflow, frozenset(nodes))
     else:
         _listeners.pop(client, None)
     return web.Response(status=204)
 
 
 def listening(node_id: str | None) -> bool:
-    """Whether the chart of a node is open in the tab that queued the run."""
+    """Whether the chart of a node of the running workflow is open in the tab that queued the run."""
     if not _listeners:
         return False
     server = _server()
     client = getattr(server, "client_id", None)
-    connection, nodes = _listeners.get(client, (None, frozenset())) if client else (None, frozenset())
-    return node_id in nodes and getattr(server, "sockets", {}).get(client) is connection
+    listener = _listeners.get(client) if client else None
+    if listener is None or node_id not in listener.nodes:
+        return False
+    # What is queued without its workflow counts for the one that the tab shows.
+    return server.sockets.get(client) is listener.connection and _workflow() in (None, listener.workflow)
 
 
 def tell_blocks(node_id: str | None, blocks: Blocks, default: frozenset[Layer]) -> None:
@@ -107,7 +123,10 @@ def tell_blocks(node_id: str | None, blocks: Blocks, default: frozenset[Layer]) 
         return
     parts = {name: [len(block) for block in part] for name, part in blocks.items() if part}
     chosen = {name: [[layer in default for layer in block] for block in part] for name, part in blocks.items() if part}
-    known = {"parts": parts, "default": chosen}
+    _remember_blocks(node_id, {"parts": parts, "default": chosen})
+
+
+def _remember_blocks(node_id: str, known: Json) -> None:
     key = (_workflow() or "", node_id)
     _blocks.pop(key, None)
     _blocks[key] = known
@@ -118,8 +137,16 @@ def tell_blocks(node_id: str | None, blocks: Blocks, default: frozenset[Layer]) 
 
 def tell_report(node_id: str | None, guided: int, of: int, why: str, text: str) -> None:
     """What became of a node in a run: how many of all text attentions were guided, and if none, why in a few words."""
-    if node_id is not None:
-        _send(REPORT, {"node": node_id, "guided": guided, "of": of, "why": why, "text": text})
+    if node_id is None:
+        return
+    _send(REPORT, {"node": node_id, "guided": guided, "of": of, "why": why, "text": text})
+    if (_workflow() or "", node_id) in _blocks:
+        return
+    # The host took over what the node made in another workflow, so that nobody told of the blocks in this one.
+    elsewhere = (known for (_, node), known in reversed(_blocks.items()) if node == node_id)
+    known = next(elsewhere, None)
+    if known is not None and sum(map(sum, known["parts"].values())) == of:
+        _remember_blocks(node_id, known)
 
 
 class GuidedRecording(CallRecording):
@@ -211,16 +238,16 @@ class Chart:
 
     def _send(self, steps: int) -> None:
         news, self.news = self.news, {}
-        points = {
-            node: [
-                [step, *(self.sums[node][step][0] / self.sums[node][step][1])[_COLUMNS].tolist()] for step in numbers
-            ]
-            for node, numbers in ((node, sorted(numbers)) for node, numbers in news.items())
-            if listening(node)
-        }
+        points = {node: self._points(node, numbers) for node, numbers in news.items() if listening(node)}
         if points:
             self.sent = time.monotonic()
             _send(CHART, {"run": self.run, "steps": steps, "points": points})
+
+    def _points(self, node: str, numbers: set[int]) -> list[list[float]]:
+        """Steps with their means. What a model that overflows leaves is left out: JSON has no word for it."""
+        sums = self.sums[node]
+        points = [[step, *(sums[step][0] / sums[step][1])[_COLUMNS].tolist()] for step in sorted(numbers)]
+        return [point for point in points if all(map(isfinite, point))]
 
 
 def _on_their_way(measured: list[Measured]) -> tuple[list[Measured], Any]:

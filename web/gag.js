@@ -12,16 +12,18 @@ import { Chart } from "./chart.js";
 import { element } from "./dom.js";
 import { Picker } from "./picker.js";
 import { PresetChooser } from "./presets.js";
+import { say, speak } from "./texts.js";
 
 const GUIDANCE = ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"];
 const WIDGET = "gag_panel";
 const REFRESH_MS = 250;
-const ROW = 22;
-const CHART = 92;
-const PICKER_ROW = 22;
+const ROW = 24;
+const MUTED = 2;
+const BYPASSED = 4;
+const MOST_REMEMBERED = 500;
 
 /**
- * What is remembered of a node; it outlives the node's object, which undo and changing between workflows make anew.
+ * What is remembered of a node. It outlives the node's object, which undo and changing between workflows make anew.
  * @typedef {{
  *   chartOpen?: boolean,
  *   pickerOpen?: boolean,
@@ -31,37 +33,57 @@ const PICKER_ROW = 22;
  * }} Memory
  */
 
-/** @type {Map<string, Memory>} by graph and node */
+/** @type {Map<string, Memory>} by workflow and the id that the server knows the node by */
 const memories = new Map();
-/** @type {Set<Panel>} */
-const panels = new Set();
-/** @type {Promise<import("./presets.js").Presets> | undefined} */
+/** @type {WeakMap<object, Panel>} by node */
+const panels = new WeakMap();
+/** @type {import("./presets.js").Presets | undefined} */
 let presets;
-/** The charts that the server was last told of. */
-let told = "[]";
+let askedForPresets = false;
+/** What the server was last told of open charts; empty if of none. */
+let told = "";
+let telling = false;
 
 const rootGraph = () => app.rootGraph ?? app.graph;
-const connected = () => api.socket?.readyState === WebSocket.OPEN;
+const connected = () => api.socket?.readyState === WebSocket.OPEN && Boolean(api.clientId);
 
-/** @param {any} node */
-function memoryOf(node) {
-  const key = `${node.graph.id} ${node.id}`;
+/**
+ * @param {string} workflow
+ * @param {string} id
+ */
+function memoryOf(workflow, id) {
+  const key = `${workflow} ${id}`;
   const memory = memories.get(key) ?? {};
+  // The one that was looked at last stands last.
+  memories.delete(key);
   memories.set(key, memory);
+  if (memories.size > MOST_REMEMBERED) memories.delete(/** @type {string} */ (memories.keys().next().value));
   return memory;
 }
 
 /**
- * Every node with the id that the server knows it by, which begins with those of the subgraphs that it is in.
- * @param {any} graph
- * @param {string} within
+ * Every node of the open workflow with the id that the server knows it by, which begins with those of the subgraphs
+ * that it is in. A subgraph that is used twice has nodes with two ids.
  * @returns {Generator<[string, any]>}
  */
-function* everyNode(graph, within = "") {
+function* everyNode(graph = rootGraph(), within = "") {
   for (const node of graph?.nodes ?? []) {
     yield [`${within}${node.id}`, node];
     if (node.subgraph) yield* everyNode(node.subgraph, `${within}${node.id}:`);
   }
+}
+
+/**
+ * The panels of the open workflow, each with all ids of its node.
+ * @returns {Map<Panel, string[]>}
+ */
+function openPanels() {
+  const open = new Map();
+  for (const [id, node] of everyNode()) {
+    const panel = panels.get(node);
+    if (panel) open.set(panel, [...(open.get(panel) ?? []), id]);
+  }
+  return open;
 }
 
 /** The panel of a node, at the foot of it. */
@@ -69,34 +91,29 @@ class Panel {
   /** @param {any} node */
   constructor(node) {
     this.node = node;
+    /** @type {Memory} */
+    this.memory = {};
     this.badge = element("span", { className: "gag-badge" });
     this.chart = new Chart();
-    this.picker = new Picker((text) => this.write("blocks", text));
+    this.picker = new Picker((blocks) => this.write({ blocks }));
     this.buttons = element("div", { className: "gag-row" }, this.badge);
-    this.element = element("div", { className: "gag-panel" }, this.buttons);
-    this.chartButton = this.button("chart", "Draw what guidance does, step by step, while a run goes on.", "chartOpen");
-    this.advanced = node.comfyClass === "GAGuidanceAdvanced";
-    if (this.advanced) {
-      this.pickerButton = this.button("blocks", "Pick the blocks to guide.", "pickerOpen");
+    this.content = element("div", {}, this.buttons);
+    this.element = element("div", { className: "gag-panel" }, this.content);
+    this.chartButton = this.button(say("chart"), say("chart_tip"), "chartOpen");
+    if (node.comfyClass === "GAGuidanceAdvanced") {
+      this.pickerButton = this.button(say("blocks"), say("blocks_tip"), "pickerOpen");
       this.presetRow = element("div", { className: "gag-row" });
-      this.element.append(this.presetRow);
+      this.content.append(this.presetRow);
     }
+    this.height = ROW * this.content.children.length;
+    const height = () => this.height;
     // Shown alone: in neither the workflow nor the prompt, and behind all widgets that are.
-    const options = { serialize: false, hideOnZoom: false, margin: 0, getMinHeight: () => this.height, getMaxHeight: () => this.height };
-    this.height = this.wantedHeight({});
-    this.widget = node.addDOMWidget(WIDGET, "gag", this.element, options);
-    this.widget.serialize = false;
-    const removed = node.onRemoved;
-    node.onRemoved = (/** @type {any[]} */ ...args) => {
-      panels.delete(this);
-      return removed?.apply(node, args);
+    const options = { serialize: false, hideOnZoom: false, margin: 0, getMinHeight: height, getMaxHeight: height };
+    node.addDOMWidget(WIDGET, "gag", this.element, options).serialize = false;
+    // Drawn by Vue, the node itself hands the wheel on.
+    this.element.onwheel = (event) => {
+      if (!vueNodes()) app.canvas.processMouseWheel(event);
     };
-    const added = node.onAdded;
-    node.onAdded = (/** @type {any[]} */ ...args) => {
-      panels.add(this);
-      return added?.apply(node, args);
-    };
-    panels.add(this);
   }
 
   /**
@@ -107,9 +124,10 @@ class Panel {
   button(text, title, key) {
     const button = element("button", { textContent: text, title });
     button.onclick = () => {
-      const memory = memoryOf(this.node);
-      memory[key] = !memory[key];
-      if (key === "pickerOpen" && memory[key] && !memory.model) void askForBlocks();
+      // Nothing is remembered yet of a node that was added just now.
+      refresh();
+      this.memory[key] = !this.memory[key];
+      if (this.memory.pickerOpen && !this.memory.model) void askForBlocks();
       refresh();
     };
     this.buttons.append(button);
@@ -121,76 +139,72 @@ class Panel {
     return this.node.widgets?.find((/** @type {any} */ widget) => widget.name === name);
   }
 
-  /**
-   * @param {string} name
-   * @param {unknown} value
-   */
-  write(name, value) {
-    const widget = this.field(name);
-    if (!widget || widget.value === value) return;
-    widget.value = value;
-    widget.callback?.(value, app.canvas, this.node);
+  /** @param {Record<string, unknown>} values of fields; one step for undo */
+  write(values) {
+    app.canvas.emitBeforeChange?.();
+    try {
+      for (const [name, value] of Object.entries(values)) {
+        const widget = this.field(name);
+        if (!widget || widget.value === value) continue;
+        widget.value = value;
+        widget.callback?.(value, app.canvas, this.node);
+      }
+    } finally {
+      app.canvas.emitAfterChange?.();
+    }
     this.node.graph?.setDirtyCanvas?.(true, true);
     refresh();
   }
 
-  /** @param {Memory} memory */
-  wantedHeight(memory) {
-    const rows = this.advanced ? 2 : 1;
-    return rows * ROW + (memory.chartOpen ? CHART : 0) + (memory.pickerOpen ? this.picker.rows * PICKER_ROW : 0);
-  }
-
   draw() {
-    if (!this.node.graph) return;
-    const memory = memoryOf(this.node);
-    this.drawBadge(memory.report);
-    show(this.chartButton, this.chart.element, Boolean(memory.chartOpen), this.element);
-    if (memory.chartOpen) this.chart.draw(memory.series);
-    if (this.pickerButton) {
-      show(this.pickerButton, this.picker.element, Boolean(memory.pickerOpen), this.element);
-      if (memory.pickerOpen) this.picker.draw(memory.model, String(this.field("blocks")?.value ?? ""));
+    const { chartOpen = false, pickerOpen = false } = this.memory;
+    // A node that undo or another workflow makes anew gets the page's elements of the one that had its id, if Vue draws
+    // it, and with them a panel that nobody draws any more.
+    if (vueNodes() && !this.element.isConnected && this.node.graph === app.canvas.graph) {
+      document.querySelector(`[data-node-id="${this.node.id}"] .gag-panel`)?.replaceWith(this.element);
     }
-    if (this.presetRow && !this.asked && connected()) {
-      this.asked = true;
-      void this.addPresets(this.presetRow);
+    this.drawBadge();
+    show(this.chartButton, this.chart.element, chartOpen, this.content);
+    if (chartOpen) this.chart.draw(this.memory.series);
+    if (this.pickerButton) {
+      show(this.pickerButton, this.picker.element, pickerOpen, this.content);
+      if (pickerOpen) this.picker.draw(this.memory.model, String(this.field("blocks")?.value ?? ""));
+    }
+    if (this.presetRow && presets && !this.chooser) {
+      this.chooser = new PresetChooser(presets, this.field.bind(this), this.write.bind(this));
+      this.presetRow.append(this.chooser.element);
     }
     this.chooser?.draw();
-    this.resize(memory);
+    this.resize();
   }
 
-  /** @param {Memory["report"]} report */
-  drawBadge(report) {
+  drawBadge() {
+    const { report } = this.memory;
+    const { mode } = this.node;
     let text = "";
-    if (report) text = report.guided ? `guiding ${report.guided} of ${report.of} layers` : `not guiding: ${report.why}`;
-    if (this.badge.textContent === text) return;
+    if (mode === BYPASSED) text = say("bypassed");
+    else if (mode === MUTED) text = say("muted");
+    else if (report) text = report.guided ? say("guiding", report) : say("nothing", report);
+    const title = mode === 0 && report ? `${text}\n${report.text}` : text;
+    if (this.badge.title === title) return;
     this.badge.textContent = text;
-    this.badge.title = report?.text ?? "";
-    this.badge.classList.toggle("gag-none", Boolean(report && !report.guided));
+    this.badge.title = title;
+    this.badge.classList.toggle("gag-none", mode === 0 && report?.guided === 0);
   }
 
-  /** @param {Element} row */
-  async addPresets(row) {
-    presets ??= ask("/gag/presets");
-    try {
-      const field = this.field.bind(this);
-      this.chooser = new PresetChooser(await presets, field, this.write.bind(this));
-      row.replaceChildren(this.chooser.element);
-    } catch {
-      // Files of another version of the pack than the server still runs: the node does without.
-    }
-  }
-
-  /** @param {Memory} memory */
-  resize(memory) {
-    const height = this.wantedHeight(memory);
-    if (height === this.height) return;
-    const shrunk = Math.max(0, this.height - height);
+  /** Keep the node as high as its panel needs; how high that is, the page knows once it shows the panel. */
+  resize() {
+    const height = this.content.offsetHeight;
+    if (!height || height === this.height) return;
+    const grown = height - this.height;
     this.height = height;
     const [width, now] = this.node.size;
-    this.node.setSize([width, Math.max(this.node.computeSize()[1], now - shrunk)]);
-    this.node.graph.setDirtyCanvas?.(true, true);
+    this.node.setSize([width, Math.max(this.node.computeSize()[1], now + Math.min(0, grown))]);
+    this.node.graph?.setDirtyCanvas?.(true, true);
   }
 }
+
+const vueNodes = () => Boolean(/** @type {any} */ (globalThis).LiteGraph?.vueNodesMode);
 
 /**
  * @param {Element} button
@@ -211,90 +225,129 @@ async function ask(route) {
   return answer.json();
 }
 
+async function askForPresets() {
+  try {
+    presets = await ask("/gag/presets");
+  } catch {
+    // Files of another version of the pack than the server still runs: the nodes do without.
+  }
+}
+
 /** What the server knows of the models that came into the nodes of this workflow, from before the page was loaded. */
 async function askForBlocks() {
+  const workflow = rootGraph().id;
   if (!connected()) return;
   try {
-    const known = await ask(`/gag/blocks?workflow=${encodeURIComponent(rootGraph().id)}`);
-    for (const [id, node] of everyNode(rootGraph())) {
-      if (id in known) memoryOf(node).model ??= known[id];
-    }
+    const known = await ask(`/gag/blocks?workflow=${encodeURIComponent(workflow)}`);
+    for (const [id, model] of Object.entries(known)) memoryOf(workflow, firstId(workflow, id)).model ??= model;
   } catch {
     // The next run tells.
   }
 }
 
-/** Tell the server which charts are open, if that changed, so that it measures for these and no others. */
-async function tell() {
-  const open = new Set([...panels].filter(({ node }) => node.graph && memoryOf(node).chartOpen).map(({ node }) => node));
-  if ((!open.size && told === "[]") || !connected()) return;
-  const nodes = [...everyNode(rootGraph())].filter(([, node]) => open.has(node)).map(([id]) => id);
-  const now = JSON.stringify(nodes);
+/**
+ * Tell the server which charts are open, if that changed, so that it measures for these and no others.
+ * @param {string[]} nodes
+ */
+async function tell(nodes) {
+  if (telling || !connected()) return;
+  const body = JSON.stringify({ client: api.clientId, workflow: rootGraph().id, nodes });
+  const now = nodes.length ? body : "";
   if (now === told) return;
+  telling = true;
   told = now;
   try {
-    const body = JSON.stringify({ client: api.clientId, nodes });
     const headers = { "Content-Type": "application/json" };
-    await api.fetchApi("/gag/listen", { method: "POST", headers, body });
+    const answer = await api.fetchApi("/gag/listen", { method: "POST", headers, body });
+    // The connection is so new that the server does not know it: told again.
+    if (answer.status === 409) told = "";
   } catch {
     // The server is gone; once it is back it is told anew.
+  } finally {
+    telling = false;
   }
 }
 
 function refresh() {
-  for (const panel of panels) panel.draw();
-  void tell();
+  const workflow = rootGraph()?.id;
+  if (!workflow) return;
+  const open = openPanels();
+  const charts = [];
+  for (const [panel, ids] of open) {
+    panel.memory = memoryOf(workflow, ids[0]);
+    panel.draw();
+    if (panel.memory.chartOpen) charts.push(...ids);
+  }
+  if (open.size && !askedForPresets && connected()) {
+    askedForPresets = true;
+    void askForPresets();
+  }
+  void tell(charts);
 }
 
 /**
- * Do something with the node of each message of a kind.
+ * The id under which a node is remembered: of a subgraph that is used twice the first one's.
+ * @param {string} workflow
+ * @param {string} id
+ */
+function firstId(workflow, id) {
+  if (workflow !== rootGraph().id) return id;
+  return [...openPanels().values()].find((ids) => ids.includes(id))?.[0] ?? id;
+}
+
+/**
+ * Do something with each message of a kind. What comes for a workflow that is not open is kept for when it is.
  * @param {string} kind
- * @param {(data: any, find: (id: string) => Memory | undefined) => void} act
+ * @param {(data: any, find: (id: string) => Memory) => void} act
  */
 function on(kind, act) {
   api.addEventListener(kind, (/** @type {CustomEvent} */ { detail }) => {
-    if (detail.workflow && detail.workflow !== rootGraph().id) return;
-    const nodes = new Map(everyNode(rootGraph()));
-    act(detail, (id) => nodes.has(id) ? memoryOf(nodes.get(id)) : undefined);
+    const workflow = detail.workflow ?? rootGraph().id;
+    act(detail, (id) => memoryOf(workflow, firstId(workflow, id)));
   });
 }
 
 on("gag.report", ({ node, guided, of, why, text }, find) => {
-  const memory = find(node);
-  if (memory) memory.report = { guided, of, why, text };
+  find(node).report = { guided, of, why, text };
 });
 
 on("gag.blocks", ({ node, parts, default: chosen }, find) => {
-  const memory = find(node);
-  if (memory) memory.model = { parts, default: chosen };
+  find(node).model = { parts, default: chosen };
 });
 
 on("gag.chart", ({ run, steps, points }, find) => {
   for (const [id, values] of Object.entries(points)) {
     const memory = find(id);
-    if (!memory) continue;
-    const known = memory.series;
-    const series = known && known.run === run ? known : { run, steps, points: new Map() };
-    for (const [step, ...numbers] of values) series.points.set(step, numbers);
-    memory.series = series;
+    const known = memory.series && memory.series.run === run ? memory.series.points : [];
+    const news = values.map((/** @type {number[]} */ [step, ...numbers]) => [step, numbers]);
+    memory.series = { run, steps, points: new Map([...known, ...news]) };
   }
 });
 
 // A new connection has told the server nothing yet.
 api.addEventListener("reconnected", () => {
-  told = "[]";
+  told = "";
+  askedForPresets = Boolean(presets);
 });
 
 app.registerExtension({
   name: "GAG",
-  setup() {
+  async setup() {
     document.head.append(
       element("link", { rel: "stylesheet", href: new URL("./gag.css", import.meta.url).href }),
     );
+    const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
+    if (language !== "en") {
+      try {
+        speak(await api.getCustomNodesI18n(), language);
+      } catch {
+        // English, then.
+      }
+    }
     setInterval(refresh, REFRESH_MS);
   },
   /** @param {any} node */
   nodeCreated(node) {
-    if (GUIDANCE.includes(node.comfyClass)) new Panel(node);
+    if (GUIDANCE.includes(node.comfyClass)) panels.set(node, new Panel(node));
   },
 });

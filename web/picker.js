@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 import { formatBlocks, parseBlocks } from "./blocks.js";
 import { element } from "./dom.js";
+import { say } from "./texts.js";
 
 /**
  * The blocks of a model, and which of them are guided where none are named.
  * @typedef {{parts: import("./blocks.js").Parts, default: import("./blocks.js").Chosen}} Model
  */
 
-/** @type {Record<string, string>} */
+/** @type {Record<string, import("./texts.js").Name>} */
 const TITLES = { d: "down", m: "middle", u: "up" };
 
 /** A grid of a model's blocks that shows what a text names and, clicked, writes it. */
@@ -16,7 +17,6 @@ export class Picker {
   constructor(write) {
     this.write = write;
     this.element = element("div", { className: "gag-picker" });
-    this.rows = 1;
     this.drawn = "";
   }
 
@@ -29,22 +29,21 @@ export class Picker {
     if (drawn === this.drawn) return;
     this.drawn = drawn;
     if (!model) {
-      this.rows = 1;
-      this.element.replaceChildren("Run once to see this model's blocks.");
+      this.element.replaceChildren(element("div", { className: "gag-note" }, say("unknown")));
       return;
     }
     const chosen = text.trim() ? parseBlocks(text, model.parts) : model.default;
     const shown = chosen ?? nothing(model);
     const rows = Object.entries(shown).map(([part, blocks]) => {
       const cells = blocks.map((block, number) => this.cell(model, shown, part, number, block));
-      return element("div", { className: "gag-part" }, element("span", {}, TITLES[part] ?? part), ...cells);
+      const title = part in TITLES ? say(TITLES[part]) : part;
+      return element("div", { className: "gag-part" }, element("span", {}, title), ...cells);
     });
-    const reset = element("button", { textContent: "default", title: "Guide the model's usual blocks: empties the text." });
+    const reset = element("button", { textContent: say("default"), title: say("default_tip") });
+    reset.setAttribute("aria-pressed", String(!text.trim()));
     reset.onclick = () => this.write("");
-    const note = chosen ? (text.trim() ? "" : "the default") : "The text does not name blocks of this model.";
-    rows.push(element("div", { className: "gag-part" }, reset, element("span", { className: "gag-note" }, note)));
-    // Cells wrap; twelve fit side by side at the node's usual width.
-    this.rows = Object.values(shown).reduce((sum, blocks) => sum + Math.ceil(blocks.length / 12), 1);
+    const note = element("span", { className: "gag-note" }, chosen ? "" : say("unnamed"));
+    rows.push(element("div", { className: "gag-part" }, reset, note));
     this.element.replaceChildren(...rows);
   }
 
@@ -59,9 +58,9 @@ export class Picker {
     const some = block.some(Boolean);
     const all = block.every(Boolean);
     const cell = element("button", {
-      className: `gag-block ${all ? "gag-on" : some ? "gag-some" : ""}`,
+      className: "gag-block",
       textContent: `${number}`,
-      title: `${part} ${number}: ${block.filter(Boolean).length} of ${block.length} text attentions guided`,
+      title: say("block_tip", { part, number, guided: block.filter(Boolean).length, of: block.length }),
     });
     cell.setAttribute("aria-pressed", all ? "true" : some ? "mixed" : "false");
     cell.onclick = () => {

@@ -21,31 +21,59 @@ from comfy_server import ComfyServer, Json
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 DEMO: Json = json.loads((ROOT / "workflows" / "gag_demo.json").read_text(encoding="utf-8"))
-STEPS = 12  # of the demo workflow
+STEPS = 4
+TITLES = {"d": "down", "m": "middle", "u": "up"}
+CLOSED = "() => gagApi.socket?.readyState !== WebSocket.OPEN"
 _seeds = itertools.count(int(time.time()))
 
-# In the page: a node of a type, in a subgraph or not, its panel and its fields; and how many messages have come.
+# In the page: a node of a type, in a subgraph or not, its panel and its fields; and which messages have come.
 HELPERS = """() => {
     const everyNode = graph => graph.nodes.flatMap(n => [n, ...(n.subgraph ? everyNode(n.subgraph) : [])]);
     window.gagNode = type => everyNode(window.app.rootGraph ?? window.app.graph).find(node => node.type === type);
     window.gagPanel = type => window.gagNode(type).widgets.find(widget => widget.name === "gag_panel").element;
     window.gagField = (type, name) => window.gagNode(type).widgets.find(widget => widget.name === name);
-    window.gagCounts = {};
-    const count = ({ type }) => { window.gagCounts[type] = (window.gagCounts[type] ?? 0) + 1; };
+    const seen = window.gagSeen = {};
     window.gagApi = window.comfyAPI.api.api;
-    for (const kind of ["gag.chart", "gag.report", "execution_success", "execution_error"]) {
-        window.gagApi.addEventListener(kind, count);
+    for (const kind of ["gag.chart", "gag.report", "gag.blocks", "execution_success", "execution_error"]) {
+        seen[kind] = [];
+        window.gagApi.addEventListener(kind, ({ detail }) => seen[kind].push(detail));
     }
 }"""
 TO_ADVANCED = """() => {
     const graph = window.app.graph;
     const old = gagNode("GAGuidance");
     const advanced = window.LiteGraph.createNode("GAGuidanceAdvanced");
-    advanced.pos = [400, -400];
+    advanced.pos = [old.pos[0], old.pos[1] - 3000];
     graph.add(advanced);
     gagNode("GAGDemoLoader").connect(0, advanced, 0);
     advanced.connect(0, gagNode("KSampler"), 0);
     graph.remove(old);
+}"""
+# Moves the canvas so that the foot of a node is in sight, clear of menus.
+LOOK_AT = """type => {
+    const { canvas } = window.app, node = gagNode(type);
+    canvas.ds.scale = 1;
+    canvas.ds.offset = [420 - node.pos[0], 700 - node.pos[1] - node.size[1]];
+    canvas.bringToFront?.(node);
+    canvas.setDirty(true, true);
+}"""
+# Whether a panel lies whole within its node and over none of its widgets, in either renderer.
+FITS = """type => {
+    const node = gagNode(type), panel = gagPanel(type), content = panel.firstElementChild;
+    const box = content.getBoundingClientRect(), own = panel.getBoundingClientRect();
+    if (!box.height || box.bottom > own.bottom + 1 || box.right > own.right + 1) return false;
+    const shown = panel.closest(".lg-node");
+    if (shown) {
+        const others = [...shown.querySelectorAll(".lg-node-widget")].filter(row => !row.contains(panel));
+        const apart = other => other.bottom <= box.top + 1 || other.top >= box.bottom - 1;
+        return box.bottom <= shown.getBoundingClientRect().bottom + 1
+            && others.every(row => apart(row.getBoundingClientRect()));
+    }
+    const widget = node.widgets.find(one => one.element === panel);
+    const others = node.widgets.filter(one => one !== widget);
+    return widget.y + widget.computedHeight <= node.size[1] + 1
+        && others.every(one => one.y + one.computedHeight <= widget.y + 1
+            || one.y >= widget.y + widget.computedHeight - 1);
 }"""
 
 
@@ -63,30 +91,75 @@ class Extension:
         if message.type in ("error", "warning") and (ours or "gag." in message.text):
             self.errors.append(message.text)
 
-    def open(self, advanced: bool = False) -> None:
-        """Open the demo's workflow, as it is in its file or with the advanced node."""
-        self.page.load({**DEMO, "id": str(uuid.uuid4())})  # so that nothing is known of its nodes
+    def open(self, advanced: bool = False, workflow: Json | None = None) -> None:
+        """Open the demo's workflow, as it is in its file or with the advanced node; or another one."""
+        self.page.load(workflow or {**DEMO, "id": str(uuid.uuid4())})  # so that nothing is known of its nodes
         self.page.evaluate(HELPERS)
+        if workflow is None:
+            self.set_field("KSampler", "steps", STEPS)
         if advanced:
             self.page.evaluate(TO_ADVANCED)
         node = "GAGuidanceAdvanced" if advanced else "GAGuidance"
         self.page.wait("type => Boolean(gagNode(type))", node)
 
-    def run(self) -> None:
-        """Run the workflow with another seed, to its end and to that of its messages."""
-        before = self.count("execution_success")
+    def queue(self) -> None:
+        """Queue the workflow with another seed."""
         self.page.evaluate("seed => { gagField('KSampler', 'seed').value = seed; }", next(_seeds))
         self.page.evaluate("() => window.app.queuePrompt(0)")
-        self.page.wait("before => (gagCounts.execution_success ?? 0) > before", before)
+
+    def run(self) -> None:
+        """Run the workflow to its end and to that of its messages."""
+        before = self.count("execution_success")
+        self.queue()
+        self.wait_count("execution_success", before + 1)
 
     def count(self, kind: str) -> int:
-        return int(self.page.evaluate("kind => gagCounts[kind] ?? 0", kind))
+        return int(self.page.evaluate("kind => gagSeen[kind].length", kind))
+
+    def wait_count(self, kind: str, count: int) -> None:
+        self.page.wait("([kind, count]) => gagSeen[kind].length >= count", [kind, count], timeout_ms=120_000)
+
+    def quiet(self) -> int:
+        """Wait until no more messages come to charts, because the server has been told; how many came."""
+        came = -1
+        while came != (came := self.count("gag.chart")):
+            time.sleep(2)
+        return came
+
+    def model(self) -> Json:
+        """The blocks of the model, as the last message said."""
+        model: Json = self.page.evaluate("() => gagSeen['gag.blocks'].at(-1)")
+        return model
+
+    def wait_guided(self, node: str) -> None:
+        """Wait until the badge says that the model's usual layers are guided."""
+        default, parts = self.model()["default"], self.model()["parts"]
+        guided = sum(layer for part in default.values() for block in part for layer in block)
+        self.wait_text(node, ".gag-badge", f"guiding {guided} of {sum(map(sum, parts.values()))} layers")
+
+    def panel(self, node: str) -> Any:
+        """The panel as it is on the page: in sight, or this fails."""
+        self.page.evaluate(LOOK_AT, node)
+        self.page.wait("type => gagPanel(type).isConnected && gagPanel(type).offsetHeight > 0", node)
+        return self.page.page.evaluate_handle("type => gagPanel(type)", node).as_element()
 
     def click(self, node: str, text: str) -> None:
-        """Press a button of a node's panel."""
-        find = "([type, text]) => [...gagPanel(type).querySelectorAll('button')].find(b => b.textContent === text)"
-        self.page.evaluate(f"given => ({find})(given).click()", [node, text])
+        """Press a button of a node's panel with the mouse."""
+        panel = self.panel(node)
+        (button,) = (found for found in panel.query_selector_all("button") if found.text_content() == text)
+        button.click()
         time.sleep(0.5)  # the server is told meanwhile
+
+    def press(self, part: str, block: int) -> None:
+        """Press a block in the picker with the mouse."""
+        for row in self.panel("GAGuidanceAdvanced").query_selector_all(".gag-part"):
+            title, *cells = row.query_selector_all("span, button")
+            if title.text_content() == part:
+                cells[block].click()
+
+    def choose(self, preset: str) -> None:
+        """Choose a preset."""
+        self.panel("GAGuidanceAdvanced").query_selector("select").select_option(preset)
 
     def field(self, node: str, name: str) -> Any:
         return self.page.evaluate("([type, name]) => gagField(type, name).value", [node, name])
@@ -99,11 +172,20 @@ class Extension:
         script = "([type, part, text]) => gagPanel(type).querySelector(part)?.textContent === text"
         self.page.wait(script, [node, part, text])
 
-    def wait_blocks(self, pressed: str) -> None:
-        """Wait until the picker shows these blocks as guided, by the names of their parts, ``down0,up1``."""
-        script = """pressed => [...gagPanel("GAGuidanceAdvanced").querySelectorAll(".gag-block[aria-pressed=true]")]
-            .map(b => b.parentElement.firstChild.textContent + b.textContent).join() === pressed"""
-        self.page.wait(script, pressed)
+    def wait_preset(self, name: str) -> None:
+        shown = "name => gagPanel('GAGuidanceAdvanced').querySelector('select')?.selectedOptions[0]?.text === name"
+        self.page.wait(shown, name)
+
+    def wait_blocks(self, chosen: Json) -> None:
+        """Wait until the picker shows these blocks as guided, by part."""
+        wanted = [f"{TITLES.get(p, p)}{n}" for p, blocks in chosen.items() for n, on in enumerate(blocks) if all(on)]
+        script = """wanted => [...gagPanel("GAGuidanceAdvanced").querySelectorAll(".gag-block[aria-pressed=true]")]
+            .map(b => b.parentElement.firstChild.textContent + b.textContent).join() === wanted.join()"""
+        self.page.wait(script, wanted)
+
+    def wait_fit(self, node: str) -> None:
+        self.panel(node)
+        self.page.wait(FITS, node)
 
 
 @pytest.fixture(scope="module", params=["classic", "vue"])
@@ -111,6 +193,7 @@ def tab(request: pytest.FixtureRequest, server: ComfyServer, page: FrontEnd) -> 
     """A tab with nodes drawn on the canvas, and one with those of the Vue renderer."""
     server.settings({"Comfy.VueNodes.Enabled": request.param == "vue"})
     with page.beside(server) as opened:
+        assert opened.evaluate("() => Boolean(window.LiteGraph.vueNodesMode)") == (request.param == "vue")
         yield opened
     server.settings({"Comfy.VueNodes.Enabled": False})
 
@@ -138,6 +221,7 @@ def test_a_chart_is_drawn_while_it_is_open_and_nothing_comes_otherwise(extension
     extension.page.wait(f"steps => ({drawn})() === steps", STEPS)
     shown = extension.page.evaluate("() => gagPanel('GAGuidance').querySelector('.gag-chart').textContent")
     assert shown.count("%") == 3
+    extension.wait_fit("GAGuidance")
     came = extension.count("gag.chart")
     assert came >= 1
     extension.click("GAGuidance", "chart")
@@ -148,17 +232,24 @@ def test_a_chart_is_drawn_while_it_is_open_and_nothing_comes_otherwise(extension
 
 
 def test_the_badge_says_what_was_guided_or_why_nothing(extension: Extension) -> None:
+    node = "GAGuidance"
     extension.open()
-    extension.wait_text("GAGuidance", ".gag-badge", "")
+    extension.wait_text(node, ".gag-badge", "")
     extension.run()
-    extension.wait_text("GAGuidance", ".gag-badge", "guiding 4 of 5 layers")
-    extension.set_field("GAGuidance", "strength", 0)
+    extension.wait_guided(node)
+    extension.page.evaluate("() => { gagNode('GAGuidance').mode = 4; }")
+    extension.wait_text(node, ".gag-badge", "not guiding: bypassed")
+    extension.page.evaluate("() => { gagNode('GAGuidance').mode = 2; }")
+    extension.wait_text(node, ".gag-badge", "not guiding: muted")
+    extension.page.evaluate("() => { gagNode('GAGuidance').mode = 0; }")
+    extension.wait_guided(node)
+    extension.set_field(node, "strength", 0)
     extension.run()
-    extension.wait_text("GAGuidance", ".gag-badge", "not guiding: strength is 0")
-    extension.set_field("GAGuidance", "strength", 1)
-    extension.set_field("GAGuidance", "start_percent", 1)
+    extension.wait_text(node, ".gag-badge", "not guiding: strength is 0")
+    extension.set_field(node, "strength", 1)
+    extension.set_field(node, "start_percent", 1)
     extension.run()
-    extension.wait_text("GAGuidance", ".gag-badge", "not guiding: no step within 1 to 1")
+    extension.wait_text(node, ".gag-badge", "not guiding: no step within 1 to 1")
 
 
 def test_the_picker_and_the_text_agree(extension: Extension) -> None:
@@ -167,25 +258,54 @@ def test_the_picker_and_the_text_agree(extension: Extension) -> None:
     extension.click(node, "blocks")
     extension.wait_text(node, ".gag-picker", "Run once to see this model's blocks.")
     extension.run()
-    extension.wait_blocks("down0,down1,up0,up1")
-    press = """([part, block]) => [...gagPanel("GAGuidanceAdvanced").querySelectorAll(".gag-part")]
-        .find(row => row.firstChild.textContent === part).querySelectorAll("button")[block].click()"""
-    extension.page.evaluate(press, ["up", 1])
-    assert extension.field(node, "blocks") == "d,u0"
-    extension.wait_blocks("down0,down1,up0")
+    default = extension.model()["default"]
+    none = {part: [[False] * len(block) for block in blocks] for part, blocks in default.items()}
+    extension.wait_blocks(default)
+    last = len(default["u"]) - 1
+    extension.press("up", last)
+    assert extension.field(node, "blocks") == f"d,u{f'0-{last - 1}' if last > 1 else 0}"
+    extension.wait_blocks({**default, "u": [*default["u"][:-1], none["u"][-1]]})
     extension.set_field(node, "blocks", "m, u1")
-    extension.wait_blocks("middle0,up1")
+    chosen = {**none, "m": [[True]], "u": [none["u"][0], [True] * len(none["u"][1]), *none["u"][2:]]}
+    extension.wait_blocks(chosen)
+    extension.wait_fit(node)
     extension.run()
-    extension.wait_text(node, ".gag-badge", "guiding 2 of 5 layers")
+    layers = sum(map(sum, extension.model()["parts"].values()))
+    guided = sum(layer for part in chosen.values() for block in part for layer in block)
+    extension.wait_text(node, ".gag-badge", f"guiding {guided} of {layers} layers")
     extension.set_field(node, "blocks", "d9")
     extension.wait_text(node, ".gag-note", "The text does not name blocks of this model.")
     extension.set_field(node, "blocks", "m")
-    extension.wait_blocks("middle0")
-    extension.page.evaluate(press, ["middle", 0])
+    extension.wait_blocks({"m": [[True]]})
+    extension.press("middle", 0)
     assert extension.field(node, "blocks") == "m", "the last block stays, because an empty text is the default"
     extension.click(node, "default")
     assert extension.field(node, "blocks") == ""
-    extension.wait_blocks("down0,down1,up0,up1")
+    extension.wait_blocks(default)
+
+
+def test_a_large_model_fits_on_a_narrow_node(extension: Extension) -> None:
+    node = "GAGuidanceAdvanced"
+    extension.open(advanced=True)
+    extension.page.evaluate("""() => {
+        const parts = { double: Array(19).fill(1), single: Array(38).fill(1) };
+        const all = counts => counts.map(() => [true]);
+        const chosen = { double: all(parts.double), single: all(parts.single) };
+        const detail = { node: String(gagNode("GAGuidanceAdvanced").id), parts, default: chosen };
+        window.comfyAPI.api.api.dispatchEvent(new CustomEvent("gag.blocks", { detail }));
+        gagNode("GAGuidanceAdvanced").setSize([225, gagNode("GAGuidanceAdvanced").size[1]]);
+    }""")
+    extension.click(node, "blocks")
+    extension.click(node, "chart")
+    extension.wait_blocks({"double": [[True]] * 19, "single": [[True]] * 38})
+    extension.wait_fit(node)
+    extension.press("single", 37)
+    assert extension.field(node, "blocks") == "double, single 0-36"
+    open_height = extension.page.evaluate("type => gagNode(type).size[1]", node)
+    extension.click(node, "chart")
+    extension.click(node, "blocks")
+    extension.wait_fit(node)
+    extension.page.wait("([type, high]) => gagNode(type).size[1] < high - 150", [node, open_height])
 
 
 def test_after_a_reload_the_blocks_are_still_known_and_no_chart_is_open(
@@ -196,56 +316,71 @@ def test_after_a_reload_the_blocks_are_still_known_and_no_chart_is_open(
     extension.click(node, "chart")
     extension.run()
     assert extension.count("gag.chart") >= 1
+    default = extension.model()["default"]
     workflow = extension.page.evaluate("() => window.app.graph.serialize()")
     extension.page.go_to(server)
     extension.page.load(workflow)
     extension.page.evaluate(HELPERS)
     extension.page.wait("type => Boolean(gagNode(type))", node)
     extension.click(node, "blocks")
-    extension.wait_blocks("down0,down1,up0,up1")
+    extension.wait_blocks(default)
     extension.run()
-    extension.wait_text(node, ".gag-badge", "guiding 4 of 5 layers")
+    extension.page.wait("type => gagPanel(type).querySelector('.gag-badge').textContent.startsWith('guiding')", node)
     assert extension.count("gag.chart") == 0
 
 
 def test_a_preset_fills_the_fields_and_shows_when_they_differ(extension: Extension) -> None:
     presets = extension.page.evaluate("async () => (await fetch('/gag/presets')).json()")
     node = "GAGuidanceAdvanced"
-    shown = "name => gagPanel('GAGuidanceAdvanced').querySelector('select')?.value === name"
-    choose = """name => { const select = gagPanel("GAGuidanceAdvanced").querySelector("select");
-        select.value = name; select.dispatchEvent(new Event("change")); }"""
     extension.open(advanced=True)
-    extension.page.wait(shown, "paper")  # which is what the node's defaults are
+    extension.wait_preset("paper")  # which is what the node's defaults are
     extension.set_field(node, "strength", 0.5)
+    fields = set(extension.page.evaluate("() => gagNode('GAGuidanceAdvanced').widgets.map(w => w.name)"))
     for name, config in presets.items():
-        extension.page.evaluate(choose, name)
-        fields = set(extension.page.evaluate("() => gagNode('GAGuidanceAdvanced').widgets.map(w => w.name)"))
+        extension.choose(name)
         settings = {key: value for key, value in config.items() if key in fields}
         assert len(settings) >= 7
         assert {key: extension.field(node, key) for key in settings} == settings
         assert extension.field(node, "strength") == 0.5
-        extension.page.wait(shown, name)
+        extension.wait_preset(name)
     extension.set_field(node, "guidance_scale", 3.3)
-    extension.page.wait(shown, "modified")
+    extension.wait_preset("modified")
     extension.set_field(node, "guidance_scale", presets["paper"]["guidance_scale"])
-    extension.page.wait(shown, "paper")
+    extension.wait_preset("paper")
     prompt = extension.page.prompt()
     (inputs,) = (entry["inputs"] for entry in prompt.values() if entry["class_type"] == node)
     assert "gag_panel" not in inputs
+
+
+def test_a_preset_is_one_step_for_undo(extension: Extension) -> None:
+    node = "GAGuidanceAdvanced"
+    undo = "() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.undo()"
+    extension.open(advanced=True)
+    extension.wait_preset("paper")
+    extension.click(node, "chart")  # which makes the front end note what the fields are
+    extension.choose("gentle")
+    extension.wait_preset("gentle")
+    time.sleep(0.5)
+    extension.page.evaluate(undo)
+    extension.wait_preset("paper")
+    assert extension.field(node, "norm_mode") == "absolute"
+    extension.wait_fit(node)
+    extension.choose("gentle")
+    extension.wait_preset("gentle")
 
 
 def test_each_node_is_told_of_itself(extension: Extension) -> None:
     extension.open()
     extension.page.evaluate("""() => {
         const first = window.LiteGraph.createNode("GAGuidanceAdvanced");
-        first.pos = [400, -400];
+        first.pos = [400, -3000];
         window.app.graph.add(first);
         gagNode("GAGDemoLoader").connect(0, first, 0);
         first.connect(0, gagNode("GAGuidance"), 0);
     }""")
     extension.click("GAGuidanceAdvanced", "chart")
     extension.run()
-    extension.wait_text("GAGuidance", ".gag-badge", "guiding 4 of 5 layers")
+    extension.wait_guided("GAGuidance")
     extension.wait_text("GAGuidanceAdvanced", ".gag-badge", "not guiding: a later GAG node acts")
     assert extension.count("gag.chart") == 0, "the node whose chart is open does nothing in this run"
     extension.click("GAGuidance", "chart")
@@ -256,13 +391,35 @@ def test_each_node_is_told_of_itself(extension: Extension) -> None:
     assert extension.page.evaluate(points, "GAGuidanceAdvanced") == ""
 
 
+def test_a_copy_has_a_panel_of_its_own(extension: Extension) -> None:
+    extension.open(advanced=True)
+    extension.set_field("GAGuidanceAdvanced", "guidance_scale", 3.0)
+    extension.click("GAGuidanceAdvanced", "chart")
+    states = extension.page.evaluate("""async () => {
+        const { canvas, graph } = window.app;
+        canvas.selectItems?.([gagNode("GAGuidanceAdvanced")]);
+        canvas.copyToClipboard([gagNode("GAGuidanceAdvanced")]);
+        canvas.pasteFromClipboard();
+        await new Promise(resolve => setTimeout(resolve, 1000));
+        return graph.nodes.filter(node => node.type === "GAGuidanceAdvanced").map(node => [
+            node.widgets.filter(widget => widget.name === "gag_panel").length,
+            node.widgets.find(widget => widget.name === "guidance_scale").value,
+            node.widgets.find(widget => widget.name === "gag_panel").element
+                .querySelector("button").getAttribute("aria-expanded"),
+        ]);
+    }""")
+    assert states == [[1, 3.0, "true"], [1, 3.0, "false"]]
+
+
 def test_a_node_in_a_subgraph(extension: Extension) -> None:
     extension.open()
     extension.page.evaluate("() => { window.app.graph.convertToSubgraph(new Set([gagNode('GAGuidance')])); }")
     assert extension.page.evaluate("() => !window.app.graph.nodes.includes(gagNode('GAGuidance'))")
+    extension.page.evaluate("() => window.app.canvas.setGraph(gagNode('GAGuidance').graph)")
     extension.click("GAGuidance", "chart")
+    extension.page.evaluate("() => window.app.canvas.setGraph(window.app.rootGraph ?? window.app.graph.rootGraph)")
     extension.run()
-    extension.wait_text("GAGuidance", ".gag-badge", "guiding 4 of 5 layers")
+    extension.wait_guided("GAGuidance")
     assert extension.count("gag.chart") >= 1
 
 
@@ -271,12 +428,107 @@ def test_what_was_shown_survives_undo(extension: Extension) -> None:
     extension.open()
     extension.click("GAGuidance", "chart")
     extension.run()
-    extension.wait_text("GAGuidance", ".gag-badge", "guiding 4 of 5 layers")
+    extension.wait_guided("GAGuidance")
     extension.page.evaluate("async () => { await window.app.loadGraphData(window.app.graph.serialize()); }")
-    extension.wait_text("GAGuidance", ".gag-badge", "guiding 4 of 5 layers")
+    extension.wait_guided("GAGuidance")
+    extension.wait_fit("GAGuidance")
     came = extension.count("gag.chart")
     extension.run()
     assert extension.count("gag.chart") > came
+    assert extension.page.evaluate("() => document.querySelectorAll('.gag-panel').length") == 1
+
+
+def test_another_workflow_is_opened_while_one_runs(extension: Extension) -> None:
+    """Its nodes have the same ids, and one of them an open chart."""
+    extension.open()
+    extension.click("GAGuidance", "chart")
+    first = extension.page.evaluate("() => window.app.graph.serialize()")
+    second = {**first, "id": str(uuid.uuid4())}
+    extension.open(workflow=second)
+    extension.click("GAGuidance", "chart")
+    extension.open(workflow=first)
+    extension.set_field("KSampler", "steps", 60)
+    extension.queue()
+    extension.wait_count("gag.chart", 1)
+    extension.page.load(second)
+    came = extension.quiet()
+    extension.wait_count("execution_success", 1)
+    assert extension.count("gag.chart") == came
+    extension.wait_text("GAGuidance", ".gag-badge", "")
+    assert (
+        extension.page.evaluate("() => gagPanel('GAGuidance').querySelector('polyline').getAttribute('points')") == ""
+    )
+    extension.page.load(first)
+    extension.wait_guided("GAGuidance")
+
+
+def test_a_node_is_removed_in_the_middle_of_a_run(extension: Extension) -> None:
+    extension.open()
+    extension.set_field("KSampler", "steps", 60)
+    extension.click("GAGuidance", "chart")
+    extension.queue()
+    extension.wait_count("gag.chart", 1)
+    extension.page.evaluate("() => window.app.graph.remove(gagNode('GAGuidance'))")
+    came = extension.quiet()
+    extension.wait_count("execution_success", 1)
+    assert extension.count("gag.chart") == came, "nobody looks any more"
+    assert extension.page.evaluate("() => document.querySelectorAll('.gag-panel').length") == 0
+
+
+def test_the_wheel_over_a_panel_zooms_as_beside_it(extension: Extension) -> None:
+    extension.open()
+    box = extension.panel("GAGuidance").bounding_box()
+    extension.page.page.mouse.move(box["x"] + 20, box["y"] + box["height"] / 2)
+    extension.page.page.mouse.wheel(0, -120)
+    extension.page.wait("() => window.app.canvas.ds.scale > 1.01")
+    assert extension.page.evaluate("() => window.app.canvas.ds.scale") < 1.3, "once, not twice"
+
+
+CONTRAST = """type => {
+    const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+    const plain = colour => {
+        const pen = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+        pen.fillStyle = colour;
+        pen.fillRect(0, 0, 1, 1);
+        return [...pen.getImageData(0, 0, 1, 1).data];
+    };
+    const node = () => plain(gagNode(type).bgcolor ?? window.LiteGraph.NODE_DEFAULT_BGCOLOR);
+    const behind = element => {
+        for (let at = element; at; at = at.parentElement) {
+            if (at.classList.contains("dom-widget")) return node();
+            const colour = plain(getComputedStyle(at).backgroundColor);
+            if (colour[3] === 255) return colour;
+        }
+        return node();
+    };
+    const light = ([r, g, b]) => [r, g, b].map(c => c / 255)
+        .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    return [...gagPanel(type).querySelectorAll("span, button, select, polyline")].map(part => {
+        const [a, b] = [light(plain(getComputedStyle(part).color)), light(behind(part))];
+        return [part.textContent || part.getAttribute("class"), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
+    });
+}"""
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_everything_can_be_read(theme: str, extension: Extension, server: ComfyServer) -> None:
+    node = "GAGuidanceAdvanced"
+    server.settings({"Comfy.ColorPalette": theme})
+    extension.page.go_to(server)
+    try:
+        extension.open(advanced=True)
+        extension.click(node, "chart")
+        extension.click(node, "blocks")
+        extension.run()
+        extension.wait_guided(node)
+        contrasts = extension.page.evaluate(CONTRAST, node)
+    finally:
+        server.settings({"Comfy.ColorPalette": "dark"})
+        extension.page.go_to(server)
+    assert len(contrasts) > 12
+    # Of graphics and large controls 3 is asked for, of text 4.5, by the guidelines for the web.
+    assert [part for part in contrasts if part[1] < 3.0] == []
 
 
 def test_another_tab_gets_nothing_of_a_run(extension: Extension, server: ComfyServer) -> None:
@@ -308,6 +560,10 @@ def test_workflows_are_saved_and_queued_as_without_the_extension(
         graphs.append(opened.evaluate("() => window.app.graphToPrompt()"))
     ours, without = graphs
     assert ours["output"] == without["output"]
+    written = {node["id"]: node.get("widgets_values") for node in workflow["nodes"] if node["type"].startswith("GAG")}
+    assert written == {
+        node["id"]: node.get("widgets_values") for node in ours["workflow"]["nodes"] if node["id"] in written
+    }
     saved = [
         [(node["type"], node["inputs"], node.get("widgets_values")) for node in graph["workflow"]["nodes"]]
         for graph in graphs
@@ -343,8 +599,7 @@ def test_the_picker_reads_texts_as_the_server_does(page: FrontEnd) -> None:
         const { parseBlocks, formatBlocks } = await import(files.find(file => file.endsWith("/blocks.js")));
         return models.map(parts => texts.map(text => {
             const chosen = parseBlocks(text, parts);
-            const again = chosen && parseBlocks(formatBlocks(chosen), parts);
-            return [chosen, again];
+            return [chosen, chosen && formatBlocks(chosen)];
         }));
     }"""
     read = 0
@@ -353,7 +608,7 @@ def test_the_picker_reads_texts_as_the_server_does(page: FrontEnd) -> None:
             name: [[layer(name, number, inner) for inner in range(count)] for number, count in enumerate(part)]
             for name, part in parts.items()
         }
-        for text, (chosen, again) in zip(texts, found, strict=True):
+        for text, (chosen, written) in zip(texts, found, strict=True):
             try:
                 wanted = blocks.parse_blocks(text, known)
             except blocks.BlocksError:
@@ -365,19 +620,86 @@ def test_the_picker_reads_texts_as_the_server_does(page: FrontEnd) -> None:
                 layer(p, b, i) for p in chosen for b, row in enumerate(chosen[p]) for i, on in enumerate(row) if on
             }
             assert layers == wanted, text
-            assert again == chosen, text
-    assert read > 200
+            assert blocks.parse_blocks(written, known) == wanted, f"{text} is written as {written}"
+    assert read > 150
 
 
-def test_without_the_server_nothing_goes_wrong(page: FrontEnd) -> None:
-    with ComfyServer(cpu=True) as lost, page.beside(lost) as opened:
+def test_the_server_goes_and_comes_back(page: FrontEnd, tmp_path: Path) -> None:
+    node = "GAGuidanceAdvanced"
+    with ComfyServer(tmp_path, cpu=True) as lost, page.beside(lost) as opened:
         extension = Extension(opened)
         extension.open(advanced=True)
-        extension.click("GAGuidanceAdvanced", "chart")
+        extension.click(node, "chart")
         lost.__exit__(None, None, None)
-        opened.wait("() => gagApi.socket?.readyState !== WebSocket.OPEN")
+        opened.wait(CLOSED)
         opened.errors.clear()
         for button in ("chart", "chart", "blocks", "blocks"):
-            extension.click("GAGuidanceAdvanced", button)
+            extension.click(node, button)
         assert opened.errors == []
         assert extension.errors == []
+        lost.__enter__()
+        opened.wait(f"() => !({CLOSED})()")
+        time.sleep(1)  # the server is told of the open chart
+        extension.run()
+        assert extension.count("gag.chart") >= 1
+        extension.wait_guided(node)
+
+
+def test_a_picture_brings_its_workflow_back(page: FrontEnd, server: ComfyServer) -> None:
+    """Saved by a run and dropped onto the page, as a user does."""
+    extension = Extension(page)
+    extension.open(advanced=True)
+    extension.set_field("GAGuidanceAdvanced", "guidance_scale", 3.25)
+    extension.set_field("GAGuidanceAdvanced", "blocks", "m,u")
+    queued = page.prompt()
+    page.evaluate("""() => {
+        window.gagPictures = [];
+        gagApi.addEventListener("executed", ({ detail }) => window.gagPictures.push(...detail.output.images ?? []));
+    }""")
+    extension.run()
+    page.wait("() => window.gagPictures.some(picture => picture.type === 'output')")
+    state = "() => window.app.graph.serialize().nodes.map(node => [node.id, node.type, node.widgets_values])"
+    before = page.evaluate(state)
+    page.evaluate("() => { window.app.graph.clear(); }")
+    page.evaluate("""async () => {
+        const picture = window.gagPictures.find(picture => picture.type === "output");
+        const data = await (await fetch("/view?" + new URLSearchParams(picture))).blob();
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([data], picture.filename, { type: "image/png" }));
+        const place = { bubbles: true, cancelable: true, clientX: 600, clientY: 400, dataTransfer };
+        for (const kind of ["dragenter", "dragover", "drop"]) {
+            document.getElementById("graph-canvas").dispatchEvent(new DragEvent(kind, place));
+        }
+    }""")
+    page.wait("count => window.app.graph.nodes.length === count", len(before))
+    after = sorted(page.evaluate(state))
+    # Some front ends save what a run wrote on a node (and a gap for the panel before it), which no field gets back.
+    kept = [
+        [number, kind, (values or [])[: len(got or [])]]
+        for (number, kind, values), (_, _, got) in zip(sorted(before), after, strict=True)
+    ]
+    assert [[number, kind, got or []] for number, kind, got in after] == kept
+    assert next(got for _, kind, got in after if kind == "GAGuidanceAdvanced")[9] == "m,u"
+    restored = page.prompt()
+    seeds = {node: entry["inputs"].pop("seed", None) for node, entry in restored.items()}
+    assert any(seeds.values())
+    for entry in queued.values():
+        entry["inputs"].pop("seed", None)  # which the run changed
+    assert restored == queued
+    page.wait("() => Boolean(gagNode('GAGuidanceAdvanced'))")
+    extension.panel("GAGuidanceAdvanced")
+
+
+def test_panels_speak_the_users_language(page: FrontEnd, server: ComfyServer) -> None:
+    wanted = json.loads((ROOT / "locales" / "ja" / "main.json").read_text(encoding="utf-8"))["gag"]
+    server.settings({"Comfy.Locale": "ja"})
+    try:
+        with page.beside(server) as opened:
+            extension = Extension(opened)
+            extension.open(advanced=True)
+            extension.wait_text("GAGuidanceAdvanced", "button", wanted["chart"])
+            extension.set_field("GAGuidanceAdvanced", "guidance_scale", 3.3)
+            extension.wait_preset(wanted["modified"])
+            assert opened.errors == []
+    finally:
+        server.settings({"Comfy.Locale": "en"})

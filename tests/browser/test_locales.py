@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import texts
-from browser import front_end
+from browser import FrontEnd
 from comfy_server import ComfyServer, Json
 
 # Front ends that load a language after the packs' own texts lose those; seen in this one, whichever the pack.
@@ -23,10 +23,10 @@ NODE = """id => {
 }"""
 
 
-def test_nodes_are_shown_in_the_users_language(server: ComfyServer) -> None:
+def test_nodes_are_shown_in_the_users_language(page: FrontEnd, server: ComfyServer) -> None:
     server.settings({"Comfy.Locale": "ja"})
     try:
-        with front_end(server) as opened:
+        with page.beside(server) as opened:
             if opened.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__") == LOSES_THEM:
                 pytest.skip(f"front end {LOSES_THEM} loses the translations of all packs")
             shown: dict[str, Json] = {node: opened.evaluate(NODE, node) for node in read("en")}

@@ -25,6 +25,7 @@ recording = host.pack_module("nodes.recording")
 MEASURES = list(host.pack_module("gag_core.measures").MEASURES)
 NODE = "7"
 TAB = "tab"
+WORKFLOW = "workflow"
 # One of each way to find the text: attn2, wrapped blocks, a module of its own, a stream that is measured.
 MODELS = ["sd15", "sdxl", "flux", "wan-t2v", "mochi"]
 
@@ -38,7 +39,8 @@ class Server:
         self.messages: list[tuple[str, dict[str, Any]]] = []
         module = SimpleNamespace(PromptServer=SimpleNamespace(instance=self))
         monkeypatch.setitem(live.sys.modules, "server", module)
-        monkeypatch.setattr(live, "_listeners", {TAB: (self.sockets[TAB], frozenset(nodes))} if nodes else {})
+        listener = live._Listener(self.sockets[TAB], WORKFLOW, frozenset(nodes))
+        monkeypatch.setattr(live, "_listeners", {TAB: listener} if nodes else {})
 
     def send_sync(self, event: str, data: dict[str, Any], client: str) -> None:
         assert client == TAB
@@ -119,6 +121,30 @@ def test_nothing_is_measured_without_a_listener(nodes: tuple[str, ...], monkeypa
     Server(monkeypatch, NODE)
     with pytest.raises(AssertionError, match="measured for nobody"):
         sample(model, "sd15")
+
+
+@pytest.mark.parametrize(("running", "seen"), [(WORKFLOW, True), (None, True), ("another", False)])
+def test_a_chart_is_one_of_its_workflow(running: str | None, seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tab may show another workflow meanwhile, whose nodes have the same ids."""
+    server = Server(monkeypatch, NODE)
+    workflow = {} if running is None else {"workflow": {"id": running}}
+    item: tuple[Any, ...] = (0, "prompt", {}, {"extra_pnginfo": workflow}, [])
+    monkeypatch.setattr(server, "prompt_queue", SimpleNamespace(currently_running={0: item}), raising=False)
+    sample(guided(host.build_model("sd15")), "sd15")
+    assert bool(server.points()) == seen
+    assert {data["workflow"] for event, data in server.messages} == {running}
+
+
+def test_what_is_not_a_number_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the whole message would be no JSON."""
+    server = Server(monkeypatch, NODE)
+    chart = live.Chart()
+    good, bad = torch.ones(len(MEASURES)), torch.full((len(MEASURES),), float("nan"))
+    chart.sums[NODE] = {0: (good, 1), 1: (bad, 1), 2: (2 * good, 1)}
+    chart.news[NODE] = {2, 1, 0}
+    chart.finish(3)
+    ((_, data),) = server.messages
+    assert data["points"] == {NODE: [[0, 1.0, 1.0, 1.0], [2, 2.0, 2.0, 2.0]]}
 
 
 @pytest.mark.parametrize("end", ["closed", "gone", "anew"])
@@ -257,7 +283,7 @@ def test_no_more_is_remembered_than_a_number_of_nodes(monkeypatch: pytest.Monkey
 
 def test_without_a_server_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(live.sys.modules, "server", raising=False)
-    monkeypatch.setattr(live, "_listeners", {TAB: (None, frozenset({NODE}))})
+    monkeypatch.setattr(live, "_listeners", {TAB: live._Listener(None, WORKFLOW, frozenset({NODE}))})
     assert not live.listening(NODE)
     live.add_routes()
     sample(guided(host.build_model("sd15")), "sd15")

@@ -96,7 +96,7 @@ def pictures(server: ComfyServer, messages: list[tuple[str, Any]]) -> bytes:
 
 def listen(server: ComfyServer, *nodes: str) -> Callable[[str], None]:
     def tell(client: str) -> None:
-        assert post(server, {"client": client, "nodes": list(nodes)}) == 204
+        assert post(server, {"client": client, "workflow": "", "nodes": list(nodes)}) == 204
 
     return tell
 
@@ -143,15 +143,16 @@ def test_a_tab_that_is_gone_or_never_was_does_not_listen(server: ComfyServer) ->
 
     assert of(run(server, graph(next(_seeds)), open_chart), "gag.chart")
     # Its connection is closed by now.
-    assert post(server, {"client": gone[0], "nodes": [NODE]}) == 409
-    assert post(server, {"client": "nobody", "nodes": [NODE]}) == 409
+    for client in (gone[0], "nobody"):
+        assert post(server, {"client": client, "workflow": "", "nodes": [NODE]}) == 409
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        *(b"", b"[", [], {}, None, {"client": "a"}, {"client": 1, "nodes": []}),
-        *({"client": "a", "nodes": nodes} for nodes in ("5", [5], ["5"] * 1001)),
+        *(b"", b"[", [], {}, None, {"client": "a"}, {"client": "a", "nodes": []}),
+        *({"client": client, "workflow": workflow, "nodes": []} for client, workflow in ((1, ""), ("a", None))),
+        *({"client": "a", "workflow": "", "nodes": nodes} for nodes in ("5", [5], None, ["5"] * 1001)),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(server: ComfyServer, body: Any) -> None:
@@ -159,30 +160,45 @@ def test_a_request_that_makes_no_sense_is_refused(server: ComfyServer, body: Any
 
 
 @pytest.mark.parametrize(
-    ("inputs", "guided", "why"),
-    [({}, 4, ""), ({"strength": 0.0}, 0, "strength is 0"), ({"start_percent": 1.0}, 0, "no step within 1 to 1")],
+    ("inputs", "why"),
+    [({}, ""), ({"strength": 0.0}, "strength is 0"), ({"start_percent": 1.0}, "no step within 1 to 1")],
 )
-def test_the_tab_is_told_what_became_of_a_node(server: ComfyServer, inputs: Json, guided: int, why: str) -> None:
-    (report,) = of(run(server, graph(next(_seeds), **inputs), workflow={"id": "some-id"}), "gag.report")
-    assert report["node"] == NODE
-    assert report["workflow"] == "some-id"
-    assert (report["guided"], report["of"], report["why"]) == (guided, 5, why)
+def test_the_tab_is_told_what_became_of_a_node(server: ComfyServer, inputs: Json, why: str) -> None:
+    workflow = {"id": uuid.uuid4().hex}
+    messages = run(server, graph(next(_seeds), **inputs), workflow=workflow)
+    (report,) = of(messages, "gag.report")
+    (model,) = of(messages, "gag.blocks")
+    assert report["node"] == model["node"] == NODE
+    assert report["workflow"] == model["workflow"] == workflow["id"]
+    default = [layer for part in model["default"].values() for block in part for layer in block]
+    assert 0 < sum(default) < len(default) == sum(map(sum, model["parts"].values()))
+    assert (report["guided"], report["of"], report["why"]) == (0 if why else sum(default), len(default), why)
 
 
 def test_the_blocks_are_told_and_remembered_by_workflow(server: ComfyServer) -> None:
     workflow = {"id": uuid.uuid4().hex}
-    wanted = {
-        "parts": {"d": [1, 1], "m": [1], "u": [1, 1]},
-        "default": {"d": [[True], [True]], "m": [[False]], "u": [[True], [True]]},
-    }
     seed = next(_seeds)
     # Another strength, or the node would not be run again.
-    (told,) = of(run(server, graph(seed, strength=0.5 + seed % 1000 / 1e4), workflow=workflow), "gag.blocks")
-    assert told == {"workflow": workflow["id"], "node": NODE, **wanted}
-    with _open(f"{server.url}/gag/blocks?workflow={workflow['id']}") as answer:
-        assert json.loads(answer.read()) == {NODE: wanted}
-    with _open(f"{server.url}/gag/blocks?workflow=other") as answer:
-        assert json.loads(answer.read()) == {}
+    strength = 0.5 + seed % 1000 / 1e4
+    (told,) = of(run(server, graph(seed, strength=strength), workflow=workflow), "gag.blocks")
+    assert told.pop("workflow") == workflow["id"]
+    assert told.pop("node") == NODE
+    assert list(told["parts"]) == list(told["default"]) == ["d", "m", "u"]
+    for part, blocks in told["default"].items():
+        assert [len(block) for block in blocks] == told["parts"][part]
+        assert all(layer == (part != "m") for block in blocks for layer in block), "a UNet's default"
+
+    def known(name: str) -> Any:
+        with _open(f"{server.url}/gag/blocks?workflow={name}") as answer:
+            return json.loads(answer.read())
+
+    assert known(workflow["id"]) == {NODE: told}
+    assert known("other") == {}
+    # In another workflow the host takes over what the node made, and they are told all the same.
+    other = {"id": uuid.uuid4().hex}
+    (again,) = of(run(server, graph(next(_seeds), strength=strength), workflow=other), "gag.blocks")
+    assert again == {"workflow": other["id"], "node": NODE, **told}
+    assert known(other["id"]) == {NODE: told}
 
 
 def test_the_presets_are_those_of_the_node(server: ComfyServer) -> None:

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+/** As much of ComfyUI's front end as web/ uses, for `tsc`. */
+export const api: {
+  clientId?: string;
+  socket?: WebSocket | null;
+  addEventListener(kind: string, listener: (event: CustomEvent) => void): void;
+  fetchApi(route: string, options?: RequestInit): Promise<Response>;
+  getCustomNodesI18n(): Promise<Record<string, Record<string, any>>>;
+};

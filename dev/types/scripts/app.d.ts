@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+/** As much of ComfyUI's front end as web/ uses, for `tsc`. */
+export const app: {
+  canvas: any;
+  graph: any;
+  rootGraph?: any;
+  extensionManager?: { setting?: { get(id: string): any } };
+  registerExtension(extension: {
+    name: string;
+    setup?(): Promise<void> | void;
+    nodeCreated?(node: any): void;
+  }): void;
+};
