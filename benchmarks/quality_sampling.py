@@ -77,7 +77,7 @@ def load(path: Path) -> Model:
         (name,) = names
         label = path.stem
         weights = {key: value.float() for key, value in tensors.items() if key.startswith(f"{name}.")}
-        encoder = text.TextEncoder()
+        encoder = text.new_encoder()
         encoder.load_state_dict(
             {key.removeprefix("text."): value.float() for key, value in tensors.items() if key.startswith("text.")}
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Whole sampling steps in the real ComfyUI, with the GAG node off and on.
+"""Whole sampling steps in the real ComfyUI, with the GAG node, or GAG Probe, off and on.
 
     python dev.py bench --steps [sd15] [sdxl] [flux]        or, alone: python benchmarks/steps.py --help
 
@@ -32,6 +32,9 @@ if __name__ == "__main__":
 from comfy_host import ROOT, HostError, find_host
 
 PAIRS = {"cpu": 3, "cuda": 9}
+GAG, PROBE = "GAGuidance", "GAGProbe"
+# A step with the probe is to take at most this many times as long.
+MOST_WITH_PROBE = 1.03
 
 
 class Model(NamedTuple):
@@ -185,9 +188,9 @@ def build(model: Model, narrow: bool, dtype: torch.dtype) -> Any:
     )
 
 
-def guided(model: Any) -> Any:
-    """The model behind the pack's node at its default settings."""
-    node = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["GAGuidance"]
+def with_node(model: Any, node_id: str) -> Any:
+    """The model behind one of the pack's nodes at its default settings."""
+    node = importlib.import_module("nodes").NODE_CLASS_MAPPINGS[node_id]
     defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
     return node.execute(**{**defaults, "model": model}).result[0]
 
@@ -226,9 +229,10 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
     dtype = options.dtype or ("float32" if device.type == "cpu" else model.dtype)
     size = options.size or model.size
     title = f"{model.title}{', ' + model.narrow_title if narrow else ''}, {size} px, {dtype}, CFG {model.cfg}"
+    title += ", GAG Probe" if options.node == PROBE else ""
     print(f"building {title}", file=sys.stderr, flush=True)
     off = build(model, narrow, machine.DTYPES[dtype])
-    on = guided(off)
+    on = with_node(off, options.node)
     runs: dict[str, list[float]] = {"off": [], "on": []}
     pictures: dict[str, Tensor] = {}
     for pair in range(options.pairs):
@@ -237,12 +241,15 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
             patcher = off if which == "off" else on
             taken, pictures[which] = run(patcher, model, size, options.steps, device)
             runs[which].append(taken)
-        if torch.equal(pictures["off"], pictures["on"]):
+        same = torch.equal(pictures["off"], pictures["on"])
+        if same and options.node == GAG:
             raise RuntimeError(f"the node changed nothing in {title}: nothing was measured")
+        if not same and options.node == PROBE:
+            raise RuntimeError(f"the probe changed the picture in {title}")
         print(f"  pair {pair + 1} of {options.pairs}", file=sys.stderr, flush=True)
     ratios = [on_ / off_ for on_, off_ in zip(runs["on"], runs["off"], strict=True)]
     ratio = statistics.median(ratios)
-    goal = None if device.type == "cpu" else model.most
+    goal = MOST_WITH_PROBE if options.node == PROBE else None if device.type == "cpu" else model.most
     return {
         "model": name,
         "title": title,
@@ -276,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine.add_options(parser)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["sd15"])
     parser.add_argument("--dtype", choices=list(machine.DTYPES), help="default: float32 on a CPU, else the model's own")
+    parser.add_argument("--node", choices=(GAG, PROBE), default=GAG, help=f"which node (default {GAG})")
     parser.add_argument("--full", action="store_true", help="full width on a CPU too")
     parser.add_argument("--size", type=machine.positive, help="pixels of each side (default: the model's own size)")
     parser.add_argument("--steps", type=machine.positive, default=3, help="steps per run (default 3)")

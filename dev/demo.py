@@ -40,7 +40,7 @@ def main() -> int:
     """Run the demo and report the outcome as an exit code."""
     parser = argparse.ArgumentParser(prog="python dev.py demo", description="Compare pictures with GAG off and on.")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="one row each")
-    parser.add_argument("--presets", nargs="+", metavar="NAME", help="one column each (default: all)")
+    parser.add_argument("--presets", nargs="+", metavar="NAME", help="one column each (default: all, and controls)")
     parser.add_argument("--seed", type=int, help="the noise of every picture (default: the workflow's)")
     parser.add_argument("--workflow", type=Path, default=ROOT / "workflows" / "gag_demo.json", metavar="FILE")
     parser.add_argument("--output", type=Path, default=CACHE / "demo" / "gag_demo.png", metavar="FILE")
@@ -82,24 +82,54 @@ def run_demo(
 
 
 def make_variants(prompt: Json, info: Json, presets: list[str] | None) -> dict[str, Json]:
-    """The columns: the workflow without its GAG nodes, then with them at every preset."""
+    """The columns: the workflow without its GAG nodes, with what guidance must be compared to, and at every preset."""
     guided = [node for node in prompt.values() if node["class_type"] in GUIDANCE]
     if not guided:
         raise DemoError("The workflow has no active GAG node.")
-    variants = {"GAG off": without_guidance(prompt)}
-    by_preset = [node for node in guided if node["class_type"] == "GAGuidance"]
-    if not by_preset:  # the advanced node has its settings in the workflow
+    off = without_guidance(prompt)
+    if not any(node["class_type"] == "GAGuidance" for node in guided):  # the advanced node has its settings
         if presets:
             raise DemoError("The workflow has no GAG node with presets.")
-        return {**variants, "GAG on": prompt}
+        return {"GAG off": off, "GAG on": prompt}
     known = info["GAGuidance"]["input"]["required"]["preset"][1]["options"]
+    if unknown := set(presets or ()) - set(known):
+        raise DemoError(f"There is no preset {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
+    variants = {"GAG off": off}
+    scales = {node["inputs"]["cfg"] for node in off.values() if "cfg" in node["inputs"]}
+    if not presets:
+        if scales - {1.0}:
+            scale = " and ".join(f"{scale:g}" for scale in sorted(scales))
+            variants = {"CFG 1, GAG off": with_inputs(off, "cfg", cfg=1.0), f"CFG {scale}, GAG off": off}
+        for title, settings in {
+            "sparse alone": {"rule": "gag", "guidance_scale": 0.0},
+            "PLADIS, scale 2": {"rule": "pladis", "guidance_scale": 2.0},
+        }.items():
+            variants[title] = with_advanced(prompt, info, settings)
     for preset in presets or known:
-        if preset not in known:
-            raise DemoError(f"There is no preset {preset}; there are {', '.join(known)}.")
-        for node in by_preset:
-            node["inputs"]["preset"] = preset
-        variants[f"GAG on ({preset})"] = copy.deepcopy(prompt)
+        variants[f"GAG on ({preset})"] = with_inputs(prompt, "preset", preset=preset)
     return variants
+
+
+def with_inputs(prompt: Json, where: str, **inputs: Any) -> Json:
+    """A copy with other inputs in every node that has the one named."""
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        if where in node["inputs"]:
+            node["inputs"].update(inputs)
+    return prompt
+
+
+def with_advanced(prompt: Json, info: Json, settings: Json) -> Json:
+    """A copy with GAG (advanced) in the place of each GAG node: its defaults, and some settings."""
+    prompt = copy.deepcopy(prompt)
+    about = info["GAGuidanceAdvanced"]["input"]
+    widgets = {**about["required"], **about.get("optional", {})}
+    defaults = {name: value[1]["default"] for name, value in widgets.items() if "default" in dict(*value[1:2])}
+    for node in prompt.values():
+        if node["class_type"] == "GAGuidance":
+            model = node["inputs"]["model"]
+            node.update(class_type="GAGuidanceAdvanced", inputs={**defaults, "model": model, **settings})
+    return prompt
 
 
 def without_guidance(prompt: Json) -> Json:

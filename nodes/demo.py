@@ -9,7 +9,8 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from .demo_model import CHANNELS, SIZE, DemoTextEncoder, load_demo
+from .demo_architecture import CHANNELS, SIZE, DemoTextEncoder
+from .demo_model import load_demo
 
 CATEGORY = "GAG/demo"
 DemoText = io.Custom("GAG_DEMO_TEXT")
@@ -55,8 +56,9 @@ class GAGDemoPrompt(io.ComfyNode):
                     "text",
                     default="a red circle left of a blue square",
                     multiline=True,
-                    tooltip="One or two shapes: a red, green, blue or yellow circle, square or triangle, left of, "
-                    "right of, above or below another. Leave it empty for the negative prompt.",
+                    tooltip="One to three shapes: red, green, blue, yellow, purple or white circles, squares, "
+                    "triangles or crosses, left of, right of, above or below others. Leave it empty for the "
+                    "negative prompt.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For the sampler.")],
@@ -64,7 +66,7 @@ class GAGDemoPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: DemoTextEncoder, text: str) -> io.NodeOutput:
-        return io.NodeOutput([[text_encoder.encode(text), {}]])
+        return io.NodeOutput([[text_encoder.encode([text]), {}]])
 
 
 class GAGDemoEmptyLatent(io.ComfyNode):

@@ -43,9 +43,9 @@ class GAGPatch:
         run = Run(PositivePrompt.of_guider(executor.class_obj), compiled_carelessly(executor.class_obj))
         if run.uncompiled:
             log.warning(
-                "GAG: this TorchCompileModel compiles without regard to patches, so the model calls in which GAG "
-                "acts%s run uncompiled; the picture is right.",
-                " or GAG Probe measures" if self.probes else "",
+                "GAG: this TorchCompileModel compiles without regard to patches, so the model calls in which %s run "
+                "uncompiled; the picture is right.",
+                "GAG acts or GAG Probe measures" if self.probes else "GAG acts",
             )
         run.steps, args, kwargs = followed(args, kwargs)
         for guidance in self.guidances:

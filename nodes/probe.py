@@ -11,7 +11,7 @@ from comfy import sd1_clip
 from comfy_api.latest import io
 
 from .demo import DemoText
-from .demo_model import DemoTextEncoder
+from .demo_architecture import DemoTextEncoder, words_of
 from .families import Blocks, Family, Layer, family_of
 from .guidance import CATEGORY
 from .patch import probe_model
@@ -131,8 +131,8 @@ def _tokens_of(word: str, prompt: str, text_encoder: Any) -> tuple[int, ...]:
 
 
 def _in_demo(word: str, prompt: str) -> set[int]:
-    """The demo's tokens are words, behind one that begins the text."""
-    every, wanted = (text.lower().replace(",", " ").split() for text in (prompt, word))
+    """The demo's tokens are words and marks, behind one that begins the text."""
+    every, wanted = words_of(prompt), words_of(word)
     starts = [i for i in range(len(every)) if every[i : i + len(wanted)] == wanted]
     return {1 + start + i for start in starts for i in range(len(wanted))}
 

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from training import demo_architecture
 from training.pictures import COLOURS, RELATIONS, SHAPES, Scene, changed, draw, lay_out, make_scene, stream
 
-TOKENS = 77
+words_of = demo_architecture.words_of
 # The share of training captions with something unsaid or wrong, as captions of real pictures have.
 NOISY = 0.28
 SPLITS = ("train", "tune", "report")
@@ -51,11 +51,6 @@ class Sample:
     picture: NDArray[np.float32]
     caption: str
     scene: Scene
-
-
-def words_of(text: str) -> list[str]:
-    """The words and marks of a text, in lower case."""
-    return re.findall(r"[^\s.,]+|[.,]", text.lower())
 
 
 def describe(scene: Scene, rng: random.Random) -> str:

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -33,11 +34,11 @@ def weights_of(checkpoint: Path) -> tuple[Name, dict[str, Tensor], dict[str, str
     return name, {key: value.half().contiguous() for key, value in weights.items()}, about
 
 
-def load(path: Path) -> tuple[Name, torch.nn.Module, text.TextEncoder]:
+def load(path: Path) -> tuple[Name, torch.nn.Module, Any]:
     """The model and the text encoder of an exported file, in fp32."""
     weights = {key: value.float() for key, value in safetensors.torch.load_file(path).items()}
     name: Name = "unet" if any(key.startswith("unet.") for key in weights) else "mmdit"
-    model, encoder = build(name), text.TextEncoder()
+    model, encoder = build(name), text.new_encoder()
     for module, prefix in ((model, f"{name}."), (encoder, "text.")):
         module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     return name, model.eval().requires_grad_(False), encoder.eval().requires_grad_(False)

@@ -13,25 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.text import WIDTH
+from training import demo_architecture
 
-CONFIG: dict[str, Any] = {
-    "image_model": "flux",
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": 4,
-    "hidden_size": 96,
-    "num_heads": 3,
-    "mlp_ratio": 3.0,
-    "depth": 2,
-    "depth_single_blocks": 4,
-    "context_in_dim": WIDTH,
-    "vec_in_dim": 4,  # the host wants a pooled text; ours is always zero
-    "axes_dim": [8, 12, 12],
-    "theta": 100,  # few tokens: the slowest angle still turns visibly over 8
-    "qkv_bias": True,
-    "guidance_embed": False,
-}
+CONFIG: dict[str, Any] = demo_architecture.MMDIT_CONFIG
 _HIDDEN: int = CONFIG["hidden_size"]
 _HEADS: int = CONFIG["num_heads"]
 _MLP = int(_HIDDEN * CONFIG["mlp_ratio"])
@@ -153,7 +137,7 @@ class MMDiT(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.img_in, self.txt_in = nn.Linear(_PIXELS, _HIDDEN), nn.Linear(WIDTH, _HIDDEN)
+        self.img_in, self.txt_in = nn.Linear(_PIXELS, _HIDDEN), nn.Linear(demo_architecture.WIDTH, _HIDDEN)
         self.time_in, self.vector_in = _Embedder(256), _Embedder(CONFIG["vec_in_dim"])
         self.double_blocks = nn.ModuleList(_Double() for _ in range(CONFIG["depth"]))
         self.single_blocks = nn.ModuleList(_Single() for _ in range(CONFIG["depth_single_blocks"]))

@@ -52,13 +52,31 @@ def levels(name: Name, steps: int) -> Tensor:
 
 def denoised(name: Name, model: Callable[..., Any], x: Tensor, sigma: float, context: Tensor) -> Tensor:
     """The model's finished picture, guessed from ``x`` at a noise level of the sampler."""
+    noised, t = model_input(name, x, sigma)
+    out: Tensor = model(noised, t, context=context)
+    return finished(name, x, sigma, out)
+
+
+def model_input(name: Name, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """What the model is given for the sampler's ``x`` ``[B, 3, 32, 32]`` at a noise level, and its times ``[B]``."""
     if name == "unet":
-        scale = (sigma**2 + 1) ** 0.5
         t = float((SIGMAS.log() - torch.tensor(sigma, dtype=torch.float64).log()).abs().argmin())
-        v: Tensor = model(x / scale, torch.full((len(x),), t), context=context)
-        return x / scale**2 - v * (sigma / scale)
-    out: Tensor = model(x, torch.full((len(x),), sigma), context=context)
+        return x / (sigma**2 + 1) ** 0.5, torch.full((len(x),), t)
+    return x, torch.full((len(x),), sigma)
+
+
+def finished(name: Name, x: Tensor, sigma: float, out: Tensor) -> Tensor:
+    """The finished picture that a model output stands for."""
+    if name == "unet":
+        return x / (sigma**2 + 1) - out * (sigma / (sigma**2 + 1) ** 0.5)
     return x - sigma * out
+
+
+def output_for(name: Name, x: Tensor, sigma: float, picture: Tensor) -> Tensor:
+    """The model output that stands for a finished picture: the inverse of ``finished``."""
+    if name == "unet":
+        return (x / (sigma**2 + 1) - picture) * ((sigma**2 + 1) ** 0.5 / sigma)
+    return (x - picture) / sigma
 
 
 @torch.no_grad()
@@ -66,12 +84,22 @@ def sample(
     name: Name, model: Callable[..., Any], context: Tensor, empty: Tensor, cfg: float, steps: int, noise: Tensor
 ) -> Tensor:
     """Pictures ``[B, 3, 32, 32]`` in 0..1 by Euler's method, as ComfyUI's ``euler`` with ``simple`` and CFG."""
+    return unscaled(path(name, model, context, empty, cfg, steps, noise)[-1])
+
+
+@torch.no_grad()
+def path(
+    name: Name, model: Callable[..., Any], context: Tensor, empty: Tensor, cfg: float, steps: int, noise: Tensor
+) -> list[Tensor]:
+    """The sampler's ``steps + 1`` states ``[B, 3, 32, 32]``, from the noise to the scaled picture."""
     sigmas = levels(name, steps).tolist()
     x = noise * (1 + sigmas[0] ** 2) ** 0.5 if name == "unet" else noise * sigmas[0]
+    states = [x]
     for sigma, following in pairwise(sigmas):
         x0 = denoised(name, model, x, sigma, context)
         if cfg != 1.0:
             unconditional = denoised(name, model, x, sigma, empty.expand_as(context))
             x0 = unconditional + cfg * (x0 - unconditional)
         x = x0 + (x - x0) * (following / sigma)
-    return unscaled(x)
+        states.append(x)
+    return states

@@ -19,81 +19,28 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from training.captions import TOKENS, WORDS, sample, words_of
+from training import demo_architecture
+from training.captions import WORDS, sample
 from training.pictures import DATA_VERSION
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".cache" / "training"
 ENCODER = FOLDER / f"text-v{DATA_VERSION}.safetensors"
-WIDTH = 96
-HEADS = 4
-LAYERS = 2
+WIDTH: int = demo_architecture.WIDTH
 # The order is part of the weights.
-VOCABULARY = ("[PAD]", "[CLS]", "[SEP]", *WORDS)
-_IDS = {word: number for number, word in enumerate(VOCABULARY)}
+VOCABULARY: tuple[str, ...] = (*demo_architecture.SPECIAL, *WORDS)
 
 
-class TextBlock(nn.Module):
-    """A pre-norm transformer block; every token reads every other, padding too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.f1, self.f2 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, 77, WIDTH]`` to the same."""
-        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(self.n1(x)).chunk(3, dim=-1))
-        x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.f2(nn.functional.gelu(self.f1(self.n2(x))))
+def new_encoder() -> Any:
+    """The pack's ``DemoTextEncoder`` over the captions' vocabulary, untrained."""
+    return demo_architecture.DemoTextEncoder(VOCABULARY)
 
 
-class TextEncoder(nn.Module):
-    """Token ids ``[B, 77]`` to contexts ``[B, 77, WIDTH]`` in fp32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(len(VOCABULARY), WIDTH)
-        self.pos = nn.Parameter(torch.randn(TOKENS, WIDTH) * 0.1)
-        self.blocks = nn.ModuleList(TextBlock() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """The contexts of a batch of captions."""
-        x = self.table(ids) + self.pos
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.head(self.norm(x))
-        return out
-
-    @torch.no_grad()
-    def encode(self, captions: list[str]) -> Tensor:
-        """The contexts ``[B, 77, WIDTH]`` of captions; an empty one is the unconditional context."""
-        return self(torch.tensor([tokens_of(caption) for caption in captions]))
-
-
-def tokens_of(caption: str) -> list[int]:
-    """The 77 token ids of a caption.
-
-    Raises:
-        ValueError: a word outside the vocabulary, or too many words.
-    """
-    words = words_of(caption)
-    if unknown := [word for word in words if word not in WORDS]:
-        raise ValueError(f"The model does not know {', '.join(map(repr, unknown))}; it knows {' '.join(WORDS)}")
-    if len(words) > TOKENS - 2:
-        raise ValueError(f"The model reads up to {TOKENS - 2} words and marks, got {len(words)}.")
-    ids = [_IDS[word] for word in ("[CLS]", *words, "[SEP]")]
-    return ids + [_IDS["[PAD]"]] * (TOKENS - len(ids))
-
-
-def load(path: Path = ENCODER) -> TextEncoder:
+def load(path: Path = ENCODER) -> Any:
     """The distilled encoder, frozen."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no text encoder at {path} yet: run `python -m training.text` first.")
-    encoder = TextEncoder()
+    encoder = new_encoder()
     encoder.load_state_dict(safetensors.torch.load_file(path))
     return encoder.eval().requires_grad_(False)
 
@@ -105,6 +52,7 @@ def teach(teacher_folder: Path, captions: list[str]) -> Tensor:
     pieces = {word: n for n, word in enumerate((teacher_folder / "vocab.txt").read_text("utf-8").splitlines())}
     numbers = torch.tensor([pieces[word] for word in VOCABULARY])
     teacher: Any = transformers.AutoModel.from_pretrained(str(teacher_folder), local_files_only=True).eval()
+    tokens_of = new_encoder().tokens_of
     ids = numbers[torch.tensor([tokens_of(caption) for caption in captions])]
     states: list[Tensor] = []
     with torch.inference_mode():
@@ -136,13 +84,13 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
     """Distil the encoder and save it."""
     torch.manual_seed(seed)
     texts = ["", *(sample("train", seed + 1_000_000, index).caption for index in range(captions - 1))]
-    ids = torch.tensor([tokens_of(text) for text in texts])
+    encoder = new_encoder()
+    ids = torch.tensor([encoder.tokens_of(text) for text in texts])
     states = teach(teacher_folder, texts)
     mean, directions, scale = projection(states, ids)
     targets = torch.cat([((part.float() - mean) @ directions / scale).half() for part in states.split(256)])
     del states
     held_out = min(256, captions // 8)
-    encoder = TextEncoder()
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     start, step, done = time.monotonic(), 0, 0.0
     while done < 1:

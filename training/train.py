@@ -40,7 +40,7 @@ def build(name: Name) -> nn.Module:
     return MMDiT()
 
 
-def batch(encoder: text.TextEncoder, seed: int, step: int, size: int, first: int = 0) -> tuple[Tensor, Tensor]:
+def batch(encoder: Any, seed: int, step: int, size: int, first: int = 0) -> tuple[Tensor, Tensor]:
     """Scaled pictures ``[B, 3, 32, 32]`` and contexts ``[B, 77, WIDTH]`` of a step; a tenth have an empty caption."""
     samples = [sample("train", seed, first + step * size + number) for number in range(size)]
     unsaid = torch.rand(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)) < EMPTY
@@ -90,12 +90,17 @@ class Training:
             return float(self.step / self.settings["steps"])
         return float(self.seconds / (60 * self.settings["minutes"]))
 
-    def advance(self) -> float:
-        """One step; its loss."""
-        seed, size = self.settings["seed"], self.settings["batch"]
-        x, context = batch(self.encoder, seed, self.step, size)
+    def examples(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The model's input, its times and contexts, and its targets in this step."""
+        seed = self.settings["seed"]
+        x, context = batch(self.encoder, seed, self.step, self.settings["batch"])
         generator = torch.Generator().manual_seed(seed * 7_000_003 + self.step)
         noised, t, target = training_pair(self.name, x, generator)
+        return noised, t, context, target
+
+    def advance(self) -> float:
+        """One step; its loss."""
+        noised, t, context, target = self.examples()
         warm = min(1.0, (self.step + 1) / 200)
         for group in self.optimizer.param_groups:
             group["lr"] = (

@@ -12,17 +12,25 @@ import pytest
 import steps
 
 
-def test_whole_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command itself refuses to report a node that changes nothing."""
+@pytest.mark.parametrize("node", [steps.GAG, steps.PROBE])
+def test_whole_steps(
+    node: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command itself refuses to report a GAG node that changes nothing, and a probe that changes anything."""
     tiny = steps.MODELS["sd15"]._replace(narrow={"model_channels": 32, "num_heads": 2}, narrow_title="tiny")
     monkeypatch.setitem(steps.MODELS, "sd15", tiny)
     file = tmp_path / "steps.json"
-    assert steps.main(["--size", "64", "--steps", "2", "--pairs", "1", "--threads", "1", "--json", str(file)]) == 0
+    assert (
+        steps.main(
+            ["--size", "64", "--steps", "2", "--pairs", "1", "--threads", "1", "--node", node, "--json", str(file)]
+        )
+        == 0
+    )
     (result,) = json.loads(file.read_text())["results"]
     assert result["model"] == "sd15" and len(result["ratios"]) == 1
     assert all(math.isfinite(result[key]) and result[key] > 0 for key in ("off_ms", "on_ms", "ratio"))
     assert f"| {result['title']} |" in capsys.readouterr().out
-    assert "tiny" in result["title"]
+    assert "tiny" in result["title"] and ("GAG Probe" in result["title"]) == (node == steps.PROBE)
 
 
 def test_one_step_is_too_few(capsys: pytest.CaptureFixture[str]) -> None:

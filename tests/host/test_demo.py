@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,7 @@ import host_process as host
 from recorder import recording
 
 demo_model = host.pack_module("nodes.demo_model")
-SHA256 = "2ef60953871e578b4102fa67667d6a4cc7a05e5037163789f59360b784b22ff0"
-COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "yellow": (1.0, 1.0, 0.0)}
+COLOURS = {"red": (0.9, 0.12, 0.12), "green": (0.1, 0.75, 0.2), "blue": (0.15, 0.3, 0.95), "yellow": (0.95, 0.85, 0.1)}
 
 
 def pictures(model: Any, encoder: Any, vae: Any, prompt: str, count: int = 8) -> Tensor:
@@ -23,7 +23,7 @@ def pictures(model: Any, encoder: Any, vae: Any, prompt: str, count: int = 8) ->
     (positive,) = host.run_node("GAGDemoPrompt", text_encoder=encoder, text=prompt)
     (negative,) = host.run_node("GAGDemoPrompt", text_encoder=encoder, text="")
     (latent,) = host.run_node("GAGDemoEmptyLatent", batch_size=count)
-    (out,) = host.NODES["KSampler"]().sample(model, 3, 12, 4.0, "euler", "normal", positive, negative, latent)
+    (out,) = host.NODES["KSampler"]().sample(model, 3, 12, 4.0, "euler", "simple", positive, negative, latent)
     (images,) = host.NODES["VAEDecode"]().decode(vae, out)
     return images
 
@@ -31,11 +31,7 @@ def pictures(model: Any, encoder: Any, vae: Any, prompt: str, count: int = 8) ->
 def coloured(images: Tensor, colour: str) -> Tensor:
     """Which of the pictures have more than a few pixels near a colour."""
     distance = (images - torch.tensor(COLOURS[colour])).square().sum(-1)
-    return (distance < 0.35).flatten(1).sum(1) >= 6
-
-
-def test_the_weights_are_those_that_were_taken_in() -> None:
-    assert hashlib.sha256(demo_model.WEIGHTS.read_bytes()).hexdigest() == SHA256
+    return (distance < 0.2).flatten(1).sum(1) >= 12
 
 
 def test_it_draws_the_colours_it_is_asked_for() -> None:
@@ -48,33 +44,52 @@ def test_it_draws_the_colours_it_is_asked_for() -> None:
     assert int((coloured(others, "red") | coloured(others, "blue")).sum()) <= 2
 
 
-def test_guidance_acts_on_four_of_its_five_attentions_and_keeps_the_picture() -> None:
+def test_guidance_acts_and_keeps_the_colours() -> None:
     model, encoder, vae = host.run_node("GAGDemoLoader")
     prompt = "a red circle left of a blue square"
     plain = pictures(model, encoder, vae, prompt)
     (gentle,) = host.run_node("GAGuidance", model=model)
-    with recording(gentle) as calls:
-        out = pictures(gentle, encoder, vae, prompt)
-    assert len({c.module for c in calls if c.module.endswith("attn2")}) == 5
-    assert len(host.pack_module("nodes.families").family_of(model)[1]["m"]) == 1
+    out = pictures(gentle, encoder, vae, prompt)
     assert not torch.equal(out, plain)
     assert int((coloured(out, "red") & coloured(out, "blue")).sum()) >= 6
 
 
+def test_guidance_acts_on_four_of_the_unets_five_attentions() -> None:
+    model, encoder, vae = host.run_node("GAGDemoLoader")
+    (gentle,) = host.run_node("GAGuidance", model=model)
+    with recording(gentle) as calls:
+        pictures(gentle, encoder, vae, "a red circle", 1)
+    assert len({c.module for c in calls if c.module.endswith("attn2")}) == 5
+    assert len(host.pack_module("nodes.families").family_of(model)[1]["m"]) == 1
+
+
+def test_other_weights_than_ours_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Path(shutil.copy(demo_model.WEIGHTS, tmp_path))
+    monkeypatch.setattr(demo_model, "WEIGHTS", copy)
+    host.run_node("GAGDemoLoader")
+    data = bytearray(copy.read_bytes())
+    data[-1] ^= 1
+    copy.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"assets/{copy.name} is not the file that came with the pack .*install the"):
+        host.run_node("GAGDemoLoader")
+
+
 def test_words_it_does_not_know_are_named() -> None:
     _, encoder, _ = host.run_node("GAGDemoLoader")
-    with pytest.raises(ValueError, match=r"does not know 'purple', 'dog'; it knows a, of, red"):
-        host.run_node("GAGDemoPrompt", text_encoder=encoder, text="A purple circle above a dog")
+    with pytest.raises(ValueError, match=r"does not know 'pink', 'dog'; it knows , \. a above") as raised:
+        host.run_node("GAGDemoPrompt", text_encoder=encoder, text="A pink circle above a dog, a pink one")
+    assert all(word in str(raised.value) for word in ("purple", "white", "crosses", "three"))
 
 
 def test_more_words_than_it_reads_are_refused() -> None:
     _, encoder, _ = host.run_node("GAGDemoLoader")
-    with pytest.raises(ValueError, match="reads up to 75 words, got 76"):
+    with pytest.raises(ValueError, match="reads up to 75 words and marks, got 76"):
         host.run_node("GAGDemoPrompt", text_encoder=encoder, text="red " * 76)
 
 
-def test_a_context_has_the_shape_that_the_unet_reads() -> None:
+def test_a_context_has_the_shape_that_the_model_reads() -> None:
     _, encoder, _ = host.run_node("GAGDemoLoader")
-    assert encoder.encode("").shape == (1, 77, 64)
-    assert torch.equal(encoder.encode("A red circle"), encoder.encode("a red  circle"))
-    assert not torch.equal(encoder.encode("a red circle"), encoder.encode("a blue circle"))
+    red, same, blue = (encoder.encode([text]) for text in ("A red circle", "a red  circle", "a blue circle"))
+    assert red.shape == (1, 77, 96)
+    assert torch.equal(red, same)
+    assert not torch.equal(red, blue)

@@ -36,7 +36,7 @@ def _weights(folder: Path, name: str) -> Path:
     logging.disable(logging.NOTSET)
     host.fill(patcher.model.diffusion_model, 3)
     torch.manual_seed(3)
-    encoder = sampling.training("text").TextEncoder()
+    encoder = sampling.training("text").new_encoder()
     tensors = {f"{name}.{key}": value for key, value in patcher.model.diffusion_model.state_dict().items()}
     tensors.update({f"text.{key}": value for key, value in encoder.state_dict().items()})
     path = folder / f"{name}.safetensors"

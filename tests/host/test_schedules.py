@@ -547,7 +547,7 @@ def test_a_model_called_outside_a_sampler_goes_by_its_noise() -> None:
             model.model.apply_model(
                 torch.zeros(1, 3, 32, 32),
                 torch.tensor([sigma]),
-                c_crossattn=encoder.encode("a red circle"),
+                c_crossattn=encoder.encode(["a red circle"]),
                 transformer_options={"wrappers": model.wrappers},
             )
         ((_, strength),) = seen

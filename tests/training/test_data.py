@@ -8,10 +8,11 @@ import hashlib
 import numpy as np
 import pytest
 
-from training.captions import NOISY, TOKENS, WORDS, describe, muddle, sample, words_of
+from training import demo_architecture
+from training.captions import NOISY, WORDS, describe, muddle, sample, words_of
 from training.checker import look
 from training.pictures import DATA_VERSION, RELATIONS, SIZE, lay_out, make_scene, stream
-from training.text import VOCABULARY, tokens_of
+from training.text import VOCABULARY, new_encoder
 
 
 def test_the_data_of_this_version_stay_as_they_were_when_the_models_were_trained() -> None:
@@ -40,7 +41,7 @@ def test_captions_use_the_vocabulary_and_are_short_and_long() -> None:
         words = words_of(sample("train", 3, index).caption)
         assert set(words) <= set(WORDS)
         lengths.append(len(words))
-    assert min(lengths) <= 4 and max(lengths) >= 40 and max(lengths) <= TOKENS - 2
+    assert min(lengths) <= 4 and max(lengths) >= 40 and max(lengths) <= demo_architecture.TOKENS - 2
 
 
 def test_a_relation_is_drawn_along_its_own_axis_only() -> None:
@@ -91,8 +92,9 @@ def test_a_relation_is_told_from_both_sides() -> None:
 
 
 def test_captions_become_77_tokens_and_unknown_words_are_named() -> None:
+    tokens_of = new_encoder().tokens_of
     tokens = tokens_of("A red circle, left of two blue squares.")
-    assert len(tokens) == TOKENS
+    assert len(tokens) == demo_architecture.TOKENS
     assert [VOCABULARY[token] for token in tokens[:12]] == [
         *("[CLS]", "a", "red", "circle", ",", "left", "of", "two", "blue", "squares", ".", "[SEP]")
     ]

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""``python -m training.distill WEIGHTS``: a student that needs four steps and no CFG, from an exported teacher.
+
+The teacher draws pictures in sixteen steps with CFG and writes down where it is after every fourth. The student starts
+from the teacher's weights and learns to go from each of these states to the next in one step of Euler's method: a
+progressive distillation (Salimans and Ho 2022, https://arxiv.org/abs/2202.00512) in one stage with the guidance
+distilled in (Meng et al. 2023, https://arxiv.org/abs/2210.03142), on the teacher's own trajectories.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training import export, text
+from training.captions import sample
+from training.schedules import Name, levels, model_input, output_for, path
+from training.train import Training, keep_memory
+
+STEPS = 4
+# Teacher's steps for one of the student's.
+WITHIN = 4
+# Captions of the split "train" from here on: none that the teacher was trained on.
+_FIRST = 100_000_000
+
+
+@torch.no_grad()
+def states_of(teacher: Path, pictures: int, cfg: float, seed: int, batch: int = 64) -> dict[str, Tensor]:
+    """The teacher's states ``[pictures, STEPS + 1, 3, 32, 32]`` in fp16, and the captions' token ids."""
+    name, model, encoder = export.load(teacher)
+    empty = encoder.encode([""])
+    found, ids = [], []
+    begun = time.monotonic()
+    for first in range(0, pictures, batch):
+        captions = [sample("train", seed, _FIRST + n).caption for n in range(first, min(first + batch, pictures))]
+        generator = torch.Generator().manual_seed(seed * 9_000_011 + first)
+        noise = torch.randn(len(captions), 3, 32, 32, generator=generator)
+        states = path(name, model, encoder.encode(captions), empty, cfg, STEPS * WITHIN, noise)
+        found.append(torch.stack(states[::WITHIN], dim=1).half())
+        ids.append(torch.tensor([encoder.tokens_of(caption) for caption in captions]))
+        if first // batch % 8 == 7:
+            left = (time.monotonic() - begun) * (pictures / (first + len(captions)) - 1) / 60
+            print(f"teacher: {first + len(captions)} of {pictures} pictures, {left:.0f} min left", flush=True)
+    return {"states": torch.cat(found), "ids": torch.cat(ids)}
+
+
+def pair(name: Name, states: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Model input, times and targets of one step between states ``[B, STEPS + 1, 3, 32, 32]``."""
+    sigma, following = levels(name, STEPS)[step : step + 2].tolist()
+    now, then = states[:, step].float(), states[:, step + 1].float()
+    kept = following / sigma
+    noised, t = model_input(name, now, sigma)
+    return noised, t, output_for(name, now, sigma, (then - kept * now) / (1 - kept))
+
+
+class Distillation(Training):
+    """A training whose examples are a teacher's states; ``STEPS`` times the batch goes into each step."""
+
+    def __init__(self, name: Name, folder: Path, settings: dict[str, Any], taught: dict[str, Tensor]) -> None:
+        super().__init__(name, folder, settings)
+        self.taught = taught
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Begin with a teacher's weights, unless the student has begun already."""
+        if self.step == 0:
+            self.model.load_state_dict(weights)
+            self.average = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+
+    def examples(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The model's input, its times and contexts, and its targets in this step."""
+        generator = torch.Generator().manual_seed(self.settings["seed"] * 7_000_003 + self.step)
+        rows = torch.randint(len(self.taught["ids"]), (self.settings["batch"],), generator=generator)
+        parts = [pair(self.name, self.taught["states"][part], step) for step, part in enumerate(rows.chunk(STEPS))]
+        noised, t, target = (torch.cat(values) for values in zip(*parts, strict=True))
+        return noised, t, self.encoder(self.taught["ids"][rows]), target
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m training.distill", description="Distil a few-step student.")
+    parser.add_argument("teacher", type=Path, help="a file of training.export, for instance unet-seed0.safetensors")
+    parser.add_argument("--out", type=Path, help="default: .cache/training/TEACHER-fewstep")
+    parser.add_argument("--pictures", type=int, default=8192)
+    parser.add_argument("--cfg", type=float, default=4.0, help="the teacher's CFG, which the student needs no more")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training, after the teacher has drawn")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_memory()
+    folder = options.out or text.FOLDER / f"{options.teacher.stem}-fewstep"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = folder / "teacher.pt"
+    if not drawn.is_file():
+        torch.save(states_of(options.teacher, options.pictures, options.cfg, options.seed), drawn)
+    name, teacher, _ = export.load(options.teacher)
+    settings: dict[str, Any] = {key: getattr(options, key) for key in ("seed", "minutes", "batch", "lr")}
+    student = Distillation(name, folder, {**settings, "steps": 0}, torch.load(drawn, weights_only=True))
+    student.start_from(teacher.state_dict())
+    student.run()
+
+
+if __name__ == "__main__":
+    main()
