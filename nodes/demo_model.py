@@ -92,7 +92,7 @@ def load_demo() -> tuple[Any, DemoTextEncoder, Any]:
     with safetensors.safe_open(WEIGHTS, framework="pt") as file:
         about = file.metadata()
         weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    encoder = DemoTextEncoder(about["vocabulary"].split(" ")).eval().requires_grad_(False)
+    encoder = DemoTextEncoder(about["vocabulary"].split(" "))
     encoder.load_state_dict({k.removeprefix("text."): v for k, v in weights.items() if k.startswith("text.")})
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
     return load_in_host(about["model"], weights), encoder, vae

@@ -75,6 +75,7 @@ def known_to_git() -> list[str]:
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if listed.returncode:
+        # The registry packs what git knows; an unpacked download has no such list. The CI's checkout always has.
         pytest.skip(f"this is no git checkout: {listed.stderr.strip()}")
     return [name for name in sorted(set(listed.stdout.splitlines())) if (ROOT / name).is_file()]
 
