@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import steps
+
 Guide = Callable[..., None]
 NODE = "GAGuidanceAdvanced"
 NOTHING = "none"
@@ -96,11 +98,6 @@ METHODS = (
 FAMILIES = tuple(dict.fromkeys(method.family for method in METHODS))
 
 
-def schema_defaults(node: Any) -> dict[str, Any]:
-    """What a node's inputs are set to when it is new."""
-    return {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
-
-
 def node_named(name: str) -> Any:
     """A node class of the pack, as the host loaded it; None where the pack has none of that name."""
     return sys.modules["nodes"].NODE_CLASS_MAPPINGS.get(name)
@@ -126,7 +123,7 @@ def applied(model: Any, method: Method, softening: float = 1.0) -> Iterator[Any]
     node = node_named(method.node or NODE)
     if node is None:
         raise RuntimeError(f"the pack has no node {method.node}")
-    patched = node.execute(**{**schema_defaults(node), **method.inputs, "model": model}).result[0]
+    patched = steps.execute(node, **method.inputs, model=model)[0]
     picks = sys.modules[node.__module__.rpartition(".nodes.")[0] + ".gag_core.attention"]
     guide = at_temperature(picks._guide, temperature, guided=bool(method.node))
     calls = 0

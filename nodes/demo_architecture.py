@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the demo models are made of, without the host: sizes, the host classes' settings, the text encoder.
+"""What the demo model is made of, without the host: sizes, the settings of the host's class, the text encoder.
 
 The training reads this file too, so that what is trained and what is shipped cannot differ.
 """
@@ -43,23 +43,6 @@ UNET_CONFIG: dict[str, Any] = {
     "use_checkpoint": False,
     "use_temporal_resblock": False,
     "use_temporal_attention": False,
-}
-MMDIT_CONFIG: dict[str, Any] = {
-    "image_model": "flux",
-    "in_channels": CHANNELS,
-    "out_channels": CHANNELS,
-    "patch_size": PATCH,
-    "hidden_size": 96,
-    "num_heads": 3,
-    "mlp_ratio": 3.0,
-    "depth": 2,
-    "depth_single_blocks": 4,
-    "context_in_dim": WIDTH,
-    "vec_in_dim": 4,  # the host wants a pooled text; ours is always zero
-    "axes_dim": [8, 12, 12],
-    "theta": 100,  # few tokens: the slowest angle still turns visibly over 8
-    "qkv_bias": True,
-    "guidance_embed": False,
 }
 
 

@@ -13,12 +13,12 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models_base
-import safetensors
+import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
-from .demo_architecture import CHANNELS, MMDIT_CONFIG, PATCH, UNET_CONFIG, DemoTextEncoder
+from .demo_architecture import CHANNELS, PATCH, UNET_CONFIG, DemoTextEncoder
 
 WEIGHTS = Path(__file__).parent.parent / "assets" / "demo_unet.safetensors"
 SHA256 = "0a54cb67fdcc1101c1662a6bb5de248ea755bf2b8bf61eb676a55fa0a6adc579"
@@ -33,48 +33,45 @@ class PixelUNet(UNetModel):
         return nn.functional.pixel_shuffle(out, PATCH)
 
 
-class _PixelLatent(comfy.latent_formats.LatentFormat):
+class PixelLatent(comfy.latent_formats.LatentFormat):
     """Pictures in -1..1 to what the models were trained on: (picture in 0..1 - 0.25) * 4."""
 
     latent_channels = CHANNELS
 
     def process_in(self, latent: Tensor) -> Tensor:
+        """From the host's pixel space."""
         return ((latent + 1.0) / 2.0 - 0.25) * 4.0
 
     def process_out(self, latent: Tensor) -> Tensor:
+        """To the host's pixel space."""
         return (latent / 4.0 + 0.25) * 2.0 - 1.0
 
 
 class _UNetSettings(comfy.supported_models_base.BASE):
     unet_config = UNET_CONFIG
     unet_extra_config: ClassVar[dict[str, Any]] = {}
-    latent_format = _PixelLatent
+    latent_format = PixelLatent
 
 
-class _MMDiTSettings(comfy.supported_models_base.BASE):
-    unet_config = MMDIT_CONFIG
-    unet_extra_config: ClassVar[dict[str, Any]] = {}
-    sampling_settings: ClassVar[dict[str, Any]] = {"shift": 0.0}  # of log odds: none
-    latent_format = _PixelLatent
+def load_in_host(weights: dict[str, Tensor]) -> Any:
+    """The host's ModelPatcher of the UNet, in fp32, with the weights whose keys begin with ``unet.``."""
+    settings = _UNetSettings(UNET_CONFIG)
+    settings.set_inference_dtype(torch.float32, None)
+    device = comfy.model_management.unet_offload_device()
+    model = comfy.model_base.BaseModel(
+        settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device, unet_model=PixelUNet
+    )
+    return patcher_of(model, "unet", weights)
 
 
-def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
-    """The host's ModelPatcher of ``unet`` or ``mmdit``, in fp32, with the weights whose keys have that prefix."""
-    load_device = comfy.model_management.get_torch_device()
-    offload_device = comfy.model_management.unet_offload_device()
-    settings: Any
-    if name == "unet":
-        settings = _UNetSettings(UNET_CONFIG)
-        settings.set_inference_dtype(torch.float32, None)
-        model = comfy.model_base.BaseModel(
-            settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device=offload_device, unet_model=PixelUNet
-        )
-    else:
-        settings = _MMDiTSettings(dict(MMDIT_CONFIG))
-        settings.set_inference_dtype(torch.float32, None)
-        model = comfy.model_base.Flux(settings, model_type=comfy.model_base.ModelType.FLUX, device=offload_device)
+def patcher_of(model: Any, name: str, weights: dict[str, Tensor]) -> Any:
+    """The host's ModelPatcher of one of its models, with the weights whose keys begin with ``name``."""
     model.load_model_weights(dict(weights), f"{name}.")
-    return comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=offload_device)
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
 
 
 def load_demo() -> tuple[Any, DemoTextEncoder, Any]:
@@ -89,10 +86,9 @@ def load_demo() -> tuple[Any, DemoTextEncoder, Any]:
             f"assets/{WEIGHTS.name} is not the file that came with the pack (SHA-256 {found[:12]}…, "
             f"not {SHA256[:12]}…): install the pack again."
         )
-    with safetensors.safe_open(WEIGHTS, framework="pt") as file:
-        about = file.metadata()
-        weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    weights, about = comfy.utils.load_torch_file(str(WEIGHTS), return_metadata=True)
+    weights = {key: value.float() for key, value in weights.items()}
     encoder = DemoTextEncoder(about["vocabulary"].split(" "))
-    encoder.load_state_dict({k.removeprefix("text."): v for k, v in weights.items() if k.startswith("text.")})
+    encoder.load_state_dict(comfy.utils.state_dict_prefix_replace(weights, {"text.": ""}, filter_keys=True))
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
-    return load_in_host(about["model"], weights), encoder, vae
+    return load_in_host(weights), encoder, vae

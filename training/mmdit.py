@@ -15,7 +15,23 @@ from torch import Tensor, nn
 
 from training import demo_architecture
 
-CONFIG: dict[str, Any] = demo_architecture.MMDIT_CONFIG
+CONFIG: dict[str, Any] = {
+    "image_model": "flux",
+    "in_channels": demo_architecture.CHANNELS,
+    "out_channels": demo_architecture.CHANNELS,
+    "patch_size": demo_architecture.PATCH,
+    "hidden_size": 96,
+    "num_heads": 3,
+    "mlp_ratio": 3.0,
+    "depth": 2,
+    "depth_single_blocks": 4,
+    "context_in_dim": demo_architecture.WIDTH,
+    "vec_in_dim": 4,  # the host wants a pooled text; ours is always zero
+    "axes_dim": [8, 12, 12],
+    "theta": 100,  # few tokens: the slowest angle still turns visibly over 8
+    "qkv_bias": True,
+    "guidance_embed": False,
+}
 _HIDDEN: int = CONFIG["hidden_size"]
 _HEADS: int = CONFIG["num_heads"]
 _MLP = int(_HIDDEN * CONFIG["mlp_ratio"])
@@ -85,7 +101,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
 
 def _turn(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary embedding of ``[B, heads, N, d]`` by unit numbers ``[N, d / 2]``, neighbours being pairs."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)  # complex products would not be compiled
+    cos, sin = turns.real, turns.imag
+    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
 
 
 class _Double(nn.Module):

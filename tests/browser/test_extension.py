@@ -566,11 +566,11 @@ def test_workflows_are_saved_and_queued_as_without_the_extension(
         for nodes in (workflow["nodes"], ours["workflow"]["nodes"])
     )
     assert written == saved
-    saved = [
+    with_it, without_it = (
         [(node["type"], node["inputs"], node.get("widgets_values")) for node in graph["workflow"]["nodes"]]
         for graph in graphs
-    ]
-    assert saved[0] == saved[1]
+    )
+    assert with_it == without_it
     assert page.evaluate("() => document.querySelectorAll('.gag-panel').length") >= 1
     assert plain.evaluate("() => document.querySelectorAll('.gag-panel').length") == 0
 

@@ -30,6 +30,8 @@ def test_whole_steps(
     assert result["model"] == "sd15" and len(result["ratios"]) == 1
     assert all(math.isfinite(result[key]) and result[key] > 0 for key in ("off_ms", "on_ms", "ratio"))
     assert f"| {result['title']} |" in capsys.readouterr().out
+    share = result["probe_share"]
+    assert share is None if node == steps.GAG else share > 0
     assert "tiny" in result["title"] and ("GAG Probe" in result["title"]) == (node == steps.PROBE)
 
 
