@@ -15,7 +15,7 @@ import quality_plots
 import quality_statistics as statistics
 from comfy_host import ROOT
 from quality_methods import BASELINE, CFG, CONTROLS, FAMILIES, METHODS, SHARPER, SPARSE, Method
-from quality_results import ATTRIBUTES, PRICES, REPORT, Cell, Key, Outcome, Results, versions_in
+from quality_results import ATTRIBUTES, PRICES, REPORT, TUNE, Cell, Key, Outcome, Results, versions_in
 from quality_statistics import SIGNIFICANT, Marks, Paired, holm, paired
 
 PAGE = ROOT / "docs" / "evidence.md"
@@ -315,7 +315,27 @@ def _made_with(results: Results) -> str:
     lines.append(f"| seconds of sampling and checking | {sum(line.seconds for line in results.lines):.0f} |")
     if len(versions_in(results.lines).get("code", [])) > 1:
         lines += ["", "The results were made with more than one state of the pack's code."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "The commands that measure this anew:", "", "```", *commands(results), "```"])
+
+
+def commands(results: Results) -> list[str]:
+    """A command for each cell, with as many captions as it was measured on; ``training.export`` writes the files."""
+    found = []
+    for cell in results.cells():
+        captions = {
+            split: max((results.captions(key) for key in results.measured() if key[:2] == (cell, split)), default=0)
+            for split in (TUNE, REPORT)
+        }
+        options = "".join(
+            f" --{name} {number}"
+            for name, number in (("captions", captions[TUNE]), ("held-out", captions[REPORT]))
+            if number
+        )
+        found.append(
+            f"python dev.py quality --weights .cache/training/export/{cell.model}.safetensors --steps {cell.steps} "
+            f"--cfg {cell.cfg:g} --soften {cell.softening:g}{options}"
+        )
+    return found
 
 
 def _picture(path: Path, page: Path, title: str) -> str:

@@ -242,6 +242,8 @@ def test_the_page_is_written_from_the_files(study: Results, tmp_path: Path, monk
     assert f"{100 * baseline.right().mean():.1f} %" in text
     assert "| preset gentle | as it is |" in text and "no measurable difference" in text
     assert "better than no guidance and than both controls in 0 of 2 comparisons." in text
+    command = "python dev.py quality --weights .cache/training/export/unet.safetensors --steps 8 --cfg 1 --soften 1"
+    assert f"\n{command} --captions 400 --held-out 800\n" in text
     for file in files[1:]:
         assert f"(../assets/evidence/{file.name})" in text
     quality_page.write(study.folder, page, plots)
