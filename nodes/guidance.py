@@ -260,7 +260,7 @@ def guide(
         text = "GAG is off: strength is 0."
         log.info(text)
         show_on_node(text, node_id)
-        tell_report(node_id, 0, len(order), "strength is 0", text)
+        tell_report(node_id, 0, len(order), text, "why_off")
         return model.clone()
     return patch_model(
         model,

@@ -135,11 +135,26 @@ def _remember_blocks(node_id: str, known: Json) -> None:
     _send(BLOCKS, {"node": node_id, **known})
 
 
-def tell_report(node_id: str | None, guided: int, of: int, why: str, text: str) -> None:
-    """What became of a node in a run: how many of all text attentions were guided, and if none, why in a few words."""
+def tell_report(
+    node_id: str | None, guided: int, of: int, text: str, why: str = "", span: tuple[float, float] = (0.0, 1.0)
+) -> None:
+    """What became of a node in a run.
+
+    Args:
+        node_id: the node; without one there is nobody to tell.
+        guided: how many text attentions were guided.
+        of: how many there are.
+        text: the same in a sentence.
+        why: if none was guided, what web/texts.js calls the reason.
+        span: start_percent and end_percent, for the reason that has them in it.
+    """
     if node_id is None:
         return
-    _send(REPORT, {"node": node_id, "guided": guided, "of": of, "why": why, "text": text})
+    start, end = (f"{percent:g}" for percent in span)
+    _send(
+        REPORT,
+        {"node": node_id, "guided": guided, "of": of, "text": text, "why": why, "start": start, "end": end},
+    )
     if (_workflow() or "", node_id) in _blocks:
         return
     # The host took over what the node made in another workflow, so that nobody told of the blocks in this one.

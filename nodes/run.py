@@ -87,10 +87,11 @@ class Run:
         """
         counts = self.guided.get(guidance)
         if not counts:
-            short, reason = self._why_nothing(guidance)
+            why, short, reason = self._why_nothing(guidance)
             text = f"Nothing guided: {short}."
             show_on_node(text, guidance.node_id)
-            tell_report(guidance.node_id, 0, len(guidance.order), short, text)
+            span = guidance.start_percent, guidance.end_percent
+            tell_report(guidance.node_id, 0, len(guidance.order), text, why, span)
             log.warning("GAG guided nothing in this run: %s.", reason)
             return
         # Not every call in range reaches its attentions: step caches such as EasyCache leave the model out.
@@ -99,31 +100,34 @@ class Run:
         if self.overruled[guidance]:
             text += f" In {self.overruled[guidance]} a later GAG node acted."
         show_on_node(text, guidance.node_id)
-        tell_report(guidance.node_id, layers, len(guidance.order), "", text)
+        tell_report(guidance.node_id, layers, len(guidance.order), text)
         if guidance.verbose:
             listed = ", ".join(f"{'.'.join(map(str, layer))}: {counts[layer]}" for layer in sorted(counts))
             schedule = "" if guidance.schedule is None else f" Schedule: {guidance.schedule}."
             log.info("GAG: %s Settings: %s.%s Calls by attention: %s.", text, guidance.config, schedule, listed)
 
-    def _why_nothing(self, guidance: Guidance) -> tuple[str, str]:
-        """The reason in a few words and as the end of a sentence."""
+    def _why_nothing(self, guidance: Guidance) -> tuple[str, str, str]:
+        """The reason: what web/texts.js calls it, in a few words, and as the end of a sentence."""
         span = f"{guidance.start_percent:g} to {guidance.end_percent:g}"
         if not self.model_calls:
-            return "no model call", "the sampler made no model call"
+            return "why_no_call", "no model call", "the sampler made no model call"
         if not self.in_range[guidance]:
             if self.overruled[guidance]:
                 unless = " in which its schedule is not 0" if self.unscheduled[guidance] else ""
                 reason = f"a later GAG node on the same model acts in all steps of its range{unless}"
-                return "a later GAG node acts", reason
+                return "why_later", "a later GAG node acts", reason
             if self.unscheduled[guidance]:
                 where = f"from {span}" if guidance.ranged else "of the run"
-                return "its schedule is 0", f"its schedule is 0 in all steps {where}"
-            return f"no step within {span}", f"no step lies within its start_percent and end_percent, {span}"
+                return "why_schedule", "its schedule is 0", f"its schedule is 0 in all steps {where}"
+            reason = f"no step lies within its start_percent and end_percent, {span}"
+            return "why_range", f"no step within {span}", reason
         if self.no_text[guidance] == self.in_range[guidance]:
-            return "the prompts are empty", "no model call had a single token of text"
+            return "why_empty", "the prompts are empty", "no model call had a single token of text"
         if self.no_positive_rows[guidance] == self.in_range[guidance]:
-            return "no positive prompt", 'apply_to is "positive" and no model call had a positive prompt'
+            reason = 'apply_to is "positive" and no model call had a positive prompt'
+            return "why_no_positive", "no positive prompt", reason
         return (
+            "why_not_run",
             "none of its attentions ran",
             "none of the chosen attentions ran; another node may replace the model's blocks or its attention",
         )

@@ -27,7 +27,7 @@ const MOST_REMEMBERED = 500;
  * @typedef {{
  *   chartOpen?: boolean,
  *   pickerOpen?: boolean,
- *   report?: {guided: number, of: number, why: string, text: string},
+ *   report?: {guided: number, of: number, text: string, why: import("./texts.js").Name, start: string, end: string},
  *   series?: import("./chart.js").Series,
  *   model?: import("./picker.js").Model,
  * }} Memory
@@ -184,7 +184,7 @@ class Panel {
     let text = "";
     if (mode === BYPASSED) text = say("bypassed");
     else if (mode === MUTED) text = say("muted");
-    else if (report) text = report.guided ? say("guiding", report) : say("nothing", report);
+    else if (report) text = report.guided ? say("guiding", report) : say("nothing", { why: say(report.why, report) });
     const title = mode === 0 && report ? `${text}\n${report.text}` : text;
     if (this.badge.title === title) return;
     this.badge.textContent = text;
@@ -307,8 +307,8 @@ function on(kind, act) {
   });
 }
 
-on("gag.report", ({ node, guided, of, why, text }, find) => {
-  find(node).report = { guided, of, why, text };
+on("gag.report", ({ node, ...report }, find) => {
+  find(node).report = report;
 });
 
 on("gag.blocks", ({ node, parts, default: chosen }, find) => {

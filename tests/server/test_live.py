@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+import texts
 from comfy_server import FINAL, ComfyServer, Json
 
 _seeds = itertools.count(int(time.time()))
@@ -161,7 +162,7 @@ def test_a_request_that_makes_no_sense_is_refused(server: ComfyServer, body: Any
 
 @pytest.mark.parametrize(
     ("inputs", "why"),
-    [({}, ""), ({"strength": 0.0}, "strength is 0"), ({"start_percent": 1.0}, "no step within 1 to 1")],
+    [({}, ""), ({"strength": 0.0}, "why_off"), ({"start_percent": 1.0}, "why_range")],
 )
 def test_the_tab_is_told_what_became_of_a_node(server: ComfyServer, inputs: Json, why: str) -> None:
     workflow = {"id": uuid.uuid4().hex}
@@ -173,6 +174,8 @@ def test_the_tab_is_told_what_became_of_a_node(server: ComfyServer, inputs: Json
     default = [layer for part in model["default"].values() for block in part for layer in block]
     assert 0 < sum(default) < len(default) == sum(map(sum, model["parts"].values()))
     assert (report["guided"], report["of"], report["why"]) == (0 if why else sum(default), len(default), why)
+    if why:  # the words that the badge translates are those of the sentence
+        assert texts.panel_texts()[why].format(**report) in report["text"]
 
 
 def test_the_blocks_are_told_and_remembered_by_workflow(server: ComfyServer) -> None:

@@ -144,6 +144,13 @@ INFO: dict[str, Any] = {
 PAGE = "# Node\n\n## Inputs\n\n- **old**: Gone.\n\n## Outputs\n\nOld.\n\n## More\n\nStays.\n"
 
 
+def test_the_badge_has_words_for_each_reason_that_the_server_gives() -> None:
+    given = {
+        name for file in (ROOT / "nodes").glob("*.py") for name in re.findall(r'"(why_\w+)"', file.read_text("utf-8"))
+    }
+    assert given == {name for name in texts.panel_texts() if name.startswith("why_")} != set()
+
+
 def test_lists_of_a_help_page() -> None:
     assert texts.with_lists(PAGE, INFO) == (
         "# Node\n\n## Inputs\n\n"
