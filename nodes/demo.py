@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from .demo_architecture import CHANNELS, SIZE, DemoTextEncoder
-from .demo_model import load_demo
+from .demo_model import WEIGHTS, load_demo
 
 CATEGORY = "GAG/demo"
 DemoText = io.Custom("GAG_DEMO_TEXT")
@@ -27,7 +27,17 @@ class GAGDemoLoader(io.ComfyNode):
             category=CATEGORY,
             description=f"A tiny text-to-image model, {SIZE}x{SIZE} pixels, that knows coloured shapes. It comes with "
             "the pack and runs in seconds on any machine.",
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "kind",
+                    options=list(WEIGHTS),
+                    default="standard",
+                    optional=True,
+                    tooltip="standard draws in 8 to 20 steps and follows the prompt better with cfg 3 to 5. few-step "
+                    "was made from it and draws in 4 steps without CFG, as Turbo and Lightning models do: steps 4, "
+                    "cfg 1.",
+                ),
+            ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For the GAG node or the sampler."),
                 DemoText.Output(display_name="text encoder", tooltip="For GAG demo prompt."),
@@ -36,8 +46,8 @@ class GAGDemoLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo())
+    def execute(cls, kind: str = "standard") -> io.NodeOutput:
+        return io.NodeOutput(*load_demo(kind))
 
 
 class GAGDemoPrompt(io.ComfyNode):

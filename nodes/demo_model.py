@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from .demo_architecture import CHANNELS, PATCH, UNET_CONFIG, DemoTextEncoder
 
-WEIGHTS = Path(__file__).parent.parent / "assets" / "demo_unet.safetensors"
-SHA256 = "0a54cb67fdcc1101c1662a6bb5de248ea755bf2b8bf61eb676a55fa0a6adc579"
+ASSETS = Path(__file__).parent.parent / "assets"
+# By kind, the file in ASSETS; their SHA-256 are in ASSETS too, as sha256sum writes them.
+WEIGHTS = {"standard": "demo_unet.safetensors", "few-step": "demo_unet_fewstep.safetensors"}
+CHECKSUMS = "demo.sha256"
 
 
 class PixelUNet(UNetModel):
@@ -74,19 +76,23 @@ def patcher_of(model: Any, name: str, weights: dict[str, Tensor]) -> Any:
     )
 
 
-def load_demo() -> tuple[Any, DemoTextEncoder, Any]:
-    """The demo's ModelPatcher, text encoder and VAE.
+def load_demo(kind: str) -> tuple[Any, DemoTextEncoder, Any]:
+    """The ModelPatcher, text encoder and VAE of a kind of demo model, one of WEIGHTS.
 
     Raises:
-        ValueError: the weights are not the ones that came with the pack.
+        ValueError: there is no such kind, or the weights are not the ones that came with the pack.
     """
-    found = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-    if found != SHA256:
+    if kind not in WEIGHTS:
+        raise ValueError(f"kind must be one of {', '.join(WEIGHTS)}, got {kind!r}.")
+    name = WEIGHTS[kind]
+    checksums = dict(reversed(line.split()) for line in (ASSETS / CHECKSUMS).read_text("ascii").splitlines())
+    found, expected = hashlib.sha256((ASSETS / name).read_bytes()).hexdigest(), checksums.get(name, "")
+    if found != expected:
         raise ValueError(
-            f"assets/{WEIGHTS.name} is not the file that came with the pack (SHA-256 {found[:12]}…, "
-            f"not {SHA256[:12]}…): install the pack again."
+            f"assets/{name} is not the file that came with the pack (SHA-256 {found[:12]}…, not {expected[:12]}…): "
+            "install the pack again."
         )
-    weights, about = comfy.utils.load_torch_file(str(WEIGHTS), return_metadata=True)
+    weights, about = comfy.utils.load_torch_file(str(ASSETS / name), return_metadata=True)
     weights = {key: value.float() for key, value in weights.items()}
     encoder = DemoTextEncoder(about["vocabulary"].split(" "))
     encoder.load_state_dict(comfy.utils.state_dict_prefix_replace(weights, {"text.": ""}, filter_keys=True))

@@ -112,12 +112,13 @@ class GAGuidanceAdvanced(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = GuidanceConfig()
+        default = PRESETS[DEFAULT_PRESET]
         return io.Schema(
             node_id="GAGuidanceAdvanced",
             display_name="GAG (advanced)",
             category=CATEGORY,
-            description="Geometry-Aware Attention Guidance with every setting. The defaults are the paper's.",
+            description="Geometry-Aware Attention Guidance with every setting. "
+            "The defaults are those of the preset gentle.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to guide. It is not changed; a guided copy comes out."),
                 io.Combo.Input(

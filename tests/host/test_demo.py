@@ -18,12 +18,14 @@ demo_model = host.pack_module("nodes.demo_model")
 COLOURS = {"red": (0.9, 0.12, 0.12), "green": (0.1, 0.75, 0.2), "blue": (0.15, 0.3, 0.95), "yellow": (0.95, 0.85, 0.1)}
 
 
-def pictures(model: Any, encoder: Any, vae: Any, prompt: str, count: int = 8) -> Tensor:
+def pictures(
+    model: Any, encoder: Any, vae: Any, prompt: str, count: int = 8, steps: int = 12, cfg: float = 4.0
+) -> Tensor:
     """Finished pictures ``[count, 32, 32, 3]`` in 0..1."""
     (positive,) = host.run_node("GAGDemoPrompt", text_encoder=encoder, text=prompt)
     (negative,) = host.run_node("GAGDemoPrompt", text_encoder=encoder, text="")
     (latent,) = host.run_node("GAGDemoEmptyLatent", batch_size=count)
-    (out,) = host.NODES["KSampler"]().sample(model, 3, 12, 4.0, "euler", "simple", positive, negative, latent)
+    (out,) = host.NODES["KSampler"]().sample(model, 3, steps, cfg, "euler", "simple", positive, negative, latent)
     (images,) = host.NODES["VAEDecode"]().decode(vae, out)
     return images
 
@@ -42,6 +44,18 @@ def test_it_draws_the_colours_it_is_asked_for() -> None:
     others = pictures(model, encoder, vae, "a green circle left of a yellow square")
     assert int((coloured(others, "green") & coloured(others, "yellow")).sum()) >= 6
     assert int((coloured(others, "red") | coloured(others, "blue")).sum()) <= 2
+
+
+def test_the_few_step_kind_draws_in_four_steps_without_cfg() -> None:
+    model, encoder, vae = host.run_node("GAGDemoLoader", kind="few-step")
+    prompt = "a red circle left of a blue square"
+    images = pictures(model, encoder, vae, prompt, steps=4, cfg=1.0)
+    assert int((coloured(images, "red") & coloured(images, "blue")).sum()) >= 6
+
+
+def test_a_kind_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="kind must be one of standard, few-step, got 'turbo'"):
+        host.run_node("GAGDemoLoader", kind="turbo")
 
 
 def test_guidance_acts_and_keeps_the_colours() -> None:
@@ -64,8 +78,9 @@ def test_guidance_acts_on_four_of_the_unets_five_attentions() -> None:
 
 
 def test_other_weights_than_ours_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = Path(shutil.copy(demo_model.WEIGHTS, tmp_path))
-    monkeypatch.setattr(demo_model, "WEIGHTS", copy)
+    shutil.copy(demo_model.ASSETS / demo_model.CHECKSUMS, tmp_path)
+    copy = Path(shutil.copy(demo_model.ASSETS / demo_model.WEIGHTS["standard"], tmp_path))
+    monkeypatch.setattr(demo_model, "ASSETS", tmp_path)
     host.run_node("GAGDemoLoader")
     data = bytearray(copy.read_bytes())
     data[-1] ^= 1

@@ -37,13 +37,13 @@ def test_every_input_and_output_has_a_tooltip(node_id: str) -> None:
     assert schema.description
 
 
-def test_advanced_has_every_field_of_the_config_with_its_default() -> None:
+def test_advanced_has_every_field_of_the_config_and_begins_at_the_default_preset() -> None:
     """But those of the rule "anderson", which has a node of its own."""
     inputs = {i.id: i for i in host.NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs}
     for field in dataclasses.fields(GuidanceConfig):
         if field.name.startswith("anderson_"):
             continue
-        assert inputs[field.name].default == field.default
+        assert inputs[field.name].default == getattr(PRESETS["gentle"], field.name)
 
 
 def test_gentle_is_the_default_preset() -> None:

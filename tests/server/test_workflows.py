@@ -67,6 +67,7 @@ def test_there_is_a_workflow_for_every_family() -> None:
         "gag_demo",
         "gag_demo_anderson",
         "gag_demo_compare",
+        "gag_demo_few_step",
         "gag_demo_probe",
         "gag_demo_schedule",
         "gag_demo_sweep",
