@@ -42,6 +42,10 @@ OPTIONS = (
 LOADED = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types.GAGuidance)"
 LOAD_TIMEOUT_MS = 180_000
 HELP = ROOT / "web" / "docs"
+ONLY_THE_GRAPH = (
+    "body * {visibility: hidden !important} "
+    "canvas#graph-canvas, .dom-widget, .dom-widget * {visibility: visible !important}"
+)
 # Of the demo's workflow: its guidance node with the chart unfolded, or an advanced one in its place with the picker.
 UNFOLD = """async advanced => {
     const { graph, canvas } = window.app;
@@ -171,8 +175,6 @@ def _only_from(url: str, without: str | None) -> Callable[[Route], None]:
 
 def main() -> int:
     """Make the pictures."""
-    from thumbnails import ONLY_THE_GRAPH  # which imports this file
-
     if missing := what_is_missing():
         print(f"browser: {missing}")
         return 1

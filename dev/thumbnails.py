@@ -13,7 +13,7 @@ import sys
 
 from PIL import Image
 
-from browser import front_end, what_is_missing
+from browser import ONLY_THE_GRAPH, front_end, what_is_missing
 from comfy_host import ROOT
 from comfy_server import ComfyServer
 
@@ -33,10 +33,6 @@ FIT = """([width, height, margin]) => {
     canvas.ds.offset = [(width / scale - left - right) / 2, (height / scale - top - bottom) / 2];
     canvas.draw(true, true);
 }"""
-ONLY_THE_GRAPH = (
-    "body * {visibility: hidden !important} "
-    "canvas#graph-canvas, .dom-widget, .dom-widget * {visibility: visible !important}"
-)
 
 
 def main() -> int:
