@@ -58,13 +58,17 @@ class Method:
 
 
 BASELINE = Method(NOTHING)
+# Strength of the methods that are compared as they are.
+_WHOLE = 1.0
 # Cap, what it is relative to, and the orthogonal part. The third is the paper's.
 _BRAKES = ((0.1, "relative", 0.0), (0.5, "relative", 0.0), (15.0, "absolute", 0.0), (0.5, "relative", 1.0))
 
 
-def _gag(scale: float, cap: float, mode: str, orthogonal: float) -> Method:
+def _gag(scale: float, cap: float, mode: str, orthogonal: float, strength: float = _WHOLE) -> Method:
     inputs = {"guidance_scale": scale, "norm_threshold": cap, "norm_mode": mode, "orthogonal_scale": orthogonal}
+    inputs["strength"] = strength
     brake = f"cap {cap:g} {mode}" + (f", orthogonal {orthogonal:g}" if orthogonal else "")
+    brake += f", strength {strength:g}" if strength != _WHOLE else ""
     return Method("GAG", f"scale {scale:g}, {brake}", scale, f"GAG, {brake}", NODE, inputs)
 
 
@@ -74,13 +78,18 @@ def _anderson(depth: int, bound: float) -> Method:
 
 
 def _sparse(alpha: float) -> Method:
-    inputs = {"rule": "gag", "guidance_scale": 0.0, "alpha": alpha}
+    inputs = {"rule": "gag", "guidance_scale": 0.0, "alpha": alpha, "strength": _WHOLE}
     return Method(SPARSE, f"alpha {alpha:g}", node=NODE, inputs=inputs)
 
 
 def _pladis(scale: float) -> Method:
-    inputs = {"rule": "pladis", "guidance_scale": scale}
+    inputs = {"rule": "pladis", "guidance_scale": scale, "strength": _WHOLE}
     return Method("PLADIS", f"scale {scale:g}", scale, "PLADIS", NODE, inputs)
+
+
+def _preset(preset: str, strength: float) -> Method:
+    inputs = {"preset": preset, "strength": strength}
+    return Method(f"preset {preset}", f"strength {strength:g}", node="GAGuidance", inputs=inputs)
 
 
 # Within a family the milder settings come first: of equally good ones the first is taken.
@@ -89,10 +98,11 @@ METHODS = (
     *(Method(CFG, f"scale {scale:g}", scale, CFG, cfg=scale) for scale in (1.5, 2.0, 3.0, 4.0, 6.0)),
     *(_sparse(alpha) for alpha in (1.5, 2.0)),
     *(Method(SHARPER, f"temperature {t:g}", 1 / t, SHARPER, temperature=t) for t in (0.85, 0.7, 0.5, 0.35)),
-    *(_pladis(scale) for scale in (0.5, 1.5, 2.0, 4.0)),
+    *(_pladis(scale) for scale in (0.25, 0.5, 1.5, 2.0, 4.0)),
+    *(_gag(scale, *_BRAKES[0], strength=strength) for strength in (0.25, 0.5) for scale in (1.0, 3.0, 10.0)),
     *(_gag(scale, *brake) for scale in (1.0, 3.0, 10.0) for brake in _BRAKES),
-    *(Method(f"preset {preset}", node="GAGuidance", inputs={"preset": preset}) for preset in
-      ("gentle", "few-step", "paper")),
+    _preset("gentle", 0.5),
+    _preset("paper", _WHOLE),
     *(_anderson(depth, scale) for depth in (1, 3) for scale in (1.0, 3.0, 10.0)),
 )  # fmt: skip
 FAMILIES = tuple(dict.fromkeys(method.family for method in METHODS))

@@ -101,8 +101,8 @@ def make_variants(prompt: Json, info: Json, presets: list[str] | None) -> dict[s
             scale = " and ".join(f"{scale:g}" for scale in sorted(scales))
             variants = {"CFG 1, GAG off": with_inputs(off, "cfg", cfg=1.0), f"CFG {scale}, GAG off": off}
         for title, settings in {
-            "sparse alone": {"rule": "gag", "guidance_scale": 0.0},
-            "PLADIS, scale 2": {"rule": "pladis", "guidance_scale": 2.0},
+            "sparse alone": {"rule": "gag", "guidance_scale": 0.0, "strength": 1.0},
+            "PLADIS, scale 2": {"rule": "pladis", "guidance_scale": 2.0, "strength": 1.0},
         }.items():
             variants[title] = with_advanced(prompt, info, settings)
     for preset in presets or known:

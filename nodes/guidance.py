@@ -16,7 +16,7 @@ from .families import default_layers, family_of
 from .host import log, show_on_node
 from .live import tell_blocks, tell_report
 from .patch import patch_model
-from .presets import DEFAULT_PRESET, PRESETS
+from .presets import DEFAULT, DEFAULT_PRESET, PRESETS
 from .run import Guidance
 from .schedules import schedule_of
 
@@ -29,8 +29,8 @@ _ALIASES = {"search_aliases": ["geometry aware guidance", "attention guidance", 
 NEWER_FIELDS = {name: value for name, value in _ALIASES.items() if name in inspect.signature(io.Schema).parameters}
 
 STRENGTH = (
-    "How much of the guidance reaches the picture. 0 is off: exactly the picture without this node. 1 is the full "
-    "guidance. Above 1 exaggerates it; details may turn harsh."
+    "How much of the guidance reaches the picture. 0 is off: exactly the picture without this node. 0.5 is half of "
+    "it, 1 the full guidance. Above 1 exaggerates it; details may turn harsh."
 )
 START = "Where in the run guidance begins: 0 is the first step. Later starts leave the composition as it is."
 END = "Where in the run guidance ends: 1 is the last step. Earlier ends leave fine detail as it is."
@@ -66,11 +66,11 @@ class GAGuidance(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default=DEFAULT_PRESET,
-                    tooltip="How far to push. gentle: small changes, the one to begin with. few-step: stronger, meant "
-                    "for runs of 1 to 8 steps. paper: the strongest, the published settings for SDXL with CFG 5; can "
-                    "distort the picture on other models.",
+                    tooltip="How far to push. gentle: small changes, the one to begin with. paper: far stronger, the "
+                    "published settings for SDXL with CFG 5, there with strength 1; can distort the picture on other "
+                    "models.",
                 ),
-                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
+                io.Float.Input("strength", default=DEFAULT.strength, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=START),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=END),
                 schedule_input(),
@@ -112,25 +112,24 @@ class GAGuidanceAdvanced(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        default = PRESETS[DEFAULT_PRESET]
         return io.Schema(
             node_id="GAGuidanceAdvanced",
             display_name="GAG (advanced)",
             category=CATEGORY,
             description="Geometry-Aware Attention Guidance with every setting. "
-            "The defaults are those of the preset gentle.",
+            "The defaults are those of GAG: the preset gentle, half of it.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to guide. It is not changed; a guided copy comes out."),
                 io.Combo.Input(
                     "rule",
                     options=_RULES,
-                    default=default.rule,
+                    default=DEFAULT.rule,
                     tooltip="gag: geometry-aware, with a cap. pladis: the plain extrapolation of its predecessor, "
                     "which changes more and breaks sooner.",
                 ),
                 io.Float.Input(
                     "guidance_scale",
-                    default=default.guidance_scale,
+                    default=DEFAULT.guidance_scale,
                     min=-100.0,
                     max=100.0,
                     step=0.1,
@@ -139,7 +138,7 @@ class GAGuidanceAdvanced(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "norm_threshold",
-                    default=default.norm_threshold,
+                    default=DEFAULT.norm_threshold,
                     min=0.0,
                     max=1000.0,
                     step=0.05,
@@ -149,14 +148,14 @@ class GAGuidanceAdvanced(io.ComfyNode):
                 io.Combo.Input(
                     "norm_mode",
                     options=list(NORM_MODES),
-                    default=default.norm_mode,
+                    default=DEFAULT.norm_mode,
                     tooltip="How the brake measures. relative: as a share of what the model reads, so that one "
                     "setting means the same on every model; 0.1 to 0.5 are usual. absolute: the paper's way, in the "
                     "model's own units.",
                 ),
                 io.Float.Input(
                     "orthogonal_scale",
-                    default=default.orthogonal_scale,
+                    default=DEFAULT.orthogonal_scale,
                     min=-10.0,
                     max=10.0,
                     step=0.05,
@@ -165,17 +164,17 @@ class GAGuidanceAdvanced(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "alpha",
-                    default=default.alpha,
+                    default=DEFAULT.alpha,
                     min=1.0,
                     max=2.0,
                     step=0.05,
                     tooltip="How picky the second reading of the prompt is. Higher listens to fewer words at each "
                     "spot of the picture. 1 is the model's own reading: no guidance.",
                 ),
-                io.Float.Input("strength", default=default.strength, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
+                io.Float.Input("strength", default=DEFAULT.strength, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
                 io.Boolean.Input(
                     "merge_heads",
-                    default=default.merge_heads,
+                    default=DEFAULT.merge_heads,
                     tooltip="Measure all attention heads of a spot together instead of each alone. On is calmer: "
                     "heads that disagree hold each other back.",
                 ),

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..gag_core import GuidanceConfig
 
 PRESETS: dict[str, GuidanceConfig] = {
-    # Small steps, and a cap that follows the size of the model's own values: on the demo model the share of right
-    # pictures did not measurably fall.
+    # Small steps, and a cap that follows the size of the model's own values.
     "gentle": GuidanceConfig(guidance_scale=2.0, norm_threshold=0.1, norm_mode="relative"),
-    # Between the other two: a run of few steps has fewer chances to add up, and no CFG beside it.
-    "few-step": GuidanceConfig(guidance_scale=4.0, norm_threshold=0.25, norm_mode="relative"),
     # What arXiv 2603.02531 v2 uses for SDXL at CFG 5.
     "paper": GuidanceConfig(guidance_scale=10.0, norm_threshold=15.0, norm_mode="absolute"),
 }
 DEFAULT_PRESET = "gentle"
+# What a new node is set to. Half of the guidance did more good, or less harm, than all of it on each of the demo models
+# (docs/evidence.md).
+DEFAULT = replace(PRESETS[DEFAULT_PRESET], strength=0.5)

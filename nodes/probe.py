@@ -15,7 +15,7 @@ from .demo_architecture import DemoTextEncoder, words_of
 from .families import Blocks, Family, Layer, family_of
 from .guidance import CATEGORY
 from .patch import probe_model
-from .presets import DEFAULT_PRESET, PRESETS
+from .presets import DEFAULT
 from .recording import Probe, Word
 from .run import Guidance
 
@@ -77,7 +77,7 @@ class GAGProbe(io.ComfyNode):
         family, blocks = family_of(model)
         probe = Probe(
             watched=Guidance(
-                config=PRESETS[DEFAULT_PRESET],
+                config=DEFAULT,
                 family=family,
                 order=tuple(layer for part in blocks.values() for block in part for layer in block),
                 layers=frozenset(),

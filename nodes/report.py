@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +343,7 @@ def _mean(values: Tensor, cells: Tensor) -> float:
 def _settings_in_words(result: Result) -> str:
     settings = result.settings[-1]
     for name, preset in PRESETS.items():
-        if settings == preset:
+        if replace(settings, strength=preset.strength) == preset:
             return f"the preset {name}"
     return f"rule {settings.rule} with guidance_scale {settings.guidance_scale:g} and alpha {settings.alpha:g}"
 

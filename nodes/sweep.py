@@ -19,7 +19,7 @@ from .families import Blocks, default_layers, family_of
 from .guidance import APPLY_TO, CATEGORY, check_range, node_id_of
 from .host import log
 from .patch import patch_of, with_guidances
-from .presets import DEFAULT_PRESET, PRESETS
+from .presets import DEFAULT, DEFAULT_PRESET, PRESETS
 from .run import Guidance
 
 MOST = 64
@@ -127,7 +127,7 @@ class GAGSweep(io.ComfyNode):
         else:
             log.info("GAG Sweep: there is no GAG node on the model, so preset %s is varied.", DEFAULT_PRESET)
             base = Guidance(
-                config=PRESETS[DEFAULT_PRESET],
+                config=DEFAULT,
                 family=family,
                 order=tuple(layer for part in blocks.values() for block in part for layer in block),
                 layers=default_layers(family, blocks),

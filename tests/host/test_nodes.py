@@ -15,6 +15,7 @@ import host_process as host
 
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 PRESETS = host.pack_module("nodes.presets").PRESETS
+DEFAULT = host.pack_module("nodes.presets").DEFAULT
 OURS = [
     "GAGuidance",
     "GAGuidanceAdvanced",
@@ -43,7 +44,7 @@ def test_advanced_has_every_field_of_the_config_and_begins_at_the_default_preset
     for field in dataclasses.fields(GuidanceConfig):
         if field.name.startswith("anderson_"):
             continue
-        assert inputs[field.name].default == getattr(PRESETS["gentle"], field.name)
+        assert inputs[field.name].default == getattr(DEFAULT, field.name)
 
 
 def test_gentle_is_the_default_preset() -> None:

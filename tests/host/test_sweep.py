@@ -36,7 +36,7 @@ BY_HAND: dict[str, Any] = {
 }
 # Of each setting two values, as they are written and as they are.
 TRIED: dict[str, tuple[str, list[Any]]] = {
-    "preset": ("paper, few-step", ["paper", "few-step"]),
+    "preset": ("paper, gentle", ["paper", "gentle"]),
     "rule": ("pladis, gag", ["pladis", "gag"]),
     "guidance_scale": ("0..10 in 2", [0.0, 10.0]),
     "norm_threshold": ("0.5, inf", [0.5, math.inf]),
