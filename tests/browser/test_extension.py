@@ -333,15 +333,15 @@ def test_a_preset_fills_the_fields_and_shows_when_they_differ(extension: Extensi
     presets = extension.page.evaluate("async () => (await fetch('/gag/presets')).json()")
     node = "GAGuidanceAdvanced"
     extension.open(advanced=True)
-    extension.wait_preset("paper")  # which is what the node's defaults are
-    extension.set_field(node, "strength", 0.5)
+    extension.wait_preset("gentle")  # which is what the node's defaults are
+    extension.set_field(node, "strength", 0.7)
     fields = set(extension.page.evaluate("() => gagNode('GAGuidanceAdvanced').widgets.map(w => w.name)"))
     for name, config in presets.items():
         extension.choose(name)
         settings = {key: value for key, value in config.items() if key in fields}
         assert len(settings) >= 7
         assert {key: extension.field(node, key) for key in settings} == settings
-        assert extension.field(node, "strength") == 0.5
+        assert extension.field(node, "strength") == 0.7
         extension.wait_preset(name)
     extension.set_field(node, "guidance_scale", 3.3)
     extension.wait_preset("modified")
@@ -356,17 +356,17 @@ def test_a_preset_is_one_step_for_undo(extension: Extension) -> None:
     node = "GAGuidanceAdvanced"
     undo = "() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.undo()"
     extension.open(advanced=True)
-    extension.wait_preset("paper")
-    extension.click(node, "chart")  # which makes the front end note what the fields are
-    extension.choose("gentle")
     extension.wait_preset("gentle")
+    extension.click(node, "chart")  # which makes the front end note what the fields are
+    extension.choose("paper")
+    extension.wait_preset("paper")
     time.sleep(0.5)
     extension.page.evaluate(undo)
-    extension.wait_preset("paper")
-    assert extension.field(node, "norm_mode") == "absolute"
-    extension.wait_fit(node)
-    extension.choose("gentle")
     extension.wait_preset("gentle")
+    assert extension.field(node, "norm_mode") == "relative"
+    extension.wait_fit(node)
+    extension.choose("paper")
+    extension.wait_preset("paper")
 
 
 def test_each_node_is_told_of_itself(extension: Extension) -> None:

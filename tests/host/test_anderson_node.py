@@ -178,7 +178,7 @@ def test_the_solved_coefficient_is_not_that_of_gag() -> None:
     """Else the runs above would not tell the rules apart."""
     model, encoder, _ = host.run_node("GAGDemoLoader")
     same = {"guidance_scale": 3.0, "norm_threshold": 0.5, "norm_mode": "relative", "orthogonal_scale": 1.0}
-    (gag,) = host.run_node("GAGuidanceAdvanced", model=model, **same)
+    (gag,) = host.run_advanced(model=model, **same)
     outs = [_sampled(m, encoder, 4) for m in (model, gag, guided(model), guided(model, anderson_depth=3))]
     for i, one in enumerate(outs):
         assert all((one - other).abs().max() > 1e-2 for other in outs[:i])

@@ -59,12 +59,12 @@ each_row = pytest.mark.parametrize(("companion", "order"), MATRIX)
 
 
 def guided(model: Any, **settings: Any) -> Any:
-    (out,) = host.run_node("GAGuidance", model=model, **{"preset": "paper", **settings})
+    (out,) = host.run_node("GAGuidance", model=model, **{"preset": "paper", "strength": 1.0, **settings})
     return out
 
 
 def guided_positive(model: Any) -> Any:
-    (out,) = host.run_node("GAGuidanceAdvanced", model=model, apply_to="positive")
+    (out,) = host.run_advanced(model=model, apply_to="positive")
     return out
 
 
@@ -538,7 +538,7 @@ def test_torch_compile_with_other_blocks_later(order: str) -> None:
 
     def guided_in_turns(model: Any) -> Any:
         for blocks, settings in ranges.items():
-            (model,) = host.run_node("GAGuidanceAdvanced", model=model, blocks=blocks, **settings)
+            (model,) = host.run_advanced(model=model, blocks=blocks, **settings)
         return model
 
     compiled = companions.by_node("nodes_torch_compile", "TorchCompileModel", backend="eager")
@@ -574,7 +574,7 @@ def test_batches_split_by_memory(name: str, apply_to: str, order: str, monkeypat
     """With little memory the host runs the prompts one by one, each in its own length."""
     # Mild settings: a network of random weights makes much of a rounding, all the more under strong guidance.
     settings = {"guidance_scale": 1.0, "norm_threshold": 0.05, "norm_mode": "relative", "apply_to": apply_to}
-    (model,) = host.run_node("GAGuidanceAdvanced", model=host.build_model(name), **settings)
+    (model,) = host.run_advanced(model=host.build_model(name), **settings)
     run: dict[str, Any] = {"batch": 2, "positive": host.conditioning(name, 10, 154)}
     with recording(model) as calls:
         together = host.sample(model, name, **run)

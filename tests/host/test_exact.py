@@ -26,7 +26,7 @@ FLUX = ["flux", "flux-schnell"]
 
 
 def guided(model: Any, settings: dict[str, Any], **inputs: Any) -> Any:
-    (out,) = host.run_node("GAGuidanceAdvanced", model=model, **settings, **inputs)
+    (out,) = host.run_advanced(model=model, **settings, **inputs)
     return out
 
 

@@ -44,7 +44,7 @@ def family_in_the_results(request: pytest.FixtureRequest, record_property: Any) 
 
 
 def guided(model: Any, **settings: Any) -> Any:
-    (out,) = host.run_node("GAGuidanceAdvanced", model=model, **settings)
+    (out,) = host.run_advanced(model=model, **settings)
     return out
 
 

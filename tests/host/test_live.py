@@ -58,7 +58,7 @@ class Server:
 
 
 def guided(model: Any, **inputs: Any) -> Any:
-    (out,) = host.run_node("GAGuidanceAdvanced", model=model, **inputs)
+    (out,) = host.run_advanced(model=model, **inputs)
     return named(out)
 
 

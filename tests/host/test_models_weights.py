@@ -49,7 +49,7 @@ def sample(model: Any, name: str) -> Tensor:
 
 
 def guided(model: Any) -> Any:
-    (out,) = host.run_node("GAGuidanceAdvanced", model=model)
+    (out,) = host.run_advanced(model=model)
     return out
 
 

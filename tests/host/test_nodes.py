@@ -140,7 +140,7 @@ def test_takes_a_model_that_the_host_detected_in_a_file(tmp_path: Any) -> None:
     path = tmp_path / "tiny_sd15.safetensors"
     comfy.utils.save_torch_file(weights, str(path))
     model = comfy.sd.load_diffusion_model(str(path))
-    (patched,) = host.run_node("GAGuidance", model=model, preset="paper")
+    (patched,) = host.run_node("GAGuidance", model=model, preset="paper", strength=1.0)
     generator = torch.Generator().manual_seed(1)
     text = [[torch.randn(1, 77, 768, generator=generator), {}]]
     inputs: dict[str, Any] = {"steps": 1, "positive": text, "negative": text}

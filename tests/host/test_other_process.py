@@ -50,7 +50,9 @@ whole_models = pytest.mark.skipif(
 def guided_twice(name: str) -> Any:
     """A model with two GAG nodes, each in a stretch of the run of its own."""
     model = host.build_model(name)
-    (model,) = host.run_node("GAGuidance", model=model, preset="paper", end_percent=0.5, schedule=[0.5, 1.0])
+    (model,) = host.run_node(
+        "GAGuidance", model=model, preset="paper", strength=1.0, end_percent=0.5, schedule=[0.5, 1.0]
+    )
     (model,) = host.run_node(
         "GAGuidanceAdvanced", model=model, start_percent=0.5, guidance_scale=3.0, apply_to="positive", verbose=True
     )
@@ -202,6 +204,6 @@ def test_a_copy_for_another_device_samples_the_same(name: str) -> None:
 def test_a_clone_that_is_guided_again_leaves_the_first_as_it_was() -> None:
     model = guided_twice("sd15")
     before = host.sample(model, "sd15")
-    (again,) = host.run_node("GAGuidance", model=model.clone(), preset="paper")
+    (again,) = host.run_node("GAGuidance", model=model.clone(), preset="paper", strength=1.0)
     assert not torch.equal(host.sample(again, "sd15"), before)
     assert torch.equal(host.sample(model, "sd15"), before)

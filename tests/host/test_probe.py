@@ -33,7 +33,7 @@ probe_module = host.pack_module("nodes.probe")
 recording_module = host.pack_module("nodes.recording")
 measures = host.pack_module("gag_core.measures")
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
-PRESETS = host.pack_module("nodes.presets").PRESETS
+DEFAULT = host.pack_module("nodes.presets").DEFAULT
 NAMES = list(measures.MEASURES)
 # One of each way to find the text: attn2, wrapped blocks, a module of its own, a stream that is measured.
 MODELS = ["sd15", "sdxl", "flux", "wan-t2v", "mochi"]
@@ -46,7 +46,7 @@ def probed(model: Any, **inputs: Any) -> tuple[Any, Any]:
 
 
 def guided(model: Any, **inputs: Any) -> Any:
-    (out,) = host.run_node("GAGuidanceAdvanced", model=model, **inputs)
+    (out,) = host.run_advanced(model=model, **inputs)
     return out
 
 
@@ -127,7 +127,7 @@ def test_every_number_of_a_guided_run(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_number_without_guidance_is_for_the_default_preset(name: str) -> None:
     model, probe = probed(companions.build(name))
-    check_run(name, model, probe, PRESETS["gentle"], cfg=1.0)
+    check_run(name, model, probe, DEFAULT, cfg=1.0)
     assert not probe.result.guided.any()
     assert probe.result.values[1].isnan().all()
 
@@ -135,7 +135,7 @@ def test_every_number_without_guidance_is_for_the_default_preset(name: str) -> N
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_a_sample_of_a_larger_picture(name: str) -> None:
     model, probe = probed(host.build_model(name))
-    check_run(name, model, probe, PRESETS["gentle"], size=(26, 34), steps=1, cfg=1.0)
+    check_run(name, model, probe, DEFAULT, size=(26, 34), steps=1, cfg=1.0)
 
 
 def test_two_pictures_at_once_are_averaged() -> None:
@@ -226,7 +226,7 @@ def test_measures_in_and_out_of_ranges(name: str) -> None:
 
 def test_a_schedule_is_measured_step_by_step() -> None:
     (schedule,) = host.run_node("GAGSchedule", kind="linear", start_value=1.0, end_value=0.0)[:1]
-    (model,) = host.run_node("GAGuidanceAdvanced", model=host.build_model("sd15"), schedule=schedule)
+    (model,) = host.run_advanced(model=host.build_model("sd15"), schedule=schedule)
     model, probe = probed(model)
     host.sample(model, "sd15", steps=5)
     assert probe.result.strengths == pytest.approx((1.0, 0.75, 0.5, 0.25, 0.0))

@@ -183,4 +183,6 @@ def test_differences_are_between_pictures_of_one_prompt_and_seed() -> None:
         for seed, score in enumerate(listed)
     ]
     error = torch.tensor([1.0, -1.0, 4.0]).std() / 3**0.5
-    assert f"| preset paper | 3 | 31.333 | +1.333 ± {error:.3f} | 2 : 1 |" in quality_checkpoint.table(lines[::-1])
+    assert f"| preset paper, strength 1 | 3 | 31.333 | +1.333 ± {error:.3f} | 2 : 1 |" in quality_checkpoint.table(
+        lines[::-1]
+    )

@@ -26,7 +26,7 @@ FAMILIES = ["sd15", "sdxl", "flux", "flux-schnell"]
 
 
 def guided(model: Any, **settings: Any) -> Any:
-    (out,) = host.run_node("GAGuidance", model=model, **settings)
+    (out,) = host.run_node("GAGuidance", model=model, **{"strength": 1.0, **settings})
     return out
 
 
@@ -274,7 +274,7 @@ def test_says_that_a_later_node_acts_instead(caplog: pytest.LogCaptureFixture) -
 
 
 def test_says_why_nothing_was_guided_without_a_positive_prompt(caplog: pytest.LogCaptureFixture) -> None:
-    (model,) = host.run_node("GAGuidanceAdvanced", model=host.build_model("sd15"), apply_to="positive")
+    (model,) = host.run_advanced(model=host.build_model("sd15"), apply_to="positive")
 
     def only_negative(args: dict[str, Any]) -> Tensor:
         args["c"]["transformer_options"]["cond_or_uncond"] = [1] * len(args["cond_or_uncond"])
@@ -307,7 +307,7 @@ def test_says_that_strength_0_is_off(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_verbose_lists_what_was_guided(caplog: pytest.LogCaptureFixture) -> None:
-    (model,) = host.run_node("GAGuidanceAdvanced", model=host.build_model("sd15"), verbose=True, blocks="d1,m")
+    (model,) = host.run_advanced(model=host.build_model("sd15"), verbose=True, blocks="d1,m")
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         host.sample(model, "sd15", steps=3)
     text = messages(caplog)

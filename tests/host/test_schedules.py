@@ -222,7 +222,9 @@ def demo() -> Any:
 
 
 def guided(model: Any, schedule: Any = None, **settings: Any) -> Any:
-    (out,) = host.run_node("GAGuidance", model=model, schedule=schedule, **{"preset": "paper", **settings})
+    (out,) = host.run_node(
+        "GAGuidance", model=model, schedule=schedule, **{"preset": "paper", "strength": 1.0, **settings}
+    )
     return out
 
 
@@ -615,7 +617,7 @@ def test_says_that_a_later_node_acts_where_the_schedule_is_not_0(said: list[str]
 
 
 def test_verbose_tells_the_schedule(caplog: pytest.LogCaptureFixture) -> None:
-    (model,) = host.run_node("GAGuidanceAdvanced", model=demo(), verbose=True, schedule=Curve("bump"))
+    (model,) = host.run_advanced(model=demo(), verbose=True, schedule=Curve("bump"))
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         run(model)
     assert "Schedule: Curve(kind='bump'" in messages(caplog)

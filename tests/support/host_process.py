@@ -64,6 +64,13 @@ def run_node(node_id: str, **inputs: Any) -> tuple[Any, ...]:
     return output
 
 
+def run_advanced(**inputs: Any) -> tuple[Any, ...]:
+    """Execute GAG (advanced) at the defaults of ``GuidanceConfig``, which are the paper's; its outputs."""
+    fields = {i.id for i in NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs}
+    published = vars(pack_module("gag_core").GuidanceConfig())
+    return run_node("GAGuidanceAdvanced", **{**{k: v for k, v in published.items() if k in fields}, **inputs})
+
+
 def known(target: str, **settings: Any) -> dict[str, Any]:
     """Those of a configuration's settings that a class of the host knows; later hosts have more of them."""
     module, _, name = target.rpartition(".")
