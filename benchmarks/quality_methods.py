@@ -101,7 +101,7 @@ METHODS = (
     *(_pladis(scale) for scale in (0.25, 0.5, 1.5, 2.0, 4.0)),
     *(_gag(scale, *_BRAKES[0], strength=strength) for strength in (0.25, 0.5) for scale in (1.0, 3.0, 10.0)),
     *(_gag(scale, *brake) for scale in (1.0, 3.0, 10.0) for brake in _BRAKES),
-    _preset("gentle", 0.5),
+    _preset("gentle", 0.25),
     _preset("paper", _WHOLE),
     *(_anderson(depth, scale) for depth in (1, 3) for scale in (1.0, 3.0, 10.0)),
 )  # fmt: skip

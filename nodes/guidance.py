@@ -117,7 +117,7 @@ class GAGuidanceAdvanced(io.ComfyNode):
             display_name="GAG (advanced)",
             category=CATEGORY,
             description="Geometry-Aware Attention Guidance with every setting. "
-            "The defaults are those of GAG: the preset gentle, half of it.",
+            "The defaults are those of GAG: the preset gentle, a quarter of it.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to guide. It is not changed; a guided copy comes out."),
                 io.Combo.Input(

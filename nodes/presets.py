@@ -14,6 +14,6 @@ PRESETS: dict[str, GuidanceConfig] = {
     "paper": GuidanceConfig(guidance_scale=10.0, norm_threshold=15.0, norm_mode="absolute"),
 }
 DEFAULT_PRESET = "gentle"
-# What a new node is set to. On the demo models half of the guidance did as much good as all of it, and less harm where
-# it did harm (docs/evidence.md).
-DEFAULT = replace(PRESETS[DEFAULT_PRESET], strength=0.5)
+# What a new node is set to. On the demo models a quarter of the guidance did as much good as more of it, and less harm
+# where it did harm (docs/evidence.md).
+DEFAULT = replace(PRESETS[DEFAULT_PRESET], strength=0.25)

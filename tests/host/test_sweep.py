@@ -124,7 +124,9 @@ def test_a_preset_comes_before_what_else_is_varied() -> None:
         models, _, _ = swept(
             plain, order[0], texts[order[0]], field_2=order[1], values_2=texts[order[1]], include_off=False
         )
-        assert guidances(models[0])[0].config == dataclasses.replace(PRESETS["paper"], guidance_scale=3.0, strength=0.5)
+        assert guidances(models[0])[0].config == dataclasses.replace(
+            PRESETS["paper"], guidance_scale=3.0, strength=0.25
+        )
 
 
 def test_without_a_gag_node_the_default_preset_is_varied(caplog: pytest.LogCaptureFixture) -> None:
@@ -141,11 +143,11 @@ def test_the_last_of_several_nodes_is_varied_and_the_others_stay() -> None:
     plain = host.build_model("sd15")
     (first,) = host.run_node("GAGuidance", model=plain, preset="paper", end_percent=0.4)
     (both,) = host.run_node("GAGuidance", model=first, preset="gentle", start_percent=0.4, schedule=[1.0, 0.5])
-    (off, none, half), _, _ = swept(both, "strength", "0, 0.5")
+    (off, none, same), _, _ = swept(both, "strength", "0, 0.25")
     assert torch.equal(picture(off), picture(plain))
     assert torch.equal(picture(none), picture(first))
-    assert torch.equal(picture(half), picture(both))
-    assert not torch.equal(picture(half), picture(first))
+    assert torch.equal(picture(same), picture(both))
+    assert not torch.equal(picture(same), picture(first))
 
 
 def test_what_is_not_varied_stays_as_it_is() -> None:

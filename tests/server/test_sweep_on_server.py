@@ -55,7 +55,7 @@ def test_one_run_makes_all_pictures_each_as_set_by_hand(server: ComfyServer, obj
         field="guidance_scale", values="2, 10", field_2="orthogonal_scale", values_2="0, 1", include_off=True
     )
     # Whose settings are the defaults of GAG (advanced), by which the same is set by hand below.
-    graph[of_kind(graph, "GAGuidance")]["inputs"].update(preset="gentle", strength=0.5)
+    graph[of_kind(graph, "GAGuidance")]["inputs"].update(preset="gentle", strength=0.25)
     every = copy.deepcopy(graph)
     # The pictures themselves beside the grid: what the sampler made, before they were put together.
     every["all"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "each"}}
