@@ -106,7 +106,10 @@ def make_variants(prompt: Json, info: Json, presets: list[str] | None) -> dict[s
         }.items():
             variants[title] = with_advanced(prompt, info, settings)
     for preset in presets or known:
-        variants[f"GAG on ({preset})"] = with_inputs(prompt, "preset", preset=preset)
+        # The published settings are those of the whole guidance; the others have the workflow's strength.
+        whole = {"strength": 1.0} if preset == "paper" else {}
+        title = f"GAG on ({preset}, strength 1)" if whole else f"GAG on ({preset})"
+        variants[title] = with_inputs(prompt, "preset", preset=preset, **whole)
     return variants
 
 
