@@ -85,7 +85,8 @@ def load_demo(kind: str) -> tuple[Any, DemoTextEncoder, Any]:
     if kind not in WEIGHTS:
         raise ValueError(f"kind must be one of {', '.join(WEIGHTS)}, got {kind!r}.")
     name = WEIGHTS[kind]
-    checksums = dict(reversed(line.split()) for line in (ASSETS / CHECKSUMS).read_text("ascii").splitlines())
+    lines = (line.split() for line in (ASSETS / CHECKSUMS).read_text("ascii").splitlines())
+    checksums = {file: checksum for checksum, file in lines}
     found, expected = hashlib.sha256((ASSETS / name).read_bytes()).hexdigest(), checksums.get(name, "")
     if found != expected:
         raise ValueError(
