@@ -28,6 +28,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dev"))
 import quality_checkpoint
 import quality_page
+import quality_rows
 import quality_sampling
 from comfy_host import CACHE, HostError
 from quality_methods import BASELINE, CFG, FAMILIES, METHODS, Method, applied, node_named
@@ -61,7 +62,7 @@ class Job(NamedTuple):
 
     def chosen(self, results: Results) -> Method | None:
         """The method, if it is known."""
-        return self.method or quality_page.chosen(results, self.cell, self.family)
+        return self.method or quality_rows.chosen(results, self.cell, self.family)
 
     def key(self, method: Method) -> Key:
         """Where its results are."""

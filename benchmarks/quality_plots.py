@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from quality_methods import BASELINE, CFG, FAMILIES, METHODS
 from quality_results import TUNE, Cell, Key, Results
+from quality_rows import Row
 from quality_statistics import Paired, mean, paired
-
-if TYPE_CHECKING:
-    from quality_page import Row
 
 _DPI = 90
 

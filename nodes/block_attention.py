@@ -23,7 +23,8 @@ from .cross_attention import TextCrossAttention
 from .families import Layer, readers
 from .host import OVERRIDE, AttentionCall, batch_rows, guided_rows
 from .recording import CallRecording
-from .run import Guidance, Run
+from .run import Run
+from .settings import Guidance
 
 BlockArgs = dict[str, Any]
 Block = Callable[[BlockArgs, dict[str, Any]], dict[str, Any]]

@@ -18,7 +18,8 @@ from ..gag_core import guided_attention
 from .families import Layer
 from .host import OVERRIDE, AttentionCall, batch_rows, distinct_tokens, guided_rows, merge_heads, split_heads
 from .recording import CallRecording
-from .run import Guidance, Run
+from .run import Run
+from .settings import Guidance
 
 # Rows of a batch, and how many of their first text tokens are to be read.
 Groups = list[tuple[slice, int]]

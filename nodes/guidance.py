@@ -17,8 +17,8 @@ from .host import log, show_on_node
 from .live import tell_blocks, tell_report
 from .patch import patch_model
 from .presets import DEFAULT, DEFAULT_PRESET, PRESETS
-from .run import Guidance
 from .schedules import schedule_of
+from .settings import Guidance
 
 CATEGORY = "model/patch/GAG"
 APPLY_TO = ("both", "positive")

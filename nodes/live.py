@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import count
 from math import isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from aiohttp import web
@@ -24,9 +24,7 @@ from .families import Blocks, Layer
 from .host import Steps
 from .presets import PRESETS
 from .recording import CallRecording, Measured, guided_means
-
-if TYPE_CHECKING:
-    from .run import Guidance
+from .settings import Guidance
 
 Json = dict[str, Any]
 

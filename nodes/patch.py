@@ -21,8 +21,9 @@ from .cross_attention import GuidedUNet
 from .host import PositivePrompt, compiled_carelessly, followed, guided_rows, log, sigma_range
 from .live import GuidedRecording, listening
 from .recording import CallRecording, Probe, Recording
-from .run import Guidance, Run
+from .run import Run
 from .schedules import Factors
+from .settings import Guidance
 
 KEY = "comfyui-gag"
 

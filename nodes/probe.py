@@ -17,7 +17,7 @@ from .guidance import CATEGORY
 from .patch import probe_model
 from .presets import DEFAULT
 from .recording import Probe, Word
-from .run import Guidance
+from .settings import Guidance
 
 ProbeType = io.Custom("GAG_PROBE")
 # What the host calls the text encoders whose tokens the model reads one by one from the first, without a template.

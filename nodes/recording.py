@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from ..gag_core.joint import attention_with_logsumexp
 from ..gag_core.measures import MEASURES, measure, sample_queries, word_shares
 from .families import Layer
 from .host import batch_rows, show_on_node
-
-if TYPE_CHECKING:
-    from .run import Guidance
+from .settings import Guidance
 
 # How many queries are looked at in each attention and row of the batch: so many over all heads, and so many tokens.
 _QUERIES = 256

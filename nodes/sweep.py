@@ -20,7 +20,7 @@ from .guidance import APPLY_TO, CATEGORY, check_range, node_id_of
 from .host import log
 from .patch import patch_of, with_guidances
 from .presets import DEFAULT, DEFAULT_PRESET, PRESETS
-from .run import Guidance
+from .settings import Guidance
 
 MOST = 64
 NONE = "none"

@@ -17,6 +17,7 @@ import cases
 import gag_core
 import quality_checkpoint
 import quality_page
+import quality_rows
 import reference
 from gag_core import attention as picks
 from methods import guided_by, swapped
@@ -206,8 +207,8 @@ def study(tmp_path: Path) -> Results:
 
 
 def test_verdicts(study: Results) -> None:
-    rows = quality_page.rows_of(study, CELL)
-    quality_page.adjusted(rows)
+    rows = quality_rows.rows_of(study, CELL)
+    quality_rows.adjusted(rows)
     assert {row.family: row.verdict for row in rows} == {
         CFG: "better",
         SPARSE: "worse",
@@ -226,7 +227,7 @@ def test_a_claim_needs_both_controls() -> None:
         ({SPARSE: good, SHARPER: bad}, "better, but not better than the controls"),
         ({SPARSE: good}, "better, but not better than the controls"),
     ):
-        row = quality_page.Row(CELL, "GAG", "", None, empty, empty, good, controls, p=0.001)
+        row = quality_rows.Row(CELL, "GAG", "", None, empty, empty, good, controls, p=0.001)
         assert row.verdict == said
 
 
