@@ -46,11 +46,12 @@ _LOOKS = ("shape", "thing", "object")
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture ``[3, 32, 32]`` in 0..1, what is said of it, and what is in it."""
+    """A picture ``[3, 32, 32]`` in 0..1, what is said of it, what is in it, and what the caption says is in it."""
 
     picture: NDArray[np.float32]
     caption: str
     scene: Scene
+    said: Scene
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
@@ -109,7 +110,12 @@ def sample(split: str, seed: int, index: int) -> Sample:
     scene = make_scene(rng)
     things = lay_out(scene, rng)
     said = muddle(scene, rng) if split == "train" and rng.random() < NOISY else scene
-    return Sample(draw(scene, things), describe(said, rng), scene)
+    return Sample(draw(scene, things), describe(said, rng), scene, said)
+
+
+def nouns_of(shape: str | None) -> tuple[str, ...]:
+    """The words for things of a shape; none where it is left unsaid."""
+    return () if shape is None else (shape, _PLURAL[shape])
 
 
 def _phrase(scene: Scene, number: int, rng: random.Random) -> str:

@@ -27,6 +27,7 @@ def weights_of(checkpoint: Path) -> tuple[Name, dict[str, Tensor], dict[str, str
     about = {
         "model": name,
         "data_version": str(state["data_version"]),
+        "text_version": str(text.VERSION),
         "settings": json.dumps(state["settings"]),
         "steps": str(state["step"]),
         "vocabulary": " ".join(text.VOCABULARY),

