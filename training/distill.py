@@ -10,6 +10,7 @@ distilled in (Meng et al. 2023, https://arxiv.org/abs/2210.03142), on the teache
 from __future__ import annotations
 
 import argparse
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def main() -> None:
     keep_memory()
     folder = options.out or text.FOLDER / f"{options.teacher.stem}-fewstep"
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = folder / "teacher.pt"
+    # Named by what drew it with which settings, so that no student learns from another teacher's pictures.
+    digest = hashlib.sha256(options.teacher.read_bytes()).hexdigest()[:8]
+    drawn = folder / f"teacher-{digest}-{options.pictures}-{options.cfg:g}-{options.seed}.pt"
     if not drawn.is_file():
         torch.save(states_of(options.teacher, options.pictures, options.cfg, options.seed), drawn)
     name, teacher, _ = export.load(options.teacher)
