@@ -56,6 +56,11 @@ class Method:
         """Family and setting, in words."""
         return f"{self.family}, {self.setting}" if self.setting else self.family
 
+    @property
+    def throughout(self) -> bool:
+        """Whether it acts in the whole run."""
+        return self.inputs.get("start_percent", 0.0) == 0.0 and self.inputs.get("end_percent", 1.0) == 1.0
+
 
 BASELINE = Method(NOTHING)
 # Strength of the methods that are compared as they are.
@@ -87,9 +92,11 @@ def _pladis(scale: float) -> Method:
     return Method("PLADIS", f"scale {scale:g}", scale, "PLADIS", NODE, inputs)
 
 
-def _preset(preset: str, strength: float) -> Method:
-    inputs = {"preset": preset, "strength": strength}
-    return Method(f"preset {preset}", f"strength {strength:g}", node="GAGuidance", inputs=inputs)
+def _preset(preset: str, strength: float, start: float = 0.0) -> Method:
+    inputs = {"preset": preset, "strength": strength, "start_percent": start}
+    family = f"preset {preset}" + (", later start" if start else "")
+    setting = f"strength {strength:g}" + (f", from {start:g} of the run" if start else "")
+    return Method(family, setting, node="GAGuidance", inputs=inputs)
 
 
 # Within a family the milder settings come first: of equally good ones the first is taken.
@@ -102,6 +109,7 @@ METHODS = (
     *(_gag(scale, *_BRAKES[0], strength=strength) for strength in (0.25, 0.5) for scale in (1.0, 3.0, 10.0)),
     *(_gag(scale, *brake) for scale in (1.0, 3.0, 10.0) for brake in _BRAKES),
     _preset("gentle", 0.25),
+    _preset("gentle", 0.25, start=0.3),
     _preset("paper", _WHOLE),
     *(_anderson(depth, scale) for depth in (1, 3) for scale in (1.0, 3.0, 10.0)),
 )  # fmt: skip
@@ -125,7 +133,10 @@ def applied(model: Any, method: Method, softening: float = 1.0) -> Iterator[Any]
 
     Raises:
         RuntimeError: a method that should act on the text attention was not asked a single time.
+        ValueError: the model is to be softened, which is done where the method acts, and that is not in the whole run.
     """
+    if softening != 1.0 and not method.throughout:
+        raise ValueError(f"a model is softened only where guidance acts, which {method.name} does not throughout")
     temperature = softening * method.temperature
     if not method.node and temperature == 1.0:
         yield model

@@ -14,7 +14,6 @@ PRESETS: dict[str, GuidanceConfig] = {
     "paper": GuidanceConfig(guidance_scale=10.0, norm_threshold=15.0, norm_mode="absolute"),
 }
 DEFAULT_PRESET = "gentle"
-# What a new node is set to. On the demo models tuning chose a quarter in three of five ways of sampling. Where text
-# attention had been blurred on purpose more would have repaired more; where guidance does harm, more does more of it
-# (docs/evidence.md).
+# What a new node is set to. On the demo models more of the guidance did more good where it did good, and far more harm
+# where it did harm (docs/evidence.md).
 DEFAULT = replace(PRESETS[DEFAULT_PRESET], strength=0.25)

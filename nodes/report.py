@@ -262,6 +262,8 @@ def _words(result: Result, images: Tensor | None) -> Tensor:
     pictures = min(maps.shape[0], _MOST_PICTURES)
     words = result.words[:_MOST_WORDS]
     figure = new_figure(WIDTH, HEIGHT)
+    # For pictures, whose shape is fixed: no wide gaps between their rows.
+    figure.set_layout_engine("compressed")
     left_out = len(result.words) - len(words)
     figure.suptitle(
         "Where each word is read: share of the reading of the text, mean over layers and steps"

@@ -259,7 +259,7 @@ def test_no_results_no_page(tmp_path: Path) -> None:
 
 def test_every_family_has_distinct_settings() -> None:
     assert len({(method.family, method.setting) for method in METHODS}) == len(METHODS)
-    assert len({(method.family, method.setting) for method in quality_checkpoint.COMPARED}) == 5
+    assert len({(method.family, method.setting) for method in quality_checkpoint.COMPARED}) == 6
     for family in FAMILIES:
         curves = {m.curve for m in METHODS if m.family == family}
         for curve in curves - {""}:

@@ -18,7 +18,7 @@ from torch import Tensor
 import host_process as host
 import quality
 import quality_sampling as sampling
-from quality_methods import BASELINE, METHODS, NODE, SPARSE, Method, applied
+from quality_methods import BASELINE, FAMILIES, METHODS, NODE, SPARSE, Method, applied
 from quality_results import REPORT, TUNE, Results
 from quality_sampling import Model, Task
 
@@ -60,9 +60,16 @@ def task() -> Task:
     return only
 
 
-def _made(model: Model, task: Task, method: Method = BASELINE, cfg: float = 1.0, softening: float = 1.0) -> Tensor:
+def _made(
+    model: Model,
+    task: Task,
+    method: Method = BASELINE,
+    cfg: float = 1.0,
+    softening: float = 1.0,
+    steps: int = STEPS,
+) -> Tensor:
     with applied(model.patcher, method, softening) as patched:
-        return sampling.pictures(model, patched, task.captions, task.noise, STEPS, cfg)
+        return sampling.pictures(model, patched, task.captions, task.noise, steps, cfg)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
@@ -120,13 +127,23 @@ def test_a_sharper_softmax_scales_the_queries_of_the_layers_that_guidance_has(fo
 @pytest.mark.parametrize("method", [m for m in METHODS if m.node], ids=lambda method: method.name)
 def test_every_method_changes_the_pictures(method: Method, model: Model, task: Task) -> None:
     assert host.NODES.get(method.node) is not None
-    assert not torch.equal(_made(model, task, method), _made(model, task))
+    # Of what does not act in the whole run, a single step would show nothing.
+    steps = STEPS if method.throughout else 2
+    assert not torch.equal(_made(model, task, method, steps=steps), _made(model, task, steps=steps))
 
 
 def test_a_method_that_acts_on_nothing_is_an_error(model: Model, task: Task) -> None:
     idle = Method("idle", node=NODE, inputs={"start_percent": 1.0})
     with pytest.raises(RuntimeError, match="idle acted on no attention"):
         _made(model, task, idle)
+
+
+def test_a_softened_model_is_softened_in_every_step_or_not_compared(model: Model, task: Task) -> None:
+    later = next(method for method in METHODS if not method.throughout)
+    with pytest.raises(ValueError, match="does not throughout"):
+        _made(model, task, later, softening=2.0)
+    listed = quality.jobs([model], [(STEPS, 1.0, 1.0), (STEPS, 1.0, 2.0)], FAMILIES, 8, 8)
+    assert {job.cell.softening for job in listed if job.family == later.family} == {1.0}
 
 
 def test_nothing_is_left_behind(model: Model, task: Task) -> None:

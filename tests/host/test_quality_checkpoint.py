@@ -100,7 +100,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def _command(files: dict[str, Path], results: Path, *more: str, clip: str = "clip") -> list[str]:
     given = ["--checkpoint", str(files["checkpoint"]), "--prompts", str(files["prompts"]), "--clip", str(files[clip])]
-    return [*given, "--results", str(results), "--steps", "1", "--seeds", "1", "--size", "64", "--threads", "1", *more]
+    return [*given, "--results", str(results), "--steps", "2", "--seeds", "1", "--size", "64", "--threads", "1", *more]
 
 
 @pytest.mark.usefixtures("small")
