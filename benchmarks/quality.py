@@ -81,17 +81,11 @@ def jobs(
     captions: int,
     held_out: int,
 ) -> list[Job]:
-    """All there is to run: of each cell first the settings on ``tune``, then one of each family on ``report``.
-
-    Left out are CFG beside CFG, and in softened models what does not act in the whole run.
-    """
+    """All there is to run: of each cell first the settings on ``tune``, then one of each family on ``report``."""
     found = []
     for (steps, cfg, softening), model in itertools.product(plan, models):
         cell = quality_sampling.cell_of(model, steps, cfg, softening)
         here = [family for family in families if family != CFG or cfg == 1.0]
-        if softening != 1.0:
-            partly = {method.family for method in METHODS if not method.throughout}
-            here = [family for family in here if family not in partly]
         for family in here:
             settings = [method for method in METHODS if method.family == family]
             if len(settings) > 1 or family == BASELINE.family:

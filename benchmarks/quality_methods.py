@@ -56,17 +56,16 @@ class Method:
         """Family and setting, in words."""
         return f"{self.family}, {self.setting}" if self.setting else self.family
 
-    @property
-    def throughout(self) -> bool:
-        """Whether it acts in the whole run."""
-        return self.inputs.get("start_percent", 0.0) == 0.0 and self.inputs.get("end_percent", 1.0) == 1.0
-
 
 BASELINE = Method(NOTHING)
 # Strength of the methods that are compared as they are.
 _WHOLE = 1.0
 # Cap, what it is relative to, and the orthogonal part. The third is the paper's.
 _BRAKES = ((0.1, "relative", 0.0), (0.5, "relative", 0.0), (15.0, "absolute", 0.0), (0.5, "relative", 1.0))
+
+
+# A node that acts and leaves the model's own attention as it is.
+_PLAIN = {"rule": "pladis", "guidance_scale": 0.0, "strength": 1.0}
 
 
 def _gag(scale: float, cap: float, mode: str, orthogonal: float, strength: float = _WHOLE) -> Method:
@@ -133,10 +132,7 @@ def applied(model: Any, method: Method, softening: float = 1.0) -> Iterator[Any]
 
     Raises:
         RuntimeError: a method that should act on the text attention was not asked a single time.
-        ValueError: the model is to be softened, which is done where the method acts, and that is not in the whole run.
     """
-    if softening != 1.0 and not method.throughout:
-        raise ValueError(f"a model is softened only where guidance acts, which {method.name} does not throughout")
     temperature = softening * method.temperature
     if not method.node and temperature == 1.0:
         yield model
@@ -144,15 +140,18 @@ def applied(model: Any, method: Method, softening: float = 1.0) -> Iterator[Any]
     node = node_named(method.node or NODE)
     if node is None:
         raise RuntimeError(f"the pack has no node {method.node}")
+    if method.node and softening != 1.0:
+        # Softens the steps in which the method does not act; in the others the later node takes its place.
+        model = steps.execute(node_named(NODE), **_PLAIN, model=model)[0]
     patched = steps.execute(node, **method.inputs, model=model)[0]
     picks = sys.modules[node.__module__.rpartition(".nodes.")[0] + ".gag_core.attention"]
     guide = at_temperature(picks._guide, temperature, guided=bool(method.node))
     calls = 0
 
-    def counted(*args: Any, **kwargs: Any) -> None:
+    def counted(out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: Any, **more: Any) -> None:
         nonlocal calls
-        calls += 1
-        guide(*args, **kwargs)
+        calls += (config.rule, config.guidance_scale) != (_PLAIN["rule"], _PLAIN["guidance_scale"])
+        guide(out, q, k, v, config, **more)
 
     with mock.patch.object(picks, "_guide", counted):
         yield patched

@@ -18,7 +18,7 @@ from torch import Tensor
 import host_process as host
 import quality
 import quality_sampling as sampling
-from quality_methods import BASELINE, FAMILIES, METHODS, NODE, SPARSE, Method, applied
+from quality_methods import BASELINE, METHODS, NODE, SPARSE, Method, applied
 from quality_results import REPORT, TUNE, Results
 from quality_sampling import Model, Task
 
@@ -106,7 +106,7 @@ def test_a_sharper_softmax_repairs_what_softening_did(model: Model, task: Task) 
     plain, soft = _made(model, task), _made(model, task, softening=2.0)
     assert (soft - plain).abs().max() > 10 * ROUNDING
     assert torch.equal(_made(model, task, SHARPER, softening=2.0), plain)
-    nothing = Method("PLADIS", node=NODE, inputs={"rule": "pladis", "guidance_scale": 0.0})
+    nothing = Method("PLADIS", node=NODE, inputs={"rule": "pladis", "guidance_scale": 1e-5})
     assert (_made(model, task, nothing, softening=2.0) - soft).abs().max() < ROUNDING
 
 
@@ -128,7 +128,7 @@ def test_a_sharper_softmax_scales_the_queries_of_the_layers_that_guidance_has(fo
 def test_every_method_changes_the_pictures(method: Method, model: Model, task: Task) -> None:
     assert host.NODES.get(method.node) is not None
     # Of what does not act in the whole run, a single step would show nothing.
-    steps = STEPS if method.throughout else 2
+    steps = 2 if method.inputs.get("start_percent") else STEPS
     assert not torch.equal(_made(model, task, method, steps=steps), _made(model, task, steps=steps))
 
 
@@ -138,12 +138,16 @@ def test_a_method_that_acts_on_nothing_is_an_error(model: Model, task: Task) -> 
         _made(model, task, idle)
 
 
-def test_a_softened_model_is_softened_in_every_step_or_not_compared(model: Model, task: Task) -> None:
-    later = next(method for method in METHODS if not method.throughout)
-    with pytest.raises(ValueError, match="does not throughout"):
-        _made(model, task, later, softening=2.0)
-    listed = quality.jobs([model], [(STEPS, 1.0, 1.0), (STEPS, 1.0, 2.0)], FAMILIES, 8, 8)
-    assert {job.cell.softening for job in listed if job.family == later.family} == {1.0}
+def test_a_softened_model_is_softened_in_the_steps_without_guidance_too(model: Model, task: Task) -> None:
+    inputs = {"guidance_scale": 2.0, "norm_mode": "relative", "strength": 1e-5}
+    plain, soft = _made(model, task, steps=2), _made(model, task, softening=2.0, steps=2)
+    assert (soft - plain).abs().max() > 10 * ROUNDING
+    for part in ({"start_percent": 0.3}, {"end_percent": 0.3}):
+        hardly = Method("hardly", node=NODE, inputs={**inputs, **part})
+        assert (_made(model, task, hardly, softening=2.0, steps=2) - soft).abs().max() < ROUNDING
+    never = Method("never", node=NODE, inputs={**inputs, "start_percent": 1.0})
+    with pytest.raises(RuntimeError, match="never acted on no attention"):
+        _made(model, task, never, softening=2.0, steps=2)
 
 
 def test_nothing_is_left_behind(model: Model, task: Task) -> None:
