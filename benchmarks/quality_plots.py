@@ -60,6 +60,7 @@ def scales(results: Results, cell: Cell, path: Path) -> Path:
         axis.grid(alpha=0.25, linewidth=0.5)
     for number, (name, points) in enumerate(curves(results, cell).items()):
         style = {"linewidth": 1.1, "markersize": 3, "marker": "osv^Dx*"[number % 7], "color": f"C{number % 10}"}
+        style["linestyle"] = "-" if number < 7 else "--"
         x = [point.scale for point in points]
         errors = [1.96 * point.versus.error for point in points]
         axes[0].errorbar(x, [point.share for point in points], errors, label=name, elinewidth=0.6, **style)
