@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start_host(torch.device("cpu"))
         logging.getLogger().setLevel(logging.WARNING)
         models = [quality_sampling.load(path) for path in files]
-    except (HostError, ValueError, FileNotFoundError) as error:
+    except (HostError, ValueError) as error:
         print(f"quality: {error}", file=sys.stderr)
         return 1
     families = [BASELINE.family, *(family for family in options.families if family != BASELINE.family)]

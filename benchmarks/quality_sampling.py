@@ -77,11 +77,7 @@ def load(path: Path) -> Model:
         (name,) = names
         label = path.stem
         weights = {key: value.float() for key, value in tensors.items() if key.startswith(f"{name}.")}
-        encoder = text.new_encoder()
-        encoder.load_state_dict(
-            {key.removeprefix("text."): value.float() for key, value in tensors.items() if key.startswith("text.")}
-        )
-        encoder.eval().requires_grad_(False)
+        encoder = text.of_weights(tensors)
     return Model(label, _sha256({**weights, **encoder.state_dict()}), patcher_of(name, weights), encoder)
 
 

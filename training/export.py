@@ -23,7 +23,7 @@ def weights_of(checkpoint: Path) -> tuple[Name, dict[str, Tensor], dict[str, str
     state = torch.load(checkpoint, weights_only=True)
     name: Name = state["name"]
     weights = {f"{name}.{key}": value for key, value in state["average"].items()}
-    weights |= {f"text.{key}": value for key, value in text.load().state_dict().items()}
+    weights |= {f"{text.PREFIX}{key}": value for key, value in text.load().state_dict().items()}
     about = {
         "model": name,
         "data_version": str(state["data_version"]),
@@ -37,12 +37,11 @@ def weights_of(checkpoint: Path) -> tuple[Name, dict[str, Tensor], dict[str, str
 
 def load(path: Path) -> tuple[Name, torch.nn.Module, Any]:
     """The model and the text encoder of an exported file, in fp32."""
-    weights = {key: value.float() for key, value in safetensors.torch.load_file(path).items()}
+    weights = safetensors.torch.load_file(path)
     name: Name = "unet" if any(key.startswith("unet.") for key in weights) else "mmdit"
-    model, encoder = build(name), text.new_encoder()
-    for module, prefix in ((model, f"{name}."), (encoder, "text.")):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    return name, model.eval().requires_grad_(False), encoder.eval().requires_grad_(False)
+    model, prefix = build(name), f"{name}."
+    model.load_state_dict({k.removeprefix(prefix): v.float() for k, v in weights.items() if k.startswith(prefix)})
+    return name, model.eval().requires_grad_(False), text.of_weights(weights)
 
 
 def main() -> None:

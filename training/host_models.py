@@ -70,8 +70,9 @@ class _Trainable:
 
 def trainable_unet() -> nn.Module:
     """A freshly initialised UNet that can be differentiated; residual branches begin at zero."""
-    # The chunked attention that the host takes on CPUs writes into its scores in place.
-    comfy.ldm.modules.attention.optimized_attention = comfy.ldm.modules.attention.attention_pytorch
+    # The chunked attention that the host takes on CPUs writes into its scores in place; scaled_dot_product_attention
+    # takes four times as long as this one in bfloat16, backward above all.
+    comfy.ldm.modules.attention.optimized_attention = comfy.ldm.modules.attention.attention_basic
     model: nn.Module = _demo_model.PixelUNet(**_demo_model.UNET_CONFIG, operations=_Trainable)
     for name, module in model.named_modules():
         if name.endswith(("out_layers.3", "proj_out", "out.2")) and isinstance(module, nn.Conv2d):

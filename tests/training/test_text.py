@@ -71,9 +71,7 @@ def test_errors_and_shares_count_known_words_only() -> None:
 
 @pytest.mark.parametrize("weights", ["demo_unet.safetensors", "demo_unet_fewstep.safetensors"])
 def test_the_shipped_encoder_tells_where_a_words_thing_is(weights: str) -> None:
-    file = safetensors.torch.load_file(pack_module("demo_model").ASSETS / weights)
-    encoder = text.new_encoder()
-    encoder.load_state_dict({k.removeprefix("text."): v.float() for k, v in file.items() if k.startswith("text.")})
+    encoder = text.of_weights(safetensors.torch.load_file(pack_module("demo_model").ASSETS / weights))
     found = []
     with torch.no_grad():
         for first in (0, 600):
