@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,6 +103,49 @@ def conditions(by_cell: dict[Cell, list[Row]]) -> str:
     return "\n".join(lines)
 
 
+def seeds(by_cell: dict[Cell, list[Row]]) -> str:
+    """Differences of every family in models that differ in their seed alone, and their means over these, in Markdown.
+
+    Empty where there are no two such models.
+    """
+    groups: dict[Cell, list[Cell]] = {}
+    for cell, rows in by_cell.items():
+        if rows:
+            kind = re.sub(r"-seed\d+", "", cell.model)
+            groups.setdefault(cell._replace(model=kind, weights=""), []).append(cell)
+    parts = []
+    for group, cells in groups.items():
+        if len(cells) < 2:
+            continue
+        found = [{row.family: row for row in by_cell[cell]} for cell in cells]
+        shares = [max((row.baseline for row in rows.values()), key=len).right().mean() for rows in found]
+        lines = [
+            f"**{group.title}**",
+            "",
+            "| method | " + " | ".join(cell.model for cell in cells) + " | mean | beyond sparse alone | "
+            "beyond sharper softmax | settings, the best on `tune` |",
+            "|---|" + "---:|" * (len(cells) + 3) + "---|",
+            f"| {BASELINE.family} | " + " | ".join(map(_percent, shares)) + f" | {_percent(np.mean(shares))} | | | |",
+        ]
+        for family in FAMILIES:
+            rows = [here[family] for here in found if family in here]
+            if len(rows) < len(cells):
+                continue
+            controls = [
+                "" if family == name or any(name not in row.controls for row in rows)
+                else _change(np.array([row.controls[name].difference for row in rows]))
+                for name in CONTROLS
+            ]  # fmt: skip
+            settings = "; ".join(dict.fromkeys(row.setting or "as it is" for row in rows))
+            lines.append(
+                f"| {family} | " + " | ".join(_difference(row.versus) for row in rows)
+                + f" | {_change(np.array([row.versus.difference for row in rows]))} | " + " | ".join(controls)
+                + f" | {settings} |"
+            )  # fmt: skip
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def lengths(captions: int) -> tuple[Marks, Marks]:
     """Which of the first held-out captions are short, up to the median of their words, and which are long."""
     words = np.array(importlib.import_module("quality_sampling").words(REPORT, captions))
@@ -156,6 +200,8 @@ def write(folder: Path, page: Path = PAGE, plots: Path = PLOTS) -> list[Path]:
             conditions(by_cell),
             _picture(written[-1], page, "Differences to no guidance, all cells"),
         ]
+    if told := seeds(by_cell):
+        parts += [_SEEDS, told]
     parts.append(_CELLS)
     for number, (cell, listed) in enumerate(by_cell.items()):
         parts += [f"### {cell.title}", comparison(results, cell, listed), details(results, cell, listed)]
@@ -313,4 +359,9 @@ _CONDITIONS = """\
 Points of all-right captions more than without guidance, of each family's best setting on `tune`; in the column *none*
 the share without guidance. Short captions are those up to the median of their words. In the plot are 95 % intervals,
 coloured where they leave out 0 (not adjusted for their number; the verdicts in the tables below are)."""
+_SEEDS = """\
+## Do other seeds say so?
+
+Models of the same kind whose initial weights, pictures and captions of the training differ. In a model's column "±" is
+as above; in the means it is one standard error over the models, a rough figure where they are few."""
 _CELLS = "## Every model and way of sampling"

@@ -13,6 +13,8 @@ from quality_rows import Row
 from quality_statistics import Paired, mean, paired
 
 _DPI = 90
+# Which change so much more than the others that these could not be told apart on one scale with them.
+_FAR = (CFG, "preset paper")
 
 
 class Point(NamedTuple):
@@ -85,8 +87,8 @@ def differences(by_cell: Mapping[Cell, Sequence[Row]], path: Path) -> Path:
                     axis.errorbar(x, place, xerr=error, fmt="o", markersize=3, color=colour, elinewidth=1)
         axis.set_title(family, fontsize=8)
         axis.grid(alpha=0.25, linewidth=0.5, axis="x")
-        if family != CFG:
-            axis.sharex(next(a for a, name in zip(axes, families, strict=True) if name != CFG))
+        if family not in _FAR:
+            axis.sharex(next(a for a, name in zip(axes, families, strict=True) if name not in _FAR))
     axes[0].set_yticks(range(len(by_cell)), [cell.title for cell in by_cell], fontsize=7)
     axes[0].set_ylim(len(by_cell) - 0.5, -0.5)
     figure.supxlabel("points of all-right captions more than without guidance", fontsize=8)

@@ -32,7 +32,10 @@ STRENGTH = (
     "How much of the guidance reaches the picture. 0 is off: exactly the picture without this node. 0.5 is half of "
     "it, 1 the full guidance. Above 1 exaggerates it; details may turn harsh."
 )
-START = "Where in the run guidance begins: 0 is the first step. Later starts leave the composition as it is."
+START = (
+    "Where in the run guidance begins: 0 is the first step. Later starts leave the composition as it is; beside CFG "
+    "try 0.3."
+)
 END = "Where in the run guidance ends: 1 is the last step. Earlier ends leave fine detail as it is."
 ScheduleType = io.Custom("GAG_SCHEDULE")
 

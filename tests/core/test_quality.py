@@ -251,6 +251,26 @@ def test_the_page_is_written_from_the_files(study: Results, tmp_path: Path, monk
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_seeds_are_told_side_by_side_with_their_mean(tmp_path: Path) -> None:
+    base = np.arange(1000) < 300
+    by_cell: dict[Cell, list[quality_rows.Row]] = {}
+    results = Results(tmp_path)
+    cells = [
+        Cell("unet-seed0", "a", 8, 1.0), Cell("unet-seed1", "b", 8, 1.0),
+        Cell("unet-seed0", "a", 8, 4.0), Cell("unet-seed0-fewstep", "c", 8, 1.0),
+    ]  # fmt: skip
+    for cell, gained in zip(cells, (40, 80, 10, 10), strict=True):
+        results.add(_line(BASELINE, base, REPORT, cell=cell))
+        results.add(_line(_method("preset gentle"), np.arange(1000) < 300 + gained, REPORT, cell=cell))
+        by_cell[cell] = quality_rows.rows_of(results, cell)
+    first, second = (f"+{100 * gained / 1000:.1f} ± " for gained in (40, 80))
+    (row,) = (line for line in quality_page.seeds(by_cell).splitlines() if line.startswith("| preset gentle"))
+    assert f"| {first}" in row and f"| {second}" in row
+    # The standard error over two models is half their difference.
+    assert "| +6.0 ± 2.0 |" in row
+    assert quality_page.seeds({cell: by_cell[cell] for cell in cells[1:]}) == ""
+
+
 def test_no_results_no_page(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no held-out results"):
         quality_page.write(tmp_path, tmp_path / "page.md", tmp_path)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import host_process as host
 import quality
+import quality_page
 import quality_sampling as sampling
 from quality_methods import BASELINE, METHODS, NODE, SPARSE, Method, applied
 from quality_results import REPORT, TUNE, Results
@@ -148,6 +149,12 @@ def test_a_softened_model_is_softened_in_the_steps_without_guidance_too(model: M
     never = Method("never", node=NODE, inputs={**inputs, "start_percent": 1.0})
     with pytest.raises(RuntimeError, match="never acted on no attention"):
         _made(model, task, never, softening=2.0, steps=2)
+
+
+def test_the_evidence_is_what_the_results_in_the_repository_say(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "evidence.md"
+    quality_page.write(quality.RESULTS, page, tmp_path / "assets" / "evidence")
+    assert page.read_text("utf-8") == quality_page.PAGE.read_text("utf-8"), "run python dev.py quality --report"
 
 
 def test_nothing_is_left_behind(model: Model, task: Task) -> None:
