@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,30 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, enco
         assert torch.equal(value, runs[1].average[key]), key
     with pytest.raises(SystemExit, match=r"begun with --lr 0.001, not 0.002: .*another --out"):
         train.Training("mmdit", tmp_path / "whole", {**settings, "lr": 2e-3})
+
+
+def test_the_transformer_reads_short_contexts_first_and_whole_ones_at_the_end(tmp_path: Path, encoder: Any) -> None:
+    settings = {"seed": 0, "minutes": 100.0, "steps": 10, "batch": 2, "lr": 1e-3}
+    all_lengths: dict[schedules.Name, dict[int, int]] = {"mmdit": {0: 32, 7: 32, 8: 77, 9: 77}, "unet": {0: 77, 9: 77}}
+    for name, lengths in all_lengths.items():
+        training = train.Training(name, tmp_path, settings)
+        for training.step, length in lengths.items():
+            assert training.examples()[2].shape == (2, length, 96)
+
+
+@pytest.mark.parametrize("name", schedules.NAMES)
+def test_every_weight_is_trained_by_one_optimizer_and_inner_matrices_of_transformers_by_muon(
+    name: schedules.Name,
+) -> None:
+    model = train.build(name)
+    found = [[id(p) for g in one.param_groups for p in g["params"]] for one in train.optimizers(name, model, 1e-3)]
+    assert sorted(chain.from_iterable(found)) == sorted(map(id, model.parameters()))
+    if name == "unet":
+        assert len(found) == 1
+        return
+    by_muon = {key for key, p in model.named_parameters() if id(p) in found[1]}
+    assert {"double_blocks.1.txt_attn.qkv.weight", "single_blocks.3.linear2.weight"} < by_muon
+    assert not any(part in key for key in by_muon for part in (".lin.", "_in.", "final_layer", ".bias", ".norm."))
 
 
 def test_a_step_in_bfloat16_is_nearly_the_same_and_keeps_full_precision_weights(tmp_path: Path) -> None:
