@@ -192,9 +192,13 @@ def build(model: Model, narrow: bool, dtype: torch.dtype) -> Any:
 
 
 def execute(node: Any, **inputs: Any) -> tuple[Any, ...]:
-    """What one of the pack's nodes gives; inputs that are not named are set as they are in a new node."""
+    """What one of the pack's nodes gives; acting in every step unless told otherwise.
+
+    Inputs that are not named are else set as they are in a new node.
+    """
     defaults = {i.id: i.default for i in node.GET_SCHEMA().inputs if getattr(i, "default", None) is not None}
-    result: tuple[Any, ...] = node.execute(**{**defaults, **inputs}).result
+    whole = {"start_percent": 0.0} if "start_percent" in defaults else {}
+    result: tuple[Any, ...] = node.execute(**{**defaults, **whole, **inputs}).result
     return result
 
 

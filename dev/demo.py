@@ -26,6 +26,7 @@ PROMPTS = [
     "a green square below a yellow circle",
 ]
 GUIDANCE = ("GAGuidance", "GAGuidanceAdvanced")
+_WHOLE = {"strength": 1.0, "start_percent": 0.0}
 
 SMALLEST = 192  # pixels that the shorter side of a picture is enlarged to
 LABEL_WIDTH = 200
@@ -101,13 +102,13 @@ def make_variants(prompt: Json, info: Json, presets: list[str] | None) -> dict[s
             scale = " and ".join(f"{scale:g}" for scale in sorted(scales))
             variants = {"CFG 1, GAG off": with_inputs(off, "cfg", cfg=1.0), f"CFG {scale}, GAG off": off}
         for title, settings in {
-            "sparse alone": {"rule": "gag", "guidance_scale": 0.0, "strength": 1.0},
-            "PLADIS, scale 2": {"rule": "pladis", "guidance_scale": 2.0, "strength": 1.0},
+            "sparse alone": {"rule": "gag", "guidance_scale": 0.0, **_WHOLE},
+            "PLADIS, scale 2": {"rule": "pladis", "guidance_scale": 2.0, **_WHOLE},
         }.items():
             variants[title] = with_advanced(prompt, info, settings)
     for preset in presets or known:
-        # The published settings are those of the whole guidance; the others have the workflow's strength.
-        whole = {"strength": 1.0} if preset == "paper" else {}
+        # The published settings are those of the whole guidance in the whole run; the others have the workflow's.
+        whole = _WHOLE if preset == "paper" else {}
         title = f"GAG on ({preset}, strength 1)" if whole else f"GAG on ({preset})"
         variants[title] = with_inputs(prompt, "preset", preset=preset, **whole)
     return variants

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..gag_core import GuidanceConfig
 from ..gag_core.config import MOST_ANDERSON_DEPTH, NORM_MODES
-from .guidance import CATEGORY, END, NEWER_FIELDS, START, STRENGTH, guide, node_id_of, schedule_input
+from .guidance import CATEGORY, END, NEWER_FIELDS, STRENGTH, guide, node_id_of, schedule_input, start_input
 
 # Mild, as the plain node's: what is solved for as it is, in a bound that it often stays within, and a brake behind it.
 DEFAULT = GuidanceConfig(
@@ -92,7 +92,7 @@ class GAGAnderson(io.ComfyNode):
                     "spot of the picture. 1 is the model's own reading: no guidance.",
                 ),
                 io.Float.Input("strength", default=DEFAULT.strength, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=START),
+                start_input(),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=END),
                 schedule_input(),
             ],

@@ -16,7 +16,7 @@ from .families import default_layers, family_of
 from .host import log, show_on_node
 from .live import tell_blocks, tell_report
 from .patch import patch_model
-from .presets import DEFAULT, DEFAULT_PRESET, PRESETS
+from .presets import DEFAULT, DEFAULT_PRESET, DEFAULT_START, PRESETS
 from .schedules import schedule_of
 from .settings import Guidance
 
@@ -33,11 +33,16 @@ STRENGTH = (
     "it, 1 the full guidance. Above 1 exaggerates it; details may turn harsh."
 )
 START = (
-    "Where in the run guidance begins: 0 is the first step. Later starts leave the composition as it is; beside CFG "
-    "try 0.3."
+    "Where in the run guidance begins. Above 0 the first steps, which lay out the picture, stay as they are. 0 has "
+    "more effect: try it without CFG, or where there is but one step."
 )
 END = "Where in the run guidance ends: 1 is the last step. Earlier ends leave fine detail as it is."
 ScheduleType = io.Custom("GAG_SCHEDULE")
+
+
+def start_input() -> io.Float.Input:
+    """The input that says where in the run guidance begins."""
+    return io.Float.Input("start_percent", default=DEFAULT_START, min=0.0, max=1.0, step=0.01, tooltip=START)
 
 
 def schedule_input() -> io.MultiType.Input:
@@ -74,7 +79,7 @@ class GAGuidance(io.ComfyNode):
                     "models.",
                 ),
                 io.Float.Input("strength", default=DEFAULT.strength, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=START),
+                start_input(),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=END),
                 schedule_input(),
             ],
@@ -195,7 +200,7 @@ class GAGuidanceAdvanced(io.ComfyNode):
                     "double 0-18, single 20-37; all of them: numbers counted through, 0,1,47-49. Fewer change less. "
                     "Empty is the family's default: all, for UNets down and up without the middle.",
                 ),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=START),
+                start_input(),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=END),
                 io.Boolean.Input(
                     "verbose",

@@ -84,6 +84,8 @@ class Run:
                 where = f"from {span}" if guidance.ranged else "of the run"
                 return "why_schedule", "its schedule is 0", f"its schedule is 0 in all steps {where}"
             reason = f"no step lies within its start_percent and end_percent, {span}"
+            if guidance.start_percent:
+                reason += "; where a run has so few steps, set start_percent to 0"
             return "why_range", f"no step within {span}", reason
         if self.no_text[guidance] == self.in_range[guidance]:
             return "why_empty", "the prompts are empty", "no model call had a single token of text"

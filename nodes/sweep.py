@@ -19,7 +19,7 @@ from .families import Blocks, default_layers, family_of
 from .guidance import APPLY_TO, CATEGORY, check_range, node_id_of
 from .host import log
 from .patch import patch_of, with_guidances
-from .presets import DEFAULT, DEFAULT_PRESET, PRESETS
+from .presets import DEFAULT, DEFAULT_PRESET, DEFAULT_START, PRESETS
 from .settings import Guidance
 
 MOST = 64
@@ -131,6 +131,7 @@ class GAGSweep(io.ComfyNode):
                 family=family,
                 order=tuple(layer for part in blocks.values() for block in part for layer in block),
                 layers=default_layers(family, blocks),
+                start_percent=DEFAULT_START,
             )
         base = replace(base, node_id=node_id_of(cls))
         models, labels = ([with_guidances(model, ())], [OFF]) if include_off else ([], [])

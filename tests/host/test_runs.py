@@ -265,7 +265,22 @@ def messages(caplog: pytest.LogCaptureFixture) -> str:
 def test_says_why_nothing_was_guided_outside_the_range(caplog: pytest.LogCaptureFixture) -> None:
     host.sample(guided(host.build_model("sd15"), start_percent=1.0), "sd15")
     assert "GAG guided nothing in this run: no step lies within its start_percent and end_percent" in messages(caplog)
-    assert "1 to 1." in messages(caplog)
+    assert ", 1 to 1; where a run has so few steps, set start_percent to 0." in messages(caplog)
+
+
+@pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"])
+def test_a_new_node_leaves_the_first_steps_alone_and_says_so_where_there_is_no_other(
+    node_id: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(host.pack_module("nodes.run"), "show_on_node", lambda text, _: said.append(text))
+    inputs = {i.id: i for i in host.NODES[node_id].GET_SCHEMA().inputs}
+    plain = host.build_model("sd15")
+    (model,) = host.run_node(node_id, model=plain, start_percent=inputs["start_percent"].default)
+    host.sample(model, "sd15", steps=10)
+    assert torch.equal(host.sample(model, "sd15", steps=1), host.sample(plain, "sd15", steps=1))
+    assert said == ["Guided 6 of 6 attentions in 7 of 10 calls.", "Nothing guided: no step within 0.3 to 1."]
+    assert ", 0.3 to 1; where a run has so few steps, set start_percent to 0." in messages(caplog)
 
 
 def test_says_that_a_later_node_acts_instead(caplog: pytest.LogCaptureFixture) -> None:

@@ -134,7 +134,7 @@ def test_without_a_gag_node_the_default_preset_is_varied(caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         (off, model), _, _ = swept(plain, "strength", "0.7")
     assert "there is no GAG node on the model, so preset gentle is varied" in caplog.text
-    (by_hand,) = host.run_node("GAGuidance", model=plain, strength=0.7)
+    (by_hand,) = host.run_node("GAGuidance", model=plain, strength=0.7, start_percent=0.3)
     assert torch.equal(picture(model), picture(by_hand))
     assert torch.equal(picture(off), picture(plain))
 

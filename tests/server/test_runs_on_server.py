@@ -107,7 +107,7 @@ def test_on_changes_the_picture_and_says_what_was_guided(server: ComfyServer, gu
 def test_the_log_says_why_nothing_was_guided(server: ComfyServer) -> None:
     server.run(graph(next(_seeds), simple(start_percent=1.0)))
     assert (
-        "GAG guided nothing in this run: no step lies within its start_percent and end_percent, 1 to 1." in server.log()
+        "GAG guided nothing in this run: no step lies within its start_percent and end_percent, 1 to 1;" in server.log()
     )
 
 

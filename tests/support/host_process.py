@@ -56,11 +56,15 @@ def pack_module(name: str) -> Any:
 
 
 def run_node(node_id: str, **inputs: Any) -> tuple[Any, ...]:
-    """Execute one of the pack's nodes as the host does, with the defaults of its schema; its outputs."""
+    """Execute one of the pack's nodes as the host does, acting in every step unless told otherwise; its outputs.
+
+    Inputs that are not named are else at the defaults of its schema.
+    """
     node = NODES[node_id]
     schema = node.GET_SCHEMA()
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
-    output: tuple[Any, ...] = node.execute(**{**defaults, **inputs}).result
+    whole = {"start_percent": 0.0} if "start_percent" in defaults else {}
+    output: tuple[Any, ...] = node.execute(**{**defaults, **whole, **inputs}).result
     return output
 
 
