@@ -107,10 +107,12 @@ def make_variants(prompt: Json, info: Json, presets: list[str] | None) -> dict[s
         }.items():
             variants[title] = with_advanced(prompt, info, settings)
     for preset in presets or known:
-        # The published settings are those of the whole guidance in the whole run; the others have the workflow's.
-        whole = _WHOLE if preset == "paper" else {}
-        title = f"GAG on ({preset}, strength 1)" if whole else f"GAG on ({preset})"
-        variants[title] = with_inputs(prompt, "preset", preset=preset, **whole)
+        # The published settings are those of full strength in the whole run, far more than the workflow has.
+        if preset != "paper":
+            variants[f"GAG on ({preset})"] = with_inputs(prompt, "preset", preset=preset)
+        variants[f"GAG on ({preset}, strength 1 from the first step)"] = with_inputs(
+            prompt, "preset", preset=preset, **_WHOLE
+        )
     return variants
 
 
