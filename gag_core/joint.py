@@ -85,6 +85,14 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 
 
 def _aligned(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bias in full, with rows that begin where the memory-efficient kernel can read them."""
+    """The bias expanded to the shape, with rows that begin where the memory-efficient kernel can read them.
+
+    Rows, heads and queries that share a bias keep sharing its memory.
+    """
+    if bias.shape[-1] == 1:
+        bias = bias.expand(*bias.shape[:-1], shape[-1])
     extra = -shape[-1] % _BIAS_ALIGNMENT
-    return torch.nn.functional.pad(bias.expand(shape), (0, extra))[..., : shape[-1]]
+    steps = [step % _BIAS_ALIGNMENT for step, size in zip(bias.stride()[:-1], bias.shape[:-1], strict=True) if size > 1]
+    if extra or bias.stride(-1) != 1 or any(steps):
+        bias = torch.nn.functional.pad(bias, (0, extra)).contiguous()[..., : shape[-1]]
+    return bias.expand(shape)

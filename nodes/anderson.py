@@ -98,6 +98,7 @@ class GAGAnderson(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for the sampler.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # else the host hands on what an equal node made, which reports on that other node
             **NEWER_FIELDS,
         )
 

@@ -76,9 +76,10 @@ def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None)
 
     All are magnified by one whole number, the nearest pixel each, until the largest has 256 pixels on its longer side;
     one that is smaller than the largest stands in the middle of its place. A batch stays together in one field, as a
-    block that is about square; one batch alone is spread over the fields. If the last row would hold one picture only,
-    the first one stands alone on top instead: the one without GAG of a sweep over two settings. A grid that would be
-    longer than 8192 pixels, labels apart, is made of pictures that are shrunk, by the mean of their pixels.
+    block that is about square; one batch alone is spread over the fields, unless it has one label. If the last row
+    would hold one picture only, the first one stands alone on top instead: the one without GAG of a sweep over two
+    settings. A grid that would be longer than 8192 pixels, labels apart, is made of pictures that are shrunk, by the
+    mean of their pixels.
 
     Args:
         images: ``[B, H, W, C]`` in 0..1 each, of any sizes and floating-point dtypes; of four channels the first three
@@ -97,7 +98,7 @@ def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None)
         raise ValueError(f"images must be pictures [batch, height, width, channels], got {given or 'none'}.")
     if isinstance(columns, bool) or not isinstance(columns, int) or not 0 <= columns <= MOST_COLUMNS:
         raise ValueError(f"columns must be a whole number from 0 to {MOST_COLUMNS}, got {columns!r}.")
-    if len(images) == 1:
+    if len(images) == 1 and (labels is None or len(labels) > 1):
         images = list(images[0].split(1))
     if labels is not None and len(labels) != len(images):
         raise ValueError(

@@ -34,7 +34,7 @@ STRENGTH = (
 )
 START = (
     "Where in the run guidance begins. Above 0 the first steps, which lay out the picture, stay as they are. 0 has "
-    "more effect: try it without CFG, or where there is but one step."
+    "more effect: try it at cfg 1 on a model that is not made for that; a run of one step needs 0."
 )
 END = "Where in the run guidance ends: 1 is the last step. Earlier ends leave fine detail as it is."
 ScheduleType = io.Custom("GAG_SCHEDULE")

@@ -108,7 +108,7 @@ class GAGPatch:
             if charted and recording is not None:
                 run.chart.add(guidance, recording, patches.reached, run.steps)
         if run.recording is not None and recording is not None:
-            run.recording.add(recording, patches.reached)
+            run.recording.add(recording, patches.reached, run.steps.done)
         return out
 
     def _watched(self) -> Guidance:

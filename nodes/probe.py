@@ -70,6 +70,7 @@ class GAGProbe(io.ComfyNode):
                 ProbeType.Output(display_name="probe", tooltip="What is measured, for GAG Report."),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # else the host hands on an equal node's probe, and both reports show the later run
         )
 
     @classmethod

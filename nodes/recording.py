@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from ..gag_core import GuidanceConfig
 from ..gag_core.joint import attention_with_logsumexp
 from ..gag_core.measures import MEASURES, measure, sample_queries, word_shares
 from .families import Layer
-from .host import batch_rows, show_on_node
+from .host import batch_rows, place_in_list, show_on_node
 from .settings import Guidance
 
 # How many queries are looked at in each attention and row of the batch: so many over all heads, and so many tokens.
@@ -60,6 +61,7 @@ class Result:
         settings: what the numbers that depend on settings were computed with, but for the strength.
         strengths: the strength that acted in each step, 0 where none did. Where none did, the numbers are for that
             of the node.
+        strength: of the last model call: that of the node, where none acted.
         words: the words that have maps.
         maps: ``[pictures, words, height, width]`` for each resolution, mean over layers and steps of the share that
             falls on a word; with the number of attentions in it.
@@ -74,6 +76,7 @@ class Result:
     guided: Tensor
     settings: tuple[GuidanceConfig, ...]
     strengths: tuple[float, ...]
+    strength: float = 1.0
     words: tuple[str, ...] = ()
     maps: tuple[tuple[Tensor, int], ...] = ()
     notes: tuple[str, ...] = ()
@@ -81,16 +84,18 @@ class Result:
 
 @dataclass(eq=False)
 class Probe:
-    """What a probe node asks for, and what the last run that came to its end gave.
+    """What a probe node asks for, and what the runs that came to their end last gave.
 
-    Wherever the model travels, the result stays here.
+    Wherever the model travels, the results stay here.
 
     Attributes:
         watched: stands for a guidance where none acts: which model, the defaults, and no layer that is guided.
         names: what each layer is called in the ``blocks`` input.
         words: what to map.
         node_id: the probe's node.
-        result: None before the first run.
+        result: of the last run; None before the first.
+        results: of the last run of each of the models that the host made a list of, as GAG Sweep does, by their place
+            in it; of a run by itself under 0.
     """
 
     watched: Guidance
@@ -98,13 +103,17 @@ class Probe:
     words: tuple[Word, ...] = ()
     node_id: str | None = None
     result: Result | None = None
+    results: dict[int, Result] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "result": None}
+        return {**vars(self), "result": None, "results": {}}
 
     def keep(self, result: Result) -> None:
         """A run has come to its end; say so on the node."""
-        self.result = result
+        place = place_in_list()
+        if place == 0:
+            self.results.clear()
+        self.result = self.results[place] = result
         if result.layers:
             text = f"Measured {len(result.layers)} attentions in {result.calls} model calls."
         else:
@@ -122,6 +131,7 @@ class _Call:
         strength: the strength.
         positive_only: whether only the positive prompt's rows are guided.
         level: the noise level, on the device.
+        done: how many steps were done.
         kinds: the prompts in the batch, 0 the positive one.
         grid: the latent's size.
         batch: rows in the batch.
@@ -141,6 +151,7 @@ class _Call:
     guided: frozenset[Layer] = frozenset()
     maps: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)
+    done: int = 0
 
 
 class _Waiting(NamedTuple):
@@ -300,10 +311,10 @@ class Recording:
     # By device, because the calls of several devices overlap.
     waiting: dict[torch.device, list[_Waiting]] = field(default_factory=dict)
 
-    def add(self, recorded: CallRecording, reached: list[Layer]) -> None:
-        """A model call has come to its end, in which these layers were guided."""
+    def add(self, recorded: CallRecording, reached: list[Layer], done: int) -> None:
+        """A model call has come to its end, in which these layers were guided, after so many steps."""
         call = recorded.call
-        call.guided = frozenset(reached)
+        call.guided, call.done = frozenset(reached), done
         self.calls.append(call)
         self.measured += recorded.measured
         waiting = [*self.waiting.pop(call.level.device, []), *recorded.waiting]
@@ -320,7 +331,11 @@ class Recording:
         seen = {layer for part in self.measured for _, layer, _ in part.of}
         order = [layer for layer in probe.watched.order if layer in seen]
         number = {layer: place for place, layer in enumerate(order)}
-        step_of = {id(call): _step_of(float(call.level), levels) for call in self.calls}
+        falling = all(later < earlier for earlier, later in pairwise(levels))
+        step_of = {
+            id(call): _step_of(float(call.level), levels) if falling else min(call.done, steps - 1)
+            for call in self.calls
+        }
         shape = (len(BRANCHES), len(order), steps)
         total, count = torch.zeros(*shape, len(MEASURES), dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         guided = torch.zeros(shape, dtype=torch.bool)
@@ -329,7 +344,8 @@ class Recording:
             if call.guided:
                 strengths[step_of[id(call)]] = call.strength
         for part in self.measured:
-            values = part.values.detach().to("cpu", torch.float64, copy=True)
+            # In two moves, because on MPS there is no fp64 to move.
+            values = part.values.detach().cpu().to(torch.float64, copy=True)
             for of, (call, layer, held) in zip(values, part.of, strict=True):
                 of[:, _GAIN] *= abs(call.strength)
                 for branch, rows in _parts(call.batch, call.kinds):
@@ -353,6 +369,7 @@ class Recording:
             guided=guided,
             settings=tuple(dict.fromkeys(call.config for part in self.measured for call, _, _ in part.of)),
             strengths=tuple(strengths),
+            strength=self.calls[-1].strength if self.calls else 1.0,
             words=tuple(word.text for word in probe.words),
             maps=maps,
             notes=notes,
@@ -409,7 +426,7 @@ def guided_means(measured: list[Measured]) -> tuple[Tensor, int]:
     """Sum of the measures ``[measures]`` fp64 over rows and layers that were guided, and how many there are of them."""
     total, count = torch.zeros(len(MEASURES), dtype=torch.float64), 0
     for part in measured:
-        values = part.values.detach().to("cpu", torch.float64)
+        values = part.values.detach().cpu().double()
         for of, (call, layer, held) in zip(values, part.of, strict=True):
             if layer not in call.guided:
                 continue

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..gag_core.measures import MEASURES
 from .guidance import CATEGORY
-from .host import show_on_node
+from .host import place_in_list, show_on_node
 from .plots import COLOURS, GRID, INK, new_figure, plain, to_image
 from .presets import PRESETS
 from .probe import ProbeType
@@ -89,7 +89,8 @@ class GAGReport(io.ComfyNode):
     ) -> io.NodeOutput:
         if images is None and latent is None:
             raise ValueError("GAG Report needs images or latent, so that it comes after the sampler: connect one.")
-        result = probe.result
+        place = place_in_list()
+        result = probe.results.get(place, probe.result)
         if result is None:
             raise ValueError(
                 "GAG Report has nothing to show: no run with GAG Probe's model has finished; connect that model to the "
@@ -100,7 +101,8 @@ class GAGReport(io.ComfyNode):
                 "GAG Report has nothing to show: in the last run with GAG Probe's model no text attention ran; the "
                 "prompts may be empty, or another node may replace the model's blocks."
             )
-        summary = " ".join(sentences(result))
+        several = [f"Run {place + 1} of {len(probe.results)}."] if len(probe.results) > 1 else []
+        summary = " ".join([*several, *sentences(result)])
         text = as_json(result, summary)
         plots = torch.cat(pages(result, images))
         path, shown = _save(text, filename_prefix)
@@ -346,8 +348,11 @@ def _settings_in_words(result: Result) -> str:
     settings = result.settings[-1]
     for name, preset in PRESETS.items():
         if replace(settings, strength=preset.strength) == preset:
-            return f"the preset {name}"
-    return f"rule {settings.rule} with guidance_scale {settings.guidance_scale:g} and alpha {settings.alpha:g}"
+            return f"the preset {name} at strength {result.strength:g}"
+    return (
+        f"rule {settings.rule} with guidance_scale {settings.guidance_scale:g}, alpha {settings.alpha:g} and strength "
+        f"{result.strength:g}"
+    )
 
 
 def _where_in_run(steps: Tensor) -> str:

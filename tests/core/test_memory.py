@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import cases
 from cases import Shape
-from gag_core import GuidanceConfig, entmax, guided_attention, guided_joint_attention, sparse_dense_attention
+from gag_core import GuidanceConfig, entmax, guided_attention, guided_joint_attention, joint, sparse_dense_attention
 from memory import MIB, StorageTracker, profiled_peak, tracked_peak
 
 PAPER = GuidanceConfig()
@@ -185,3 +185,23 @@ def test_joint_attention_holds_no_square_of_the_sequence(masked: bool, with_base
     peak = tracked_peak(lambda: guided_joint_attention(q, k, v, slice(0, 256), PAPER, base=base, mask=mask))
     casts_of_the_mask = 1536 * 1536 * 4 if masked else 0  # one mask for all heads, which torch's attention casts
     assert peak < logits_bytes(shape) / 4 + casts_of_the_mask
+
+
+# --- the bias of the memory-efficient kernel -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [333, 336])
+@pytest.mark.parametrize("shape", [(1, 1, 333, -1), (1, 1, 1, -1), (2, 1, 1, -1), (2, 24, 333, -1), (2, 1, 333, 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "part of a wider one"])
+def test_a_bias_that_heads_share_is_not_copied_for_each(shape: tuple[int, ...], keys: int, layout: str) -> None:
+    """The kernel itself runs on CUDA alone; what it is given is made anywhere."""
+    own = (*shape[:3], keys if shape[3] == -1 else shape[3])
+    bias = torch.randn(*own[:2], own[3], own[2]).transpose(-1, -2) if layout == "transposed" else torch.randn(own)
+    if layout == "part of a wider one":
+        bias = torch.cat((bias, torch.randn(*own[:3], 5)), dim=-1)[..., : own[3]]
+    full = (2, 24, 333, keys)
+    aligned = joint._aligned(bias, full)
+    assert torch.equal(aligned, bias.expand(full))
+    assert aligned.stride(-1) == 1 and all(step % joint._BIAS_ALIGNMENT == 0 for step in aligned.stride()[:-1])
+    rows = bias.numel() // bias.shape[-1]
+    assert aligned.untyped_storage().nbytes() <= max(bias.untyped_storage().nbytes(), 4 * rows * (keys + 15))

@@ -108,6 +108,12 @@ def test_one_batch_alone_is_spread_over_the_grid() -> None:
     assert in_rows(places(whole, list(batch))) == [[0, 1, 2, 3]]
 
 
+def test_one_batch_with_one_label_stays_together() -> None:
+    """As a sweep over a single value makes it."""
+    (batch,) = pictures(1, 4, 128, 128, 3)
+    assert in_rows(places(grid_of([batch], 4, ["strength 1"]), list(batch), 2)) == [[0, 1], [2, 3]]
+
+
 def test_colours_and_numbers_of_other_kinds() -> None:
     """Grey, transparent and half-precision pictures, and numbers that are no colours."""
     grey = torch.full((1, 256, 256, 1), 0.25)

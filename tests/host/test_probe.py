@@ -234,6 +234,20 @@ def test_a_schedule_is_measured_step_by_step() -> None:
     assert len(probe.result.settings) == 1
 
 
+@pytest.mark.parametrize(
+    "levels", [(0.1, 1.0, 3.0, 6.0, 9.0), (9.0, 2.0, 0.5, 2.0, 0.5, 0.0)], ids=["rising", "restart"]
+)
+def test_steps_are_in_their_order_where_the_noise_does_not_fall(levels: tuple[float, ...]) -> None:
+    """As with FlipSigmas, or a schedule that goes back to more noise and on from there."""
+    factors = [1.0, 0.75, 0.5, 0.25, 0.125][: len(levels) - 1]
+    (model,) = host.run_advanced(model=host.build_model("sd15"), strength=1.0, schedule=factors)
+    model, probe = probed(model)
+    host.sample(model, "sd15", sigmas=torch.tensor(levels))
+    assert probe.result.sigmas == pytest.approx(levels[:-1])
+    assert probe.result.strengths == pytest.approx(factors)
+    assert not probe.result.values[..., 0].isnan().any()
+
+
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2s_ancestral", "uni_pc", "dpm_fast", "lcm"])
 def test_other_samplers(sampler: str) -> None:
     model, probe = probed(host.build_model("sd15"))
@@ -688,7 +702,9 @@ def test_report_without_guidance_or_with_one_prompt_or_one_step(output_folder: A
     host.sample(model, "flux", steps=1, cfg=1.0)
     plots, summary, text, *_ = report(probe, latent={}).result
     assert plots.shape[0] == 2
-    assert summary.startswith("No guidance acted; what follows is what the preset gentle would do. It would change")
+    assert summary.startswith(
+        "No guidance acted; what follows is what the preset gentle at strength 0.25 would do. It would change"
+    )
     assert "of the attention falls on the text." in summary
     data = json.loads(text)
     assert data["branches"] == ["positive"]

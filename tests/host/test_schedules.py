@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import folder_paths
@@ -35,6 +36,7 @@ schedules = host.pack_module("nodes.schedules")
 Curve, Factors, schedule_of = schedules.Curve, schedules.Factors, schedules.schedule_of
 PRESETS = host.pack_module("nodes.presets").PRESETS
 Steps = host.pack_module("nodes.host").Steps
+sigma_range = host.pack_module("nodes.host").sigma_range
 SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
 # What a step's factor may be in fp64, beside the exact formula.
 ROUNDING = 1e-12
@@ -535,6 +537,18 @@ def test_ranges_stay_positions_in_the_models_noise(sampler: str, denoise: float)
     guided_calls = [strength is not None for _, strength in seen]
     assert guided_calls == [lowest <= level <= highest for level, _ in seen]
     assert any(guided_calls) and not all(guided_calls)
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.15, 1.73, 3.0, 3.1, 5.0, 8.0])
+@pytest.mark.parametrize("sampling_class", ["ModelSamplingDiscreteFlow", "ModelSamplingFlux"])
+def test_rounding_does_not_decide_whether_a_step_is_in_range(sampling_class: str, shift: float) -> None:
+    """Steps of flow models lie on round percents: with either rounding the step at the beginning or the end counts."""
+    sampling = getattr(comfy.model_sampling, sampling_class)()
+    sampling.set_parameters(shift=shift)
+    levels = comfy.samplers.calculate_sigmas(sampling, "simple", 20)[:-1].tolist()
+    for first in range(1, 19):
+        highest, lowest = sigma_range(sampling, first / 20, 19 / 20)
+        assert [lowest <= level <= highest for level in levels] == [first <= step for step in range(20)]
 
 
 def test_a_model_called_outside_a_sampler_goes_by_its_noise() -> None:

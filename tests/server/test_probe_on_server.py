@@ -114,7 +114,33 @@ def test_without_gag_it_says_what_gag_would_do(server: ComfyServer, object_info:
     result, prompt = run(server, object_info, next(_seeds), without_gag=True)
     assert result.status == "success", result.error
     summary = report_of(server, result, prompt)["summary"]
-    assert summary.startswith("No guidance acted; what follows is what the preset gentle would do.")
+    assert summary.startswith("No guidance acted; what follows is what the preset gentle at strength 0.25 would do.")
+
+
+def test_equal_probes_of_two_models_have_a_report_each(server: ComfyServer, object_info: Json) -> None:
+    """The host takes what an equal node made from its cache, unless told that it must not."""
+    seed = next(_seeds)
+    _, graph = run(server, object_info, seed)
+    gag, probe, sampler, report = (id_of(graph, kind) for kind in ("GAGuidance", "GAGProbe", "KSampler", "GAGReport"))
+    loader = graph[gag]["inputs"]["model"]
+    for number, strength in (("first", 0.25), ("second", 2.0)):
+        nodes = {
+            name: copy.deepcopy(graph[node])
+            for name, node in (("gag", gag), ("probe", probe), ("sampler", sampler), ("report", report))
+        }
+        nodes["probe"]["inputs"].update(model=loader, words="")
+        nodes["gag"]["inputs"].update(model=[f"{number} probe", 0], strength=strength)
+        nodes["sampler"]["inputs"]["model"] = [f"{number} gag", 0]
+        nodes["report"]["inputs"].update(probe=[f"{number} probe", 1], latent=[f"{number} sampler", 0])
+        nodes["report"]["inputs"].pop("images")
+        graph |= {f"{number} {name}": node for name, node in nodes.items()}
+    for prefix in ("one", "two"):  # the second time nothing but the first report runs again
+        graph["first report"]["inputs"]["filename_prefix"] = prefix
+        result = server.run(graph)
+        assert result.status == "success", result.error
+        _, path = result.outputs["first report"]["text"]
+        data = json.loads((server.base / path).read_text(encoding="utf-8"))
+        assert set(data["strengths"]) == {0.0, 0.25}
 
 
 def test_a_word_that_is_not_there_stops_with_a_sentence(server: ComfyServer, object_info: Json) -> None:

@@ -69,6 +69,22 @@ def advanced(**inputs: Any) -> Json:
     return {"class_type": "GAGuidanceAdvanced", "inputs": {**settings, **inputs}}
 
 
+def anderson(**inputs: Any) -> Json:
+    settings = {
+        "guidance_scale": 3.0,
+        "depth": 1,
+        "regularization": 0.01,
+        "norm_threshold": 0.5,
+        "norm_mode": "relative",
+        "orthogonal_scale": 1.0,
+        "alpha": 1.5,
+        "strength": 1.0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+    }
+    return {"class_type": "GAGAnderson", "inputs": {**settings, **inputs}}
+
+
 def picture(server: ComfyServer, result: RunResult) -> bytes:
     assert result.status == "success", result.error
     (image,) = server.images(result)
@@ -147,7 +163,11 @@ def test_an_interrupted_run_leaves_nothing_behind(server: ComfyServer) -> None:
     assert picture(server, server.run(graph(seed, steps=6))) == without
 
 
-@pytest.mark.parametrize("guidance", [simple(strength=0.77), advanced(strength=0.77)], ids=["simple", "advanced"])
+@pytest.mark.parametrize(
+    "guidance",
+    [simple(strength=0.77), advanced(strength=0.77), anderson(strength=0.77)],
+    ids=["simple", "advanced", "anderson"],
+)
 def test_an_equal_node_in_another_graph_says_on_itself_what_it_did(server: ComfyServer, guidance: Json) -> None:
     """And not on the first one, whose result the host would take from its cache."""
     for number in ("5", "50"):

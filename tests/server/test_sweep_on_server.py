@@ -121,6 +121,25 @@ def test_the_sweeps_workflow_makes_its_grid(server: ComfyServer, object_info: Js
     assert len(texts(result, of_kind(graph, "GAGSweep"))) == 9
 
 
+def test_each_picture_of_a_sweep_has_its_report(server: ComfyServer, object_info: Json) -> None:
+    graph = workflow("gag_demo_sweep", object_info)
+    sweep = graph[of_kind(graph, "GAGSweep")]["inputs"]
+    graph["probe"] = {"class_type": "GAGProbe", "inputs": {"model": sweep["model"], "words": ""}}
+    sweep.update(model=["probe", 0], field="strength", values="0.5, 1, 2", field_2="none", include_off=True)
+    graph["report"] = {
+        "class_type": "GAGReport",
+        "inputs": {"probe": ["probe", 1], "latent": [of_kind(graph, "KSampler"), 0], "filename_prefix": "sweep"},
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    shown = result.outputs["report"]["text"]
+    for number, strength in enumerate([0.0, 0.5, 1.0, 2.0]):
+        summary, path = shown[2 * number : 2 * number + 2]
+        assert summary.startswith(f"Run {number + 1} of 4. ")
+        data = json.loads((server.base / path).read_text(encoding="utf-8"))
+        assert set(data["strengths"]) == {strength}
+
+
 def test_the_schedules_workflow_shows_its_curve_and_counts_the_steps(server: ComfyServer, object_info: Json) -> None:
     graph = workflow("gag_demo_schedule", object_info)
     result = server.run(graph)

@@ -222,8 +222,9 @@ def sample(
     denoise: float = 1.0,
     noise_mask: Tensor | None = None,
     callback: Any = None,
+    sigmas: Tensor | None = None,
 ) -> Tensor:
-    """One run of the host's own sampler; the finished latent."""
+    """One run of the host's own sampler, of so many steps or by noise levels; the finished latent."""
     channels, height, width = LATENTS[name]
     if latent is None:
         latent = torch.zeros(batch, channels, *(size or (height, width)))
@@ -241,6 +242,7 @@ def sample(
         denoise=denoise,
         noise_mask=noise_mask,
         callback=callback,
+        sigmas=sigmas,
         disable_pbar=True,
         seed=seed,
     )
