@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -269,6 +270,28 @@ def test_seeds_are_told_side_by_side_with_their_mean(tmp_path: Path) -> None:
     # The standard error over two models is half their difference.
     assert "| +6.0 ± 2.0 |" in row
     assert quality_page.seeds({cell: by_cell[cell] for cell in cells[1:]}) == ""
+
+
+def test_attributes_are_counted_where_they_are_asked_for_and_marked_where_they_can_be_told_from_chance() -> None:
+    relation, colour = BITS["has_relation"] | BITS["relation"], BITS["colour"]
+    captions = np.arange(1000)
+    # Of 1,000 captions 600 have a relation: 300 of these are right at first; guidance rights 90 more, and 1 colour.
+    base = np.where(captions < 600, BITS["has_relation"], 0) | np.where(captions < 300, relation, 0)
+    guided = base | np.where((captions >= 300) & (captions < 390), relation, 0) | np.where(captions == 0, colour, 0)
+    before, after = (Outcome(marks.astype(np.uint8), *np.zeros((2, 1000), np.float32)) for marks in (base, guided))
+    versus = paired(before.right(), after.right())
+    row = quality_rows.Row(CELL, "preset gentle", "strength 0.25", None, after, before, versus, {})
+    lines = quality_page.attributes({CELL: [row]}).splitlines()
+    assert lines[0] == "| | colour | shape | count | relation |"
+    _, title, colours, shapes, counts, relations, _ = (cell.strip() for cell in lines[2].split("|"))
+    assert title == CELL.title
+    assert relations.startswith("**+15.0 ±") and relations.endswith("**")
+    assert colours.startswith("+0.1 ±") and shapes.startswith("+0.0 ±") and counts == shapes
+    said = "colour more often in 0 and less often in 0, shape more often in 0 and less often in 0, "
+    assert lines[-1] == f"Measurably right, of 1: {said}count more often in 0 and less often in 0, " + (
+        "relation more often in 1 and less often in 0."
+    )
+    assert quality_page.attributes({CELL: [dataclasses.replace(row, family="GAG")]}) == ""
 
 
 def test_no_results_no_page(tmp_path: Path) -> None:
