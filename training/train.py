@@ -51,26 +51,46 @@ def batch(encoder: Any, seed: int, step: int, size: int, first: int = 0) -> tupl
     return scaled(torch.from_numpy(np.stack([one.picture for one in samples]))), encoder.encode(captions)
 
 
+class MatrixMuon(torch.optim.Muon):
+    """Muon for weights of two or more dimensions: a convolution's is taken as a matrix with a row for each output."""
+
+    def __init__(self, weights: list[nn.Parameter], lr: float) -> None:
+        self.weights = weights
+        matrices = [nn.Parameter(_matrix(weight)) for weight in weights]
+        if any(matrix.data_ptr() != weight.data_ptr() for matrix, weight in zip(matrices, weights, strict=True)):
+            raise ValueError("The weights of convolutions must be in channels_last format, or they would be copied.")
+        super().__init__(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, closure: Any = None) -> Any:
+        """One step, by the gradients of the weights."""
+        for weight, matrix in zip(self.weights, self.param_groups[0]["params"], strict=True):
+            matrix.grad = None if weight.grad is None else _matrix(weight.grad)
+        return super().step(closure)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
 def optimizers(name: Name, model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW, and for the matrices of a transformer's blocks Muon, which halved its loss in as many steps."""
+    """Muon for the inner weights, with which the loss falls faster step by step and in time; AdamW for the others.
+
+    The others are those of the first and the last layer and what modulates by the time, all biases and norms.
+    """
     named = dict(model.named_parameters())
-    matrices: list[nn.Parameter] = []
     if name == "mmdit":
-        inner = [key for key, p in named.items() if "_blocks." in key and ".lin." not in key and p.ndim == 2]
-        matrices = [named.pop(key) for key in inner]
+        inner = [key for key, p in named.items() if "_blocks." in key and ".lin." not in key and p.ndim >= 2]
+    else:
+        outer = ("time_embed.", "input_blocks.0.", "out.")
+        inner = [
+            key for key, p in named.items() if not key.startswith(outer) and ".emb_layers." not in key and p.ndim >= 2
+        ]
+    matrices = [named.pop(key) for key in inner]
     decayed = [p for p in named.values() if p.ndim >= 2]
     others = [p for p in named.values() if p.ndim < 2]
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-            lr=lr,
-            betas=(0.9, 0.99),
-            fused=True,
-        )
-    ]
-    if matrices:
-        found.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
-    return found
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True), MatrixMuon(matrices, lr)]
 
 
 class Training:
@@ -235,7 +255,7 @@ def main() -> None:
     budget.add_argument("--minutes", type=float, default=100.0, help="budget that the learning rate decays over")
     budget.add_argument("--steps", type=int, default=0, help="the same in steps, which makes runs repeatable exactly")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="compile the models, which takes a C++ compiler")
     parser.add_argument(
