@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def batch(encoder: Any, seed: int, step: int, size: int, first: int = 0) -> tupl
 class MatrixMuon(torch.optim.Muon):
     """Muon for weights of two or more dimensions: a convolution's is taken as a matrix with a row for each output."""
 
-    def __init__(self, weights: list[nn.Parameter], lr: float) -> None:
+    def __init__(self, weights: Sequence[Tensor], lr: float) -> None:
         self.weights = weights
         matrices = [nn.Parameter(_matrix(weight)) for weight in weights]
         if any(matrix.data_ptr() != weight.data_ptr() for matrix, weight in zip(matrices, weights, strict=True)):
@@ -65,7 +66,7 @@ class MatrixMuon(torch.optim.Muon):
         """One step, by the gradients of the weights."""
         for weight, matrix in zip(self.weights, self.param_groups[0]["params"], strict=True):
             matrix.grad = None if weight.grad is None else _matrix(weight.grad)
-        return super().step(closure)
+        return super().step(closure)  # type: ignore[no-untyped-call]
 
 
 def _matrix(weight: Tensor) -> Tensor:
