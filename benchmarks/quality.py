@@ -30,7 +30,8 @@ import quality_checkpoint
 import quality_page
 import quality_rows
 import quality_sampling
-from comfy_host import CACHE, HostError
+import quality_weights
+from comfy_host import HostError
 from quality_methods import BASELINE, CFG, FAMILIES, METHODS, Method, applied, node_named
 from quality_results import REPORT, TUNE, Cell, Key, Line, Results
 from quality_sampling import Model
@@ -38,7 +39,6 @@ from steps import start_host
 
 # Kept with the code, so that the page can grow and anyone can count again.
 RESULTS = Path(__file__).resolve().parent / "results"
-EXPORTS = CACHE / "training" / "export"
 # Steps, CFG and softening of what is measured when nothing is asked for, the most telling first.
 PLAN = (
     (8, 1.0, 1.0),
@@ -157,23 +157,6 @@ def study(listed: Sequence[Job], results: Results, *, batch: int, minutes: float
     return True
 
 
-def weights_files(given: Sequence[Path]) -> list[Path]:
-    """The files to measure: those given, or what the training exported.
-
-    Raises:
-        HostError: there are none; one sentence says what to do.
-    """
-    files = list(given) or sorted(EXPORTS.glob("*.safetensors"))
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise HostError(f"There is no file {', '.join(missing)}.")
-    if not files:
-        raise HostError(
-            f"There are no weights in {EXPORTS}: train a model (see training/) or name a file by --weights."
-        )
-    return files
-
-
 def _time(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
@@ -219,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.checkpoint:
             return quality_checkpoint.main(made, options)
-        files = weights_files(options.weights)
+        files = quality_weights.chosen(options.weights)
         start_host(torch.device("cpu"))
         logging.getLogger().setLevel(logging.WARNING)
         models = [quality_sampling.load(path) for path in files]

@@ -18,6 +18,7 @@ from quality_methods import BASELINE, CFG, CONTROLS, FAMILIES, SHARPER, SPARSE
 from quality_results import ATTRIBUTES, PRICES, REPORT, TUNE, Cell, Key, Results, versions_in
 from quality_rows import Row, adjusted, rows_of
 from quality_statistics import SIGNIFICANT, Marks, Paired, paired
+from quality_weights import file_of
 
 PAGE = ROOT / "docs" / "evidence.md"
 PLOTS = ROOT / "assets" / "evidence"
@@ -309,7 +310,7 @@ def _made_with(results: Results) -> str:
 
 
 def commands(results: Results) -> list[str]:
-    """A command for each cell, with as many captions as it was measured on; ``training.export`` writes the files."""
+    """A command for each cell, with as many captions as it was measured on."""
     found = []
     for cell in results.cells():
         captions = {
@@ -322,7 +323,7 @@ def commands(results: Results) -> list[str]:
             if number
         )
         found.append(
-            f"python dev.py quality --weights .cache/training/export/{cell.model}.safetensors --steps {cell.steps} "
+            f"python dev.py quality --weights {file_of(cell.model).relative_to(ROOT).as_posix()} --steps {cell.steps} "
             f"--cfg {cell.cfg:g} --soften {cell.softening:g}{options}"
         )
     return found

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from comfy_host import ROOT
 from quality_results import BITS, Cell, Outcome
+from quality_weights import model_of
 
 SAMPLER, SCHEDULER = "euler", "simple"
 # Seeds of the splits' noise; the captions have their own in training/.
@@ -75,7 +76,7 @@ def load(path: Path) -> Model:
         if len(names) != 1 or not names <= {"unet", "mmdit"}:
             raise ValueError(f"{path} must hold unet.* or mmdit.* and text.*, got {', '.join(sorted(names))}.")
         (name,) = names
-        label = path.stem
+        label = model_of(path)
         weights = {key: value.float() for key, value in tensors.items() if key.startswith(f"{name}.")}
         encoder = text.of_weights(tensors)
     return Model(label, _sha256({**weights, **encoder.state_dict()}), patcher_of(name, weights), encoder)

@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="compile the student, which takes a C++ compiler")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_memory()
@@ -104,7 +105,7 @@ def main() -> None:
     if not drawn.is_file():
         torch.save(states_of(options.teacher, options.pictures, options.cfg, options.seed), drawn)
     name, teacher, _ = export.load(options.teacher)
-    settings: dict[str, Any] = {key: getattr(options, key) for key in ("seed", "minutes", "batch", "lr")}
+    settings: dict[str, Any] = {key: getattr(options, key) for key in ("seed", "minutes", "batch", "lr", "compile")}
     student = Distillation(name, folder, {**settings, "steps": 0}, torch.load(drawn, weights_only=True))
     student.start_from(teacher.state_dict())
     student.run()

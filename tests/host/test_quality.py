@@ -19,6 +19,8 @@ import host_process as host
 import quality
 import quality_page
 import quality_sampling as sampling
+import quality_weights
+from comfy_host import ROOT
 from quality_methods import BASELINE, METHODS, NODE, SPARSE, Method, applied
 from quality_results import REPORT, TUNE, Results
 from quality_sampling import Model, Task
@@ -173,6 +175,23 @@ def test_true_pictures_are_right(task: Task) -> None:
     assert outcome.off_palette.max() < 0.01 and 0.5 < outcome.saturation.max() <= 1
     others = sampling.outcome(pictures.flip(0), [one.scene for one in samples])
     assert others.right().mean() < 0.3
+
+
+def test_files_of_the_repository_hold_the_weights_that_were_measured() -> None:
+    """So the commands on the page measure the same models anew; those whose weights are gone name no file here."""
+    cells = {cell.model: cell.weights for cell in Results(quality.RESULTS).cells()}
+    files = {
+        model: file
+        for model in cells
+        if (file := quality_weights.file_of(model)).is_relative_to(ROOT / "assets")
+        or file.parent == quality_weights.KEPT
+    }
+    assert set(quality_weights.SHIPPED) <= set(files)
+    for name, path in files.items():
+        loaded = sampling.load(path)
+        assert (loaded.label, loaded.weights) == (name, cells[name])
+    everything = [*quality_weights.SHIPPED.values(), *quality_weights.KEPT.glob("*")]
+    assert sorted(files.values()) == sorted(everything)
 
 
 FEW = ["--steps", "1", "--captions", "2", "--held-out", "3", "--batch", "2", "--families", SPARSE]
