@@ -529,8 +529,11 @@ def test_it_is_the_nearest_point_to_the_query() -> None:
 
 @pytest.mark.parametrize("name", ["relative", "paper-cap", "merged-orthogonal", "sparsemax-half", "free"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_at_its_bound_it_is_rule_gag_to_the_bit(name: str, dtype: torch.dtype) -> None:
-    """Where the lambda that is solved for is larger than guidance_scale, it is guidance_scale."""
+def test_at_its_bound_it_is_rule_gag(name: str, dtype: torch.dtype) -> None:
+    """Where the lambda that is solved for is larger than guidance_scale, it is guidance_scale.
+
+    The rules read the values in products of different widths, which some processors round differently.
+    """
     q, k, v = cases.qkv(SMALL, dtype=dtype)
     config = dataclasses.replace(CONFIGS[name], guidance_scale=0.05, merge_heads=False)
     found = solved_lambda(q.double(), k.double(), config.alpha)
@@ -538,8 +541,8 @@ def test_at_its_bound_it_is_rule_gag_to_the_bit(name: str, dtype: torch.dtype) -
     assert 0.05 < above.double().mean() < 0.95
     gag = guided_attention(q, k, v, dataclasses.replace(config, rule="gag"))
     out = guided_attention(q, k, v, config)
-    assert torch.equal(out[above], gag[above])
-    assert not torch.equal(out, gag)
+    assert_close(out[above], gag[above].double(), error=1e-6)
+    assert (out - gag)[~above].abs().max() > 0.05
 
 
 @depths
