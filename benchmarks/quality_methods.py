@@ -107,6 +107,8 @@ METHODS = (
     *(_pladis(scale) for scale in (0.25, 0.5, 1.5, 2.0, 4.0)),
     *(_gag(scale, *_BRAKES[0], strength=strength) for strength in (0.25, 0.5) for scale in (1.0, 3.0, 10.0)),
     *(_gag(scale, *brake) for scale in (1.0, 3.0, 10.0) for brake in _BRAKES),
+    # What tuning chose, or came near to, on every UNet without CFG: the same on all.
+    replace(_gag(10.0, *_BRAKES[0], strength=0.5), family="GAG, one setting", scale=None, curve=""),
     _preset("gentle", 0.25),
     _preset("gentle", 0.25, start=0.3),
     _preset("paper", _WHOLE),
