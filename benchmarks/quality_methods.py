@@ -103,7 +103,7 @@ METHODS = (
     BASELINE,
     *(Method(CFG, f"scale {scale:g}", scale, CFG, cfg=scale) for scale in (1.5, 2.0, 3.0, 4.0, 6.0)),
     *(_sparse(alpha) for alpha in (1.5, 2.0)),
-    *(Method(SHARPER, f"temperature {t:g}", 1 / t, SHARPER, temperature=t) for t in (0.85, 0.7, 0.5, 0.35)),
+    *(Method(SHARPER, f"temperature {t:g}", 1 / t, SHARPER, temperature=t) for t in (0.85, 0.7, 0.5, 0.35, 0.25)),
     *(_pladis(scale) for scale in (0.25, 0.5, 1.5, 2.0, 4.0)),
     *(_gag(scale, *_BRAKES[0], strength=strength) for strength in (0.25, 0.5) for scale in (1.0, 3.0, 10.0)),
     *(_gag(scale, *brake) for scale in (1.0, 3.0, 10.0) for brake in _BRAKES),

@@ -135,15 +135,15 @@ def seeds(by_cell: dict[Cell, list[Row]]) -> str:
             if len(rows) < len(cells):
                 continue
             controls = [
-                "" if family == name or any(name not in row.controls for row in rows)
-                else _change(np.array([row.controls[name].difference for row in rows]))
+                "" if family == name or any(name not in here for here in found)
+                else _over_models([(here[name].outcome.right(), here[family].outcome.right()) for here in found])
                 for name in CONTROLS
             ]  # fmt: skip
             settings = "; ".join(dict.fromkeys(row.setting or "as it is" for row in rows))
             lines.append(
                 f"| {family} | " + " | ".join(_difference(row.versus) for row in rows)
-                + f" | {_change(np.array([row.versus.difference for row in rows]))} | " + " | ".join(controls)
-                + f" | {settings} |"
+                + f" | {_over_models([(row.baseline.right(), row.outcome.right()) for row in rows])} | "
+                + " | ".join(controls) + f" | {settings} |"
             )  # fmt: skip
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -354,6 +354,15 @@ def _change(differences: NDArray[np.floating]) -> str:
     return f"{100 * change:+.1f} ± {100 * error:.1f}"
 
 
+def _over_models(pairs: Sequence[tuple[Marks, Marks]]) -> str:
+    """The mean difference over models, whose pairs are of the same captions, with both its standard errors."""
+    captions = min(len(before) for before, _ in pairs)
+    differences = np.stack([after[:captions].astype(float) - before[:captions] for before, after in pairs])
+    change, of_models = statistics.mean(differences.mean(axis=1))
+    _, of_captions = statistics.mean(differences.mean(axis=0))
+    return f"{100 * change:+.1f} ± {100 * of_models:.1f}; {100 * of_captions:.1f}"
+
+
 def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
@@ -402,5 +411,6 @@ _SEEDS = """\
 ## Do other seeds say so?
 
 Models of the same kind whose initial weights, pictures and captions of the training differ. In a model's column "±" is
-as above; in the means it is one standard error over the models, a rough figure where they are few."""
+as above. The means have two standard errors: over the models first, for models of other seeds, a rough figure where
+they are few; then over the captions, each with its mean over the models, for these models and other captions."""
 _CELLS = "## Every model and way of sampling"

@@ -17,5 +17,5 @@ DEFAULT_PRESET = "gentle"
 # What a new node is set to. On the demo models more of the guidance did more good where it did good, and far more harm
 # where it did harm (docs/evidence.md).
 DEFAULT = replace(PRESETS[DEFAULT_PRESET], strength=0.25)
-# There, what harm it did beside CFG, or where CFG had been distilled in, came of the first steps.
+# There, most of the harm it did beside CFG, and all where CFG had been distilled in, came of the first steps.
 DEFAULT_START = 0.3

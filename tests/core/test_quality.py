@@ -267,8 +267,11 @@ def test_seeds_are_told_side_by_side_with_their_mean(tmp_path: Path) -> None:
     first, second = (f"+{100 * gained / 1000:.1f} ± " for gained in (40, 80))
     (row,) = (line for line in quality_page.seeds(by_cell).splitlines() if line.startswith("| preset gentle"))
     assert f"| {first}" in row and f"| {second}" in row
-    # The standard error over two models is half their difference.
-    assert "| +6.0 ± 2.0 |" in row
+    # The standard error over two models is half their difference. Of the captions 40 are gained by both models and 40
+    # by one of them.
+    gains = np.repeat([1.0, 0.5, 0.0], [40, 40, 920])
+    over_captions = 100 * gains.std(ddof=1) / math.sqrt(1000)
+    assert f"| +6.0 ± 2.0; {over_captions:.1f} |" in row
     assert quality_page.seeds({cell: by_cell[cell] for cell in cells[1:]}) == ""
 
 
