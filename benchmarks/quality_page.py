@@ -22,7 +22,7 @@ from quality_weights import file_of
 
 PAGE = ROOT / "docs" / "evidence.md"
 PLOTS = ROOT / "assets" / "evidence"
-# The one family without settings to choose that acts in every step of a run.
+# A family without settings to choose that acts in every step of a run, and was measured in every cell.
 FIXED = "preset gentle"
 _GUIDANCE = tuple(family for family in FAMILIES if family not in (BASELINE.family, CFG, *CONTROLS))
 
@@ -406,8 +406,8 @@ _ATTRIBUTES = f"""\
 ## What becomes right, and what wrong?
 
 Points more or less often right than without guidance in one attribute alone, by {FIXED} at a quarter of its strength
-from the first step on: the one setting that is the same everywhere. Bold is what can be told from chance (McNemar,
-adjusted over this table)."""
+from the first step on, the same in every cell. Bold is what can be told from chance (McNemar, adjusted over this
+table)."""
 _SEEDS = """\
 ## Do other seeds say so?
 
