@@ -194,6 +194,16 @@ def test_files_of_the_repository_hold_the_weights_that_were_measured() -> None:
     assert sorted(files.values()) == sorted(everything)
 
 
+def test_without_a_name_new_exports_are_measured_or_else_what_is_in_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality_weights, "EXPORTS", tmp_path)
+    assert [quality_weights.model_of(path) for path in quality_weights.chosen([])][:2] == list(quality_weights.SHIPPED)
+    export = tmp_path / "new.safetensors"
+    export.touch()
+    assert quality_weights.chosen([]) == [export] and quality_weights.model_of(export) == "new"
+
+
 FEW = ["--steps", "1", "--captions", "2", "--held-out", "3", "--batch", "2", "--families", SPARSE]
 
 
