@@ -28,7 +28,7 @@ EMPTY = 0.1
 EMA = 0.999
 # The transformer pays for every token, and nearly all captions are shorter than this: it reads no more of a context
 # until this share of its budget is used up, and all of it afterwards.
-SHORT, SHORT_SHARE = 32, 0.8
+SHORT, SHORT_SHARE = 32, 0.85
 _LOG_EVERY = 50
 _SAVE_SECONDS = 240.0
 
