@@ -12,6 +12,7 @@ from comfy_host import CACHE, ROOT, HostError
 SHIPPED = {
     "unet-seed0": ROOT / "assets" / "demo_unet.safetensors",
     "unet-seed0-fewstep": ROOT / "assets" / "demo_unet_fewstep.safetensors",
+    "mmdit-seed0": ROOT / "assets" / "demo_transformer.safetensors",
 }
 # Models of the evidence alone, so that anyone can measure them anew; users do not download them.
 KEPT = ROOT / "benchmarks" / "weights"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Nodes that run the small text-to-image model that comes with the pack: nothing to download."""
+"""Nodes that run the small text-to-image models that come with the pack: nothing to download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from .demo_architecture import CHANNELS, SIZE, DemoTextEncoder
+from .demo_architecture import CHANNELS, POOLED, SIZE, DemoTextEncoder
 from .demo_model import WEIGHTS, load_demo
 
 CATEGORY = "GAG/demo"
@@ -17,7 +17,7 @@ DemoText = io.Custom("GAG_DEMO_TEXT")
 
 
 class GAGDemoLoader(io.ComfyNode):
-    """The demo model, its text encoder and its (trivial) VAE."""
+    """A demo model, its text encoder and its (trivial) VAE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -35,7 +35,8 @@ class GAGDemoLoader(io.ComfyNode):
                     optional=True,
                     tooltip="standard draws in 8 to 20 steps and follows the prompt better with cfg 3 to 5. few-step "
                     "was made from it and draws in 4 steps without CFG, as Turbo and Lightning models do: steps 4, "
-                    "cfg 1.",
+                    "cfg 1. transformer is of Flux's kind, in which text and picture share one attention: settings "
+                    "as for standard.",
                 ),
             ],
             outputs=[
@@ -76,7 +77,9 @@ class GAGDemoPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: DemoTextEncoder, text: str) -> io.NodeOutput:
-        return io.NodeOutput([[text_encoder.encode([text]), {}]])
+        # Flux wants a pooled text; UNets of this kind do not look at it.
+        pooled = torch.zeros(1, POOLED)
+        return io.NodeOutput([[text_encoder.encode([text]), {"pooled_output": pooled}]])
 
 
 class GAGDemoEmptyLatent(io.ComfyNode):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the demo model is made of, without the host: sizes, the settings of the host's class, the text encoder.
+"""What the demo models are made of, without the host: sizes, the settings of the host's classes, the text encoder.
 
 The training reads this file too, so that what is trained and what is shipped cannot differ.
 """
@@ -18,6 +18,7 @@ CHANNELS = 3
 PATCH = 4
 TOKENS = 77
 WIDTH = 96
+POOLED = 4
 _HEADS = 4
 _LAYERS = 2
 # Token ids 0, 1 and 2: padding, and what stands before and after a prompt.
@@ -43,6 +44,24 @@ UNET_CONFIG: dict[str, Any] = {
     "use_checkpoint": False,
     "use_temporal_resblock": False,
     "use_temporal_attention": False,
+}
+# The least of Flux.1's kind: text and picture share one attention, first with weights of their own, then without.
+TRANSFORMER_CONFIG: dict[str, Any] = {
+    "image_model": "flux",
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "patch_size": PATCH,
+    "hidden_size": 96,
+    "num_heads": 3,
+    "mlp_ratio": 3.0,
+    "depth": 2,
+    "depth_single_blocks": 4,
+    "context_in_dim": WIDTH,
+    "vec_in_dim": POOLED,  # the host wants a pooled text; ours is always zero
+    "axes_dim": [8, 12, 12],
+    "theta": 100,  # few tokens: the slowest angle still turns visibly over 8
+    "qkv_bias": True,
+    "guidance_embed": False,
 }
 
 

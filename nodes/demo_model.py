@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The demo model: ComfyUI's own UNet in pixel space, with weights that come with the pack."""
+"""The demo models: ComfyUI's own UNet and Flux in pixel space, with weights that come with the pack."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ import comfy.sd
 import comfy.supported_models_base
 import comfy.utils
 import torch
+from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
-from .demo_architecture import CHANNELS, PATCH, UNET_CONFIG, DemoTextEncoder
+from .demo_architecture import CHANNELS, PATCH, TRANSFORMER_CONFIG, UNET_CONFIG, DemoTextEncoder
 
 ASSETS = Path(__file__).parent.parent / "assets"
 # By kind, the file in ASSETS; their SHA-256 are in ASSETS too, as sha256sum writes them.
-WEIGHTS = {"standard": "demo_unet.safetensors", "few-step": "demo_unet_fewstep.safetensors"}
+WEIGHTS = {
+    "standard": "demo_unet.safetensors",
+    "few-step": "demo_unet_fewstep.safetensors",
+    "transformer": "demo_transformer.safetensors",
+}
 CHECKSUMS = "demo.sha256"
 
 
@@ -49,25 +54,35 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
         return (latent / 4.0 + 0.25) * 2.0 - 1.0
 
 
-class _UNetSettings(comfy.supported_models_base.BASE):
-    unet_config = UNET_CONFIG
+class _Settings(comfy.supported_models_base.BASE):
     unet_extra_config: ClassVar[dict[str, Any]] = {}
     latent_format = PixelLatent
 
 
-def load_in_host(weights: dict[str, Tensor]) -> Any:
-    """The host's ModelPatcher of the UNet, in fp32, with the weights whose keys begin with ``unet.``."""
-    settings = _UNetSettings(UNET_CONFIG)
-    settings.set_inference_dtype(torch.float32, None)
+class _UNetSettings(_Settings):
+    unet_config = UNET_CONFIG
+
+
+class _TransformerSettings(_Settings):
+    unet_config = TRANSFORMER_CONFIG
+    sampling_settings: ClassVar[dict[str, Any]] = {"shift": 0.0}  # of log odds: none
+
+
+def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
+    """The host's ModelPatcher of ``unet`` or ``mmdit``, in fp32, with the weights whose keys have that prefix."""
     device = comfy.model_management.unet_offload_device()
-    model = comfy.model_base.BaseModel(
-        settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device, unet_model=PixelUNet
-    )
-    return patcher_of(model, "unet", weights)
-
-
-def patcher_of(model: Any, name: str, weights: dict[str, Tensor]) -> Any:
-    """The host's ModelPatcher of one of its models, with the weights whose keys begin with ``name``."""
+    if name == "unet":
+        settings = _UNetSettings(UNET_CONFIG)
+        settings.set_inference_dtype(torch.float32, None)
+        model = comfy.model_base.BaseModel(
+            settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device, unet_model=PixelUNet
+        )
+    else:
+        # Later hosts want to be told where text has a place; as in Flux.1, nowhere.
+        later: dict[str, Any] = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+        settings = _TransformerSettings({**TRANSFORMER_CONFIG, **later})
+        settings.set_inference_dtype(torch.float32, None)
+        model = comfy.model_base.Flux(settings, model_type=comfy.model_base.ModelType.FLUX, device=device)
     model.load_model_weights(dict(weights), f"{name}.")
     return comfy.model_patcher.ModelPatcher(
         model,
@@ -98,4 +113,5 @@ def load_demo(kind: str) -> tuple[Any, DemoTextEncoder, Any]:
     encoder = DemoTextEncoder(about["vocabulary"].split(" "))
     encoder.load_state_dict(comfy.utils.state_dict_prefix_replace(weights, {"text.": ""}, filter_keys=True))
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
-    return load_in_host(weights), encoder, vae
+    name = "unet" if any(key.startswith("unet.") for key in weights) else "mmdit"
+    return load_in_host(name, weights), encoder, vae

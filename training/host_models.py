@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from training import pack_module
-from training.mmdit import CONFIG as MMDIT_CONFIG
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dev"))
 
@@ -28,29 +27,11 @@ from comfy.cli_args import args
 args.cpu = True  # before comfy.model_management is imported, which looks for devices then
 
 import comfy.ldm.modules.attention  # noqa: E402
-import comfy.model_base  # noqa: E402
-import comfy.model_management  # noqa: E402
-import comfy.supported_models_base  # noqa: E402
 
 _demo_model = pack_module("demo_model")
 
 
-class _MMDiTSettings(comfy.supported_models_base.BASE):
-    unet_config = MMDIT_CONFIG
-    unet_extra_config: ClassVar[dict[str, Any]] = {}
-    sampling_settings: ClassVar[dict[str, Any]] = {"shift": 0.0}  # of log odds: none
-    latent_format = _demo_model.PixelLatent
-
-
-def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
-    """The host's ModelPatcher of ``unet`` or ``mmdit``, in fp32, with the weights whose keys have that prefix."""
-    if name == "unet":
-        return _demo_model.load_in_host(weights)
-    settings: Any = _MMDiTSettings(dict(MMDIT_CONFIG))
-    settings.set_inference_dtype(torch.float32, None)
-    device = comfy.model_management.unet_offload_device()
-    model = comfy.model_base.Flux(settings, model_type=comfy.model_base.ModelType.FLUX, device=device)
-    return _demo_model.patcher_of(model, name, weights)
+load_in_host = _demo_model.load_in_host
 
 
 class _Trainable:

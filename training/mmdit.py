@@ -8,30 +8,13 @@ same weights (tests/training); the host's own class adds in place, which cannot 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training import demo_architecture
 
-CONFIG: dict[str, Any] = {
-    "image_model": "flux",
-    "in_channels": demo_architecture.CHANNELS,
-    "out_channels": demo_architecture.CHANNELS,
-    "patch_size": demo_architecture.PATCH,
-    "hidden_size": 96,
-    "num_heads": 3,
-    "mlp_ratio": 3.0,
-    "depth": 2,
-    "depth_single_blocks": 4,
-    "context_in_dim": demo_architecture.WIDTH,
-    "vec_in_dim": 4,  # the host wants a pooled text; ours is always zero
-    "axes_dim": [8, 12, 12],
-    "theta": 100,  # few tokens: the slowest angle still turns visibly over 8
-    "qkv_bias": True,
-    "guidance_embed": False,
-}
+CONFIG = demo_architecture.TRANSFORMER_CONFIG
 _HIDDEN: int = CONFIG["hidden_size"]
 _HEADS: int = CONFIG["num_heads"]
 _MLP = int(_HIDDEN * CONFIG["mlp_ratio"])

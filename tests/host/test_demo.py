@@ -53,8 +53,35 @@ def test_the_few_step_kind_draws_in_four_steps_without_cfg() -> None:
     assert int((coloured(images, "red") & coloured(images, "blue")).sum()) >= 6
 
 
+def test_the_transformer_draws_the_colours_it_is_asked_for() -> None:
+    model, encoder, vae = host.run_node("GAGDemoLoader", kind="transformer")
+    for asked, (one, other) in {
+        "a red circle left of a blue square": ("red", "blue"),
+        "a green circle left of a yellow square": ("green", "yellow"),
+    }.items():
+        images = pictures(model, encoder, vae, asked)
+        assert int((coloured(images, one) & coloured(images, other)).sum()) >= 6
+
+
+def test_guidance_acts_on_every_joint_attention_of_the_transformer_and_keeps_the_colours() -> None:
+    model, encoder, vae = host.run_node("GAGDemoLoader", kind="transformer")
+    prompt = "a red circle left of a blue square"
+    plain = pictures(model, encoder, vae, prompt)
+    (gentle,) = host.run_node("GAGuidance", model=model)
+    out = pictures(gentle, encoder, vae, prompt)
+    assert not torch.equal(out, plain)
+    assert int((coloured(out, "red") & coloured(out, "blue")).sum()) >= 6
+    family = host.pack_module("nodes.families").family_of(model)
+    assert family[0].name == "flux" and sum(map(len, family[1].values())) == 6
+    (whole,) = host.run_node("GAGuidance", model=model, strength=1.0, start_percent=0.0)
+    (off,) = host.run_node("GAGuidance", model=model, strength=0.0)
+    assert torch.equal(pictures(off, encoder, vae, prompt), plain)
+    more = pictures(whole, encoder, vae, prompt)
+    assert float((more - plain).abs().mean()) > float((out - plain).abs().mean()) > 0
+
+
 def test_a_kind_that_there_is_not() -> None:
-    with pytest.raises(ValueError, match="kind must be one of standard, few-step, got 'turbo'"):
+    with pytest.raises(ValueError, match="kind must be one of standard, few-step, transformer, got 'turbo'"):
         host.run_node("GAGDemoLoader", kind="turbo")
 
 

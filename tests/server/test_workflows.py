@@ -71,6 +71,7 @@ def test_there_is_a_workflow_for_every_family() -> None:
         "gag_demo_probe",
         "gag_demo_schedule",
         "gag_demo_sweep",
+        "gag_demo_transformer",
         "gag_flux2_dev",
         "gag_flux2_klein",
         "gag_flux_dev",

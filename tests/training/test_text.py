@@ -69,7 +69,7 @@ def test_errors_and_shares_count_known_words_only() -> None:
     assert text._parse_right(scores, labels) == [1.0, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("weights", ["demo_unet.safetensors", "demo_unet_fewstep.safetensors"])
+@pytest.mark.parametrize("weights", pack_module("demo_model").WEIGHTS.values())
 def test_the_shipped_encoder_tells_where_a_words_thing_is(weights: str) -> None:
     encoder = text.of_weights(safetensors.torch.load_file(pack_module("demo_model").ASSETS / weights))
     found = []
