@@ -384,9 +384,9 @@ is all of them.
 - Each family of methods is tuned on captions of their own (`tune`); its best setting there, and no other, is measured
   on held-out captions (`report`). So there is one number per family. `gentle`, with its strength, was settled on models
   before these; its later start, which is the nodes' default, on further captions of `tune`, by hand. *GAG, one setting*
-  is the same in every cell: on `tune` the best or near to it for every UNet without CFG, also picked by hand, before the
-  transformers `mmdit-seed0` to `mmdit-seed2` were trained. Where tuning chose just that for *GAG*, the two rows are the
-  same pictures.
+  is the same in every cell: on `tune` the best or near to it for every UNet without CFG, also picked by hand, before
+  the transformers `mmdit-seed0` to `mmdit-seed2` were trained. Where tuning chose just that for *GAG*, the two rows are
+  the same pictures.
 - "± " is one standard error, in percentage points. p-values are exact (McNemar).
 - Two controls: *sparse alone* is GAG with guidance scale 0, *sharper softmax* lowers the temperature of the same text
   attention. A claim for guidance must beat both.
