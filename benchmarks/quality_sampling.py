@@ -132,9 +132,10 @@ def words(split: str, captions: int) -> list[int]:
 @torch.inference_mode()
 def pictures(model: Model, patched: Any, captions: list[str], noise: Tensor, steps: int, cfg: float) -> Tensor:
     """A run of the host's sampler for different captions at once: ``[B, 3, 32, 32]`` in 0..1."""
-    pooled = {"pooled_output": torch.zeros(len(captions), 4)}  # which Flux wants; the UNet does not look at it
+    width = training("mmdit").CONFIG["vec_in_dim"]
+    pooled = {"pooled_output": torch.zeros(1, width)}  # which Flux wants; the UNet does not look at it
     positive = [[model.encoder.encode(captions), pooled]]
-    negative = [[model.encoder.encode([""]), {"pooled_output": torch.zeros(1, 4)}]]
+    negative = [[model.encoder.encode([""]), pooled]]
     out: Tensor = importlib.import_module("comfy.sample").sample(
         patched, noise, steps, cfg, SAMPLER, SCHEDULER, positive, negative, torch.zeros_like(noise),
         disable_pbar=True, seed=0,

@@ -29,8 +29,6 @@ args.cpu = True  # before comfy.model_management is imported, which looks for de
 import comfy.ldm.modules.attention  # noqa: E402
 
 _demo_model = pack_module("demo_model")
-
-
 load_in_host = _demo_model.load_in_host
 
 

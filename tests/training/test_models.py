@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import host_models, schedules, text, train
+from training import demo_architecture, host_models, schedules, text, train
 from training.mmdit import MMDiT
 
 torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def test_comfyui_samples_the_same_picture_as_the_plain_loop(name: schedules.Name
     noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     wanted = schedules.sample(name, model, context, empty, cfg, 4, noise)
     patcher = host_models.load_in_host(name, {f"{name}.{key}": value for key, value in model.state_dict().items()})
-    pooled: dict[str, Any] = {"pooled_output": torch.zeros(1, 4)} if name == "mmdit" else {}
+    pooled: dict[str, Any] = {"pooled_output": torch.zeros(1, demo_architecture.POOLED)} if name == "mmdit" else {}
     latent = torch.full((1, 3, 32, 32), -0.5)  # the host's pixels for 0 in the model's scale
     out: Tensor = comfy.sample.sample(
         *(patcher, noise, 4, cfg, "euler", "simple", [[context, pooled]], [[empty, pooled]], latent),
