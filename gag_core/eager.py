@@ -12,18 +12,18 @@ from torch import Tensor
 from . import anderson
 from .config import GuidanceConfig
 from .entmax import dense_weights_, scale_and_shift_, sparse_weights
-from .geometry import correction, to_dtype
+from .geometry import correction_, to_dtype
 
-# What is held for a chunk of queries, in numbers: about three tensors of its logits and eight of its output. On the CPU
-# that should stay in the cache and below the output's own size; elsewhere the launches of many small kernels cost more
-# than memory does.
+# What is held for a chunk of queries, in numbers: about three tensors of its logits and five of its output. On the CPU
+# that should stay in the cache and, with copies of keys and values, below twice the output's own size; elsewhere the
+# launches of many small kernels cost more than memory does.
 _LOGITS_TENSORS = 3
-_OUTPUT_TENSORS = 8
+_OUTPUT_TENSORS = 5
 # Rule "anderson" holds more, and more for each of its differences.
 _OUTPUT_TENSORS_ANDERSON = 16
 _OUTPUT_TENSORS_PER_DIFFERENCE = 8
-_CPU_CHUNK = 8 << 19
-_CPU_CHUNK_OF_OUTPUT = 2.3
+_CPU_CHUNK = 3 << 20
+_CPU_CHUNK_OF_OUTPUT = 1.4
 _CHUNK = 3 << 23
 
 
@@ -61,14 +61,19 @@ def query_limit(k: Tensor) -> Tensor | None:
     return torch.finfo(work).max / 4 / k.shape[3] / largest.to(work).clamp_min_(1.0)
 
 
+def scaled_queries(q: Tensor, limit: Tensor | None, scale: float, work: torch.dtype) -> Tensor:
+    """``scale * q`` in the work dtype and within its limit, contiguous, so that no product has to copy it."""
+    scaled = torch.mul(q.to(work), scale, out=torch.empty(q.shape, dtype=work, device=q.device))
+    # Two operations, because on a CPU the one that does both takes several times as long.
+    return scaled if limit is None else scaled.clamp_max_(limit).clamp_min_(-limit)
+
+
 def logits_of(q: Tensor, k: Tensor, limit: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     """``scale * q k^T`` plus the mask, ``[B, H, N_q, N_k]`` in the work dtype; masked entries are ``-inf``.
 
     ``k`` is of the work dtype already, ``limit`` the :func:`query_limit` of it.
     """
-    q = q.to(k.dtype) * scale
-    if limit is not None:
-        q.clamp_(-limit, limit)
+    q = scaled_queries(q, limit, scale, k.dtype)
     logits = torch.matmul(q, k.transpose(-1, -2))
     if mask is None:
         return logits
@@ -89,7 +94,7 @@ def retrieve(
     sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(scaled, alpha), v)
     weights, total = dense_weights_(scaled, alpha)
     dense = torch.matmul(weights, v)
-    return dense if sparse is None else sparse, dense, maximum + total.log()
+    return dense.clone() if sparse is None else sparse, dense, maximum + total.log()
 
 
 class KeySpace(NamedTuple):
@@ -180,10 +185,7 @@ def retrieve_with_coefficients(
     d, square, dense = keys.read(weights)
     del scaled, weights
     radius = (square - d.square().sum(dim=-1, keepdim=True)).clamp_min_(0.0).sqrt_()
-    query = q.to(d.dtype) * scale
-    if limit is not None:
-        query.clamp_(-limit, limit)
-    query, length = anderson.unit(query)
+    query, length = anderson.unit(scaled_queries(q, limit, scale, d.dtype))
     # What makes logits of a direction and the patterns.
     length = length.unsqueeze(-1).mul_(keys.unit)
     image = s - d
@@ -202,6 +204,27 @@ def retrieve_with_coefficients(
     for number, read_out in enumerate(read_outs[1:], 1):
         signal.addcmul_(read_out, share[..., number : number + 1])
     return sparse, dense, maximum + total.log(), signal
+
+
+def correct(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: KeySpace | None,
+    limit: Tensor | None,
+    config: GuidanceConfig,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The work on one chunk of queries: what guidance adds, the dense read-out and logsumexp, of the work dtype.
+
+    ``keys`` is None but for rule "anderson"; others as in :func:`retrieve`.
+    """
+    if keys is None:
+        sparse, dense, lse = retrieve(q, k, v, limit, config.alpha, mask, scale)
+        return correction_(sparse, dense, config), dense, lse
+    sparse, dense, lse, signal = retrieve_with_coefficients(q, k, keys, limit, config, mask, scale)
+    return correction_(sparse, dense, config, signal), dense, lse
 
 
 def guide(
@@ -227,19 +250,15 @@ def guide(
     """
     work = work_dtype(q)
     limit = query_limit(k)
-    k, v = k.to(work), v.to(work)
-    output_tensors, keys, signal = _OUTPUT_TENSORS, None, None
+    # Contiguous, or each chunk's products would copy them.
+    k, v = k.to(work).contiguous(), v.to(work).contiguous()
+    output_tensors, keys = _OUTPUT_TENSORS, None
     # Without a sparse retrieval there is nothing to solve for.
     if config.rule == "anderson" and config.alpha != 1.0:
         output_tensors = _OUTPUT_TENSORS_ANDERSON + _OUTPUT_TENSORS_PER_DIFFERENCE * config.anderson_depth
         keys = KeySpace.of(k, v)
     for rows in row_chunks(q, k.shape[2], output_tensors):
-        queries, rows_mask = q[:, :, rows], mask_rows(mask, rows)
-        if keys is None:
-            sparse, dense, lse = retrieve(queries, k, v, limit, config.alpha, rows_mask, scale)
-        else:
-            sparse, dense, lse, signal = retrieve_with_coefficients(queries, k, keys, limit, config, rows_mask, scale)
-        change = correction(sparse, dense, config, signal)
+        change, dense, lse = correct(q[:, :, rows], k, v, keys, limit, config, mask_rows(mask, rows), scale)
         if joint_lse is not None:
             # A row that may read nothing at all has -inf - -inf here: no text, so no mass.
             mass = (lse - joint_lse[:, :, rows, None].to(work)).exp_().nan_to_num_(nan=0.0)

@@ -15,17 +15,19 @@ from reprlib import repr as short
 import torch
 from torch import Tensor
 
-# The exponent at alpha = 1.5, which has a cheaper form than the general power.
+# The exponents at alpha = 1.5 and 2, which have cheaper forms than the general power.
 _SQUARE = 2.0
+_LINEAR = 1.0
 
-# Newton steps. For the 2-norm (alpha = 1.5) 5 steps bring every weight within 6e-7 in fp32 for up to 512 keys, and 6
-# for 4,608: random, tied, peaked and steadily falling logits of any spread. The other norms bend more sharply near the
-# root, so their bracket is first narrowed by bisection.
-_NEWTON_STEPS = 5
-_NEWTON_STEPS_LONG = 7
-_LONG = 512
-_BISECTION_STEPS = 12
-_NEWTON_STEPS_AFTER_BISECTION = 4
+# Newton steps for the 2-norm, by the number of keys up to which they suffice: the errors of all weights together stay
+# below 3e-6, before rounding, also in the slowest rows found: few equal keys, and many more as far below them as the
+# threshold. Rows of random logits take a step less.
+_STEPS_SQUARE = ((80, 5), (256, 6), (2048, 7))
+_MOST_STEPS_SQUARE = 8
+# From this exponent on, powers are taken by way of log1p: what lies just below the top would else be rounded first.
+_LARGE_POWER = 9.0
+# On a CPU log1p(-1) takes ten times as long as others. In fp32 this, to such a power, is 0 as well.
+_LEAST_BELOW = -1.0 + 2.0**-22
 _EXTRA_STEPS_FP64 = 2
 
 
@@ -60,9 +62,9 @@ def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
     if logits.shape[dim] == 0:
         raise ValueError(f"entmax needs at least one entry along dim {dim}, got shape {tuple(logits.shape)}.")
     moved = logits.movedim(dim, -1)
-    work = moved.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # A copy, so that the caller's tensor is never written to.
-    scaled, _ = scale_and_shift_(work.clone(), alpha)
+    scaled, _ = scale_and_shift_(moved.to(work, copy=True), alpha)
     weights = dense_weights_(scaled, alpha)[0] if alpha == 1.0 else sparse_weights(scaled, alpha)
     return weights.to(logits.dtype).movedim(-1, dim)
 
@@ -90,59 +92,79 @@ def dense_weights_(scaled: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 def sparse_weights(scaled: Tensor, alpha: float) -> Tensor:
     """Alpha-entmax (1 < alpha <= 2) over the last axis of :func:`scale_and_shift_`'s result, which is kept."""
     power = 1.0 / (alpha - 1.0)
-    if power == _SQUARE:
-        threshold = _threshold_square(scaled)
-        weights = torch.sub(scaled, threshold).relu_().square_()
-    else:
-        weights = _powered_(scaled - _offset_general(scaled, power), power)
+    weights = _powers_above_threshold(scaled, power)
     # Newton stops a rounding error below the root; the division makes the weights sum to 1 all the same.
     total = weights.sum(dim=-1, keepdim=True)
     return weights.div_(total.clamp_min_(_tiny(total)))
 
 
-def _threshold_square(scaled: Tensor) -> Tensor:
-    """Root of ``||relu(scaled - t)||_2 = 1``, shape ``[..., 1]``."""
+def newton_steps(keys: int, power: float) -> int:
+    """How many Newton steps from t = -1 find the root in fp32, for ``power = 1 / (alpha - 1)`` (1 and more)."""
+    if power >= _SQUARE:
+        return next((steps for most, steps in _STEPS_SQUARE if keys <= most), _MOST_STEPS_SQUARE)
+    # The 1-norm is made of straight lines. A step that does not end on the root's own leaves at least half of the keys
+    # that were above t behind, or else little to go.
+    return keys.bit_length() + 1
+
+
+def _powers_above_threshold(scaled: Tensor, power: float) -> Tensor:
+    """``relu(scaled - t) ** power`` for the root t of ``||relu(scaled - t)||_power = 1``."""
+    info = torch.finfo(scaled.dtype)
+    steps = newton_steps(scaled.shape[-1], power) + (_EXTRA_STEPS_FP64 if info.bits == 64 else 0)
+    if power >= _LARGE_POWER:
+        return _large_powers_above_threshold(scaled, power, steps)
     threshold = scaled.new_full((*scaled.shape[:-1], 1), -1.0)
     above = torch.empty_like(scaled)
-    steps = _NEWTON_STEPS if scaled.shape[-1] <= _LONG else _NEWTON_STEPS_LONG
-    for _ in range(steps + _extra_steps(scaled)):
+    slopes = above if power == _SQUARE else torch.empty_like(scaled)
+    for step in range(steps):
+        last = step == steps - 1
+        if last:
+            threshold.sub_(info.eps / 2)  # so that it does not lie above the root by rounding
         torch.sub(scaled, threshold, out=above).relu_()
-        norm = torch.linalg.vector_norm(above, dim=-1, keepdim=True)
-        total = above.sum(dim=-1, keepdim=True)
-        threshold += norm * (norm - 1.0) / total.clamp_min_(_tiny(total))
-    return threshold
+        if power == _SQUARE:
+            norm = torch.linalg.vector_norm(above, dim=-1, keepdim=True)
+            rise = _rise((norm - 1.0).mul_(norm), above.sum(dim=-1, keepdim=True))
+        elif power == _LINEAR:
+            count = torch.gt(above, 0.0, out=slopes).sum(dim=-1, keepdim=True)
+            rise = above.sum(dim=-1, keepdim=True).sub_(1.0).div_(count.clamp_min_(1.0))
+        else:
+            slope = torch.pow(above, power - 1.0, out=slopes).sum(dim=-1, keepdim=True)
+            rise = _rise(_missing(slopes.mul_(above).sum(dim=-1, keepdim=True), power), slope)
+        if last:
+            # What is above t is lowered, and not t raised: small numbers, which many keys near the threshold have, are
+            # finer than t is.
+            above.sub_(rise.clamp_min_(0.0)).relu_()
+        else:
+            threshold += rise
+    return above if power == _LINEAR else above.pow_(power)
 
 
-def _offset_general(scaled: Tensor, power: float) -> Tensor:
-    """``t + 1`` for the root t of ``||relu(scaled - t)||_power = 1``: bisection, then Newton from the lower end."""
-    # All entries equal is the widest case: then t = -n ** (1 - alpha), and 1 / power = alpha - 1.
-    width = 1.0 - scaled.shape[-1] ** (-1.0 / power)
-    offset = scaled.new_zeros((*scaled.shape[:-1], 1))
-    work = torch.empty_like(scaled)
-    for _ in range(_BISECTION_STEPS):
-        width /= 2.0
-        middle = offset + width
-        total = _powered_(torch.sub(scaled, middle, out=work), power).sum(dim=-1, keepdim=True)
-        offset = torch.where(total >= 1.0, middle, offset)
-    for _ in range(_NEWTON_STEPS_AFTER_BISECTION + _extra_steps(scaled)):
-        total = _powered_(torch.sub(scaled, offset, out=work), power).sum(dim=-1, keepdim=True)
-        # d||.||_p/dt = -total^(1/p - 1) slope, so the step is (||.||_p - 1) total^(1 - 1/p) / slope.
-        slope = _powered_(torch.sub(scaled, offset, out=work), power - 1.0).sum(dim=-1, keepdim=True)
-        step = (total - total.pow(1.0 - 1.0 / power)) / slope.clamp_min(_tiny(total))
-        # A row of only -inf has nothing above any threshold, and no slope to follow.
-        offset += step.masked_fill_(slope == 0.0, 0.0)
-    return offset
+def _large_powers_above_threshold(scaled: Tensor, power: float, steps: int) -> Tensor:
+    """The same by way of log1p, so that powers of 1,000 and more of what lies just below the top stay exact."""
+    below_top = scaled.clamp(min=-1.0)  # scaled - t - 1, first for t = -1
+    powers = torch.empty_like(scaled)
+    for _ in range(steps):
+        slope = _powers_from_top(below_top, power - 1.0, powers).sum(dim=-1, keepdim=True)
+        total = powers.addcmul_(powers, below_top).sum(dim=-1, keepdim=True)
+        # It is negative only by rounding; what lies below t would come up again then.
+        below_top.sub_(_rise(_missing(total, power), slope).clamp_min_(0.0)).clamp_min_(-1.0)
+    return _powers_from_top(below_top, power, powers)
 
 
-def _powered_(offset_base: Tensor, power: float) -> Tensor:
-    """``relu(1 + offset_base) ** power``, in place; through log1p, so that powers of 1,000 and more stay exact."""
-    if power == 0.0:
-        return offset_base.gt_(-1.0)
-    return offset_base.clamp_(min=-1.0).log1p_().mul_(power).exp_()
+def _powers_from_top(below_top: Tensor, power: float, powers: Tensor) -> Tensor:
+    """Write ``(1 + below_top) ** power`` to ``powers``."""
+    least = _LEAST_BELOW if powers.dtype == torch.float32 else -1.0
+    return torch.clamp(below_top, min=least, out=powers).log1p_().mul_(power * math.log2(math.e)).exp2_()
 
 
-def _extra_steps(tensor: Tensor) -> int:
-    return _EXTRA_STEPS_FP64 if tensor.dtype == torch.float64 else 0
+def _missing(total: Tensor, power: float) -> Tensor:
+    """``(norm - 1) norm ** (power - 1)`` for the norm's power ``total``; over the slope it is a Newton step."""
+    return total - total.pow(1.0 - 1.0 / power)
+
+
+def _rise(missing: Tensor, slope: Tensor) -> Tensor:
+    """How far t rises in a Newton step; not at all where all is -inf, which has no slope."""
+    return missing.div_(slope.clamp_min_(_tiny(slope)))
 
 
 def _tiny(tensor: Tensor) -> float:

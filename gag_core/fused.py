@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import eager
 from .config import GuidanceConfig
+from .entmax import newton_steps
 
 log = logging.getLogger("comfyui-gag")
 
@@ -28,10 +29,6 @@ _NUMBERS_PER_WARP = 4096
 _RULES = ("gag", "pladis")
 # 1 / (alpha - 1) of each alpha that the kernels know.
 _POWERS = {1.5: 2, 2.0: 1}
-# The search for the threshold, by that power: see entmax.py.
-_BISECTIONS = {2: 0, 1: 12}
-_STEPS = {2: 6, 1: 4}
-_STEPS_LONG = {2: 8, 1: 4}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Older cards have no matrix units that Triton knows how to use.
@@ -199,7 +196,7 @@ def _launch(
         "DIM_TILES": tiles(dim, sizes.dim_tile),
         "VALUE_TILES": tiles(value_dim, sizes.dim_tile),
         "POWER": power,
-        "BISECTIONS": _BISECTIONS[power],
+        "STEPS": newton_steps(keys, power),
         "RULE": config.rule,
         "RELATIVE": config.norm_mode == "relative",
         "HAS_BASE": base is not None,
@@ -213,7 +210,7 @@ def _launch(
     if keys <= sizes.keys_on_chip:
         kernel = kernels.guided_attention_kernel
         key_tiles = tiles(keys, sizes.key_tile)
-        settings |= {"KEY_TILES": key_tiles, "STEPS": _STEPS[power]}
+        settings["KEY_TILES"] = key_tiles
         held = sum(width for _, width in key_tiles) + 2 * value_dim
     else:
         kernel = kernels.guided_attention_long_kernel
@@ -221,7 +218,6 @@ def _launch(
         settings |= {
             "KEY_BLOCK": sizes.key_tile,
             "MOST_KEY_BLOCKS": 1 << (blocks - 1).bit_length(),
-            "STEPS": _STEPS_LONG[power],
         }
         held = sizes.key_tile + settings["MOST_KEY_BLOCKS"] + 2 * value_dim
     block, warps = block_of_queries(held, sizes.most_queries)

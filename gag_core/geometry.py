@@ -63,45 +63,48 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
         )
     work = torch.float64 if sparse.dtype == torch.float64 else torch.float32
     wide = dense.to(work)
-    return to_dtype(wide + correction(sparse.to(work), wide, config), sparse.dtype)
+    return to_dtype(correction_(sparse.to(work, copy=True), wide, config).add_(wide), sparse.dtype)
 
 
-def correction(sparse: Tensor, dense: Tensor, config: GuidanceConfig, signal: Tensor | None = None) -> Tensor:
+def correction_(sparse: Tensor, dense: Tensor, config: GuidanceConfig, signal: Tensor | None = None) -> Tensor:
     """What guidance adds to the dense read-out: ``strength * (guided - dense)``, in the (wide) dtype of the inputs.
 
-    ``signal`` is what the guidance vector is made of where that is not the discrepancy ``S - D``.
+    ``signal`` is what the guidance vector is made of where that is not the discrepancy ``S - D``. Writes over
+    ``sparse``, and returns that or another tensor that nobody else holds.
     """
-    discrepancy = sparse - dense
     if config.rule == "pladis":
-        return _finite(discrepancy.mul_(config.strength * config.guidance_scale))
+        return _finite_(sparse.sub_(dense).mul_(config.strength * config.guidance_scale))
+    discrepancy = sparse - dense
     signal = discrepancy if signal is None else signal
     axes = _MERGED_HEADS if config.merge_heads else _PER_HEAD
-    scaled, scaled_norm, size = _scaled(sparse, axes)
+    scaled, scaled_norm, size = _scaled_(sparse, axes)
     inverse = scaled_norm.clamp_min(torch.finfo(sparse.dtype).tiny).reciprocal_()
     along = (signal * scaled).sum(dim=axes, keepdim=True).mul_(inverse)
     sparse_norm = size.mul_(scaled_norm)
     orthogonal = config.orthogonal_scale
+    # A product and a sum: on a CPU addcmul with a number per row takes four times as long.
     if orthogonal == 0.0:
         reach = _capped(along.abs(), sparse_norm, config).mul_(config.guidance_scale)
-        change = discrepancy.addcmul_(scaled, along.mul_(reach).mul_(inverse))
+        change = discrepancy.add_(scaled.mul_(along.mul_(reach).mul_(inverse)))
     else:
-        guidance = torch.addcmul(signal * orthogonal, scaled, along.mul_(1.0 - orthogonal).mul_(inverse))
-        _, guidance_norm, guidance_size = _scaled(guidance, axes)
+        guidance = scaled.mul_(along.mul_(1.0 - orthogonal).mul_(inverse)).add_(signal * orthogonal)
+        guidance, guidance_norm, guidance_size = _scaled_(guidance, axes)
         reach = _capped(guidance_norm.mul_(guidance_size), sparse_norm, config).mul_(config.guidance_scale)
-        change = discrepancy.add_(guidance.mul_(reach))
-    return _finite(change if config.strength == 1.0 else change.mul_(config.strength))
+        change = discrepancy.add_(guidance.mul_(guidance_size).mul_(reach))
+    return _finite_(change if config.strength == 1.0 else change.mul_(config.strength))
 
 
-def _finite(change: Tensor) -> Tensor:
+def _finite_(change: Tensor) -> Tensor:
     """What left the range of the dtype saturates, and where that left no direction nothing is changed; in place."""
     return change.nan_to_num_(nan=0.0)
 
 
-def _scaled(vectors: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors over their largest entry, the norm of that, and that entry: squares neither over- nor underflow."""
-    # On a CPU this takes a tenth of the time of torch's infinity norm.
-    size = vectors.abs().amax(dim=axes, keepdim=True).clamp_min_(torch.finfo(vectors.dtype).tiny)
-    scaled = vectors / size
+def _scaled_(vectors: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors over their size, in place, the norm of that, and their size: squares neither over- nor underflow."""
+    info = torch.finfo(vectors.dtype)
+    # On a CPU the sum takes a third of the time of the largest, and that a tenth of the time of torch's infinity norm.
+    size = vectors.abs().sum(dim=axes, keepdim=True).clamp_(info.tiny, info.max)
+    scaled = vectors.div_(size)
     return scaled, torch.linalg.vector_norm(scaled, dim=axes, keepdim=True), size
 
 

@@ -10,7 +10,7 @@ Arguments that both kernels take:
     q, k, v, out, base, mask: pointers, each with its four strides; ``base`` and ``mask`` are the output and q where
         there is none (``HAS_BASE``, ``MASK``). ``joint_lse`` has three strides.
     DIM, VALUE_DIM: head dimension of q and k, and of v; DIM_TILES, VALUE_TILES: their tiles.
-    POWER: ``1 / (alpha - 1)``, 2 or 1. BISECTIONS, STEPS: how the threshold is searched.
+    POWER: ``1 / (alpha - 1)``, 2 or 1. STEPS: Newton steps that find the threshold.
     WIDE: the tensors' range is that of fp32 (fp16's is not), so that products and sums of them could overflow.
     UPCAST: Triton's interpreter runs, and multiplies the bits of bf16 as if they were integers.
     PRECISION: how fp32 is multiplied, as ``tl.dot`` names it.
@@ -67,7 +67,6 @@ def guided_attention_kernel(
     KEY_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     POWER: tl.constexpr,
-    BISECTIONS: tl.constexpr,
     STEPS: tl.constexpr,
     RULE: tl.constexpr,
     RELATIVE: tl.constexpr,
@@ -104,17 +103,14 @@ def guided_attention_kernel(
     for i in tl.static_range(len(KEY_TILES)):
         scaled = scaled + (_scaled(logits[i], maximum, POWER),)
     threshold = tl.full((BLOCK,), -1.0, tl.float32)
-    width = 1.0 - 1.0 / key_count
-    for step in range(BISECTIONS + STEPS):
-        width *= 0.5
-        probe = _probe(threshold, width, step, BISECTIONS)
+    for _ in range(STEPS):
         total = tl.zeros((BLOCK,), tl.float32)
         slope = tl.zeros((BLOCK,), tl.float32)
         for i in tl.static_range(len(KEY_TILES)):
-            tile_total, tile_slope = _sums(scaled[i], probe, POWER)
+            tile_total, tile_slope = _sums(scaled[i], threshold, POWER)
             total += tile_total
             slope += tile_slope
-        threshold = _next_threshold(threshold, probe, total, slope, step, BISECTIONS, POWER)
+        threshold = _next_threshold(threshold, total, slope, POWER)
 
     sparse_total = tl.zeros((BLOCK,), tl.float32)
     dense_total = tl.zeros((BLOCK,), tl.float32)
@@ -172,7 +168,6 @@ def guided_attention_long_kernel(
     MOST_KEY_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     POWER: tl.constexpr,
-    BISECTIONS: tl.constexpr,
     STEPS: tl.constexpr,
     RULE: tl.constexpr,
     RELATIVE: tl.constexpr,
@@ -223,11 +218,8 @@ def guided_attention_long_kernel(
 
     block_maximum = _scaled(block_maximum, maximum, POWER)
     threshold = tl.full((BLOCK,), -1.0, tl.float32)
-    width = 1.0 - 1.0 / key_count
-    for step in range(BISECTIONS + STEPS):
-        width *= 0.5
-        probe = _probe(threshold, width, step, BISECTIONS)
-        reach = tl.max(block_maximum - probe[:, None], 0)
+    for _ in range(STEPS):
+        reach = tl.max(block_maximum - threshold[:, None], 0)
         total = tl.zeros((BLOCK,), tl.float32)
         slope = tl.zeros((BLOCK,), tl.float32)
         for number in range(key_blocks):
@@ -237,10 +229,10 @@ def guided_attention_long_kernel(
                     queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
                     BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
                 )  # fmt: skip
-                block_total, block_slope = _sums(_scaled(logits, maximum, POWER), probe, POWER)
+                block_total, block_slope = _sums(_scaled(logits, maximum, POWER), threshold, POWER)
                 total += block_total
                 slope += block_slope
-        threshold = _next_threshold(threshold, probe, total, slope, step, BISECTIONS, POWER)
+        threshold = _next_threshold(threshold, total, slope, POWER)
 
     reach = tl.max(block_maximum - threshold[:, None], 0)
     sparse_total = tl.zeros((BLOCK,), tl.float32)
@@ -398,15 +390,9 @@ def _sparse(scaled, threshold, POWER: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _probe(threshold, width, step, BISECTIONS: tl.constexpr):
-    """Where the sums are taken next: the middle of the bracket, later its lower end."""
-    return threshold + tl.where(step < BISECTIONS, width, 0.0)
-
-
-@triton.jit
-def _sums(scaled, probe, POWER: tl.constexpr):
-    """Sums over the keys of ``relu(scaled - probe) ** POWER`` and of its slope over POWER."""
-    above = tl.maximum(scaled - probe[:, None], 0.0)
+def _sums(scaled, threshold, POWER: tl.constexpr):
+    """Sums over the keys of ``relu(scaled - threshold) ** POWER`` and of its slope over POWER."""
+    above = tl.maximum(scaled - threshold[:, None], 0.0)
     if POWER == 2:
         total = tl.sum(above * above, 1)
         slope = tl.sum(above, 1)
@@ -417,15 +403,14 @@ def _sums(scaled, probe, POWER: tl.constexpr):
 
 
 @triton.jit
-def _next_threshold(threshold, probe, total, slope, step, BISECTIONS: tl.constexpr, POWER: tl.constexpr):
-    """Closer to the root of ``||relu(scaled - t)||_POWER = 1`` and never past it, by bisection or by Newton."""
+def _next_threshold(threshold, total, slope, POWER: tl.constexpr):
+    """Closer to the root of ``||relu(scaled - t)||_POWER = 1`` by a step of Newton's, from below but for rounding."""
     if POWER == 2:
         norm = tl.sqrt(total)
         change = norm * (norm - 1.0)
     else:
         change = total - 1.0
-    newton = probe + tl.where(slope > 0.0, change / tl.maximum(slope, _TINY), 0.0)
-    return tl.where(step < BISECTIONS, tl.where(total >= 1.0, probe, threshold), newton)
+    return threshold + tl.where(slope > 0.0, change / tl.maximum(slope, _TINY), 0.0)
 
 
 @triton.jit
@@ -463,7 +448,7 @@ def _norm(tiles):
 def _changes(
     sparse, dense, guidance_scale, cap, orthogonal_scale, strength, RULE: tl.constexpr, RELATIVE: tl.constexpr
 ):
-    """``strength * (guided - dense)`` as tiles: ``geometry.correction``."""
+    """``strength * (guided - dense)`` as tiles: ``geometry.correction_``."""
     changes = ()
     if RULE == "pladis":
         for i in tl.static_range(len(sparse)):

@@ -18,7 +18,7 @@ from .attention import guided_attention
 from .config import GuidanceConfig, check_config
 from .eager import logits_of, query_limit, row_chunks, work_dtype
 from .entmax import dense_weights_, scale_and_shift_, sparse_weights
-from .geometry import correction
+from .geometry import correction_
 from .hopfield import contraction, entropy, support_size
 
 # The golden section: its multiples fall evenly between 0 and 1 however many there are.
@@ -118,7 +118,7 @@ def measure(
         change = (full - dense) / size * config.strength
         guidance = (full - sparse) / size / max(config.guidance_scale, _tiny(v))
     else:
-        change = correction(sparse, dense, config) / size
+        change = correction_(sparse.clone(), dense, config) / size
     sparse, dense = sparse / size, dense / size
     r = sparse - dense
     rr, ss, dd, rs, cc = (

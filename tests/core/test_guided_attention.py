@@ -31,6 +31,7 @@ CONFIGS = {
     "alpha-1.25": GuidanceConfig(alpha=1.25, norm_threshold=1.0),
 }
 SMALL = Shape(2, 3, 14, 77, 16)
+FP32_ERROR = 2e-5  # relative to the output's norm: the project's goal
 
 
 def assert_matches(
@@ -78,6 +79,17 @@ def test_configs(name: str, with_base: bool, dtype: torch.dtype) -> None:
     q, k, v = cases.qkv(SMALL, dtype=dtype)
     base = cases.random(*q.shape, seed=20, dtype=dtype) if with_base else None
     assert_matches(q, k, v, CONFIGS[name], base=base)
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 1.75, 2.0], ids="alpha={}".format)
+@pytest.mark.parametrize("keys", [77, 256, 512], ids="keys={}".format)
+def test_many_ties_at_the_edge_of_the_support(keys: int, alpha: float) -> None:
+    """There the threshold is hardest to find, and an error of it moves many weights."""
+    q, k, v = cases.with_logits(cases.ties_at_the_edge(keys, alpha), 16)
+    config = GuidanceConfig(alpha=alpha, guidance_scale=2.0, norm_mode="relative", norm_threshold=0.1)
+    result = guided_attention(q, k, v, config, scale=1.0)
+    expected = reference.guided_attention(q, k, v, config, scale=1.0)
+    assert (result.double() - expected).norm() <= FP32_ERROR * expected.norm()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -118,6 +118,14 @@ def test_configs(name: str, with_base: bool, shape: Shape) -> None:
     assert_matches(q, k, v, CONFIGS[name], base=base)
 
 
+@pytest.mark.parametrize("alpha", [1.5, 2.0], ids="alpha={}".format)
+@pytest.mark.parametrize("keys", [77, 128, 700], ids="keys={}".format)
+def test_many_ties_at_the_edge_of_the_support(keys: int, alpha: float) -> None:
+    """Where the search for the threshold takes most steps."""
+    q, k, v = cases.with_logits(cases.ties_at_the_edge(keys, alpha), 16)
+    assert_matches(q, k, v, dataclasses.replace(CONFIGS["gentle"], alpha=alpha), scale=1.0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str) -> None:
     change = LAYOUTS[layout]

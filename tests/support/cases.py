@@ -59,6 +59,26 @@ def qkv(
     )
 
 
+def ties_at_the_edge(keys: int, alpha: float) -> Tensor:
+    """Logits ``[rows, keys]``: few keys on top, and many together about as far below them as the threshold."""
+    rows = []
+    for top in (1, 2, 4):
+        # With weights for the top alone the threshold lies so far below them.
+        edge = top ** (1.0 - alpha) / (alpha - 1.0)
+        for near in (edge * (1.0 + sign * step) for sign in (-1, 1) for step in (0.0, 1e-3, 1e-2, 0.03, 0.1, 0.3)):
+            tied = torch.arange(keys - top) < (keys - top) * 0.75
+            rows.append(torch.cat((torch.zeros(top), torch.where(tied, -near, -1.1 * near - 0.05))))
+    return torch.stack(rows)
+
+
+def with_logits(logits: Tensor, dim: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v whose logits at scale 1 are these rows, a head each: ``[1, rows, 1 or keys, dim]``."""
+    rows, keys = logits.shape
+    q, k = torch.zeros(1, rows, 1, dim), torch.zeros(1, rows, keys, dim)
+    q[..., 0], k[..., 0] = 1.0, logits
+    return q, k, random(1, rows, keys, dim, seed=seed)
+
+
 # --- layouts: the same numbers, other strides -------------------------------------------------------------------
 
 
