@@ -27,15 +27,16 @@ _SMALLEST_TILE = 16
 # What a program holds for its queries (logits, read-outs) should fit into its warps' registers: fp32 numbers per warp.
 _NUMBERS_PER_WARP = 4096
 _RULES = ("gag", "pladis")
-# 1 / (alpha - 1) of each alpha that the kernels know.
-_POWERS = {1.5: 2, 2.0: 1}
+# Below it, rounding in fp32 is raised to a power that shows; see entmax.py.
+_LEAST_ALPHA = 1.05
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Older cards have no matrix units that Triton knows how to use.
 _OLDEST_NVIDIA = (8, 0)
 
-# What failed once is not tried again: device, dtype, head dimensions, whether the keys are many.
-_failed: set[tuple[torch.device, torch.dtype, int, int, bool]] = set()
+# What failed once is not tried again: device, dtype, head dimensions, whether the keys are many, the form of the power.
+_Kind = tuple[torch.device, torch.dtype, int, int, bool, int]
+_failed: set[_Kind] = set()
 _warned: set[torch.device] = set()
 
 
@@ -60,10 +61,10 @@ def takes(q: Tensor, v: Tensor, config: GuidanceConfig) -> bool:
     """Whether the kernels can compute this, here, and have not failed at it before."""
     return (
         _runs_on(q.device)
-        and _kind(q, v) not in _failed
         and q.dtype in _DTYPES
         and config.rule in _RULES
-        and config.alpha in _POWERS
+        and config.alpha >= _LEAST_ALPHA
+        and _kind(q, v, config) not in _failed
         and not config.merge_heads
         and max(q.shape[3], v.shape[3]) <= _MOST_HEAD_DIM
     )
@@ -90,7 +91,7 @@ def guide(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler, a driver and a card of somebody else's: anything can come out of them
-        _failed.add(_kind(q, v))
+        _failed.add(_kind(q, v, config))
         if q.device not in _warned:
             _warned.add(q.device)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -163,8 +164,14 @@ def _sizes(q: Tensor) -> _Sizes:
     return _FP32_SIZES if q.dtype == torch.float32 else _HALF_SIZES
 
 
-def _kind(q: Tensor, v: Tensor) -> tuple[torch.device, torch.dtype, int, int, bool]:
-    return q.device, q.dtype, q.shape[3], v.shape[3], v.shape[2] > _sizes(q).keys_on_chip
+def _power(config: GuidanceConfig) -> tuple[float, int]:
+    """``1 / (alpha - 1)``, and that as the kernels tell the cheap ones from others: 2, 1 or 0."""
+    power = 1.0 / (config.alpha - 1.0)
+    return power, int(power) if power in (1.0, 2.0) else 0
+
+
+def _kind(q: Tensor, v: Tensor, config: GuidanceConfig) -> _Kind:
+    return q.device, q.dtype, q.shape[3], v.shape[3], v.shape[2] > _sizes(q).keys_on_chip, _power(config)[1]
 
 
 def _launch(
@@ -185,7 +192,7 @@ def _launch(
     if queries == 0:
         return
     sizes = _sizes(q)
-    power = _POWERS[config.alpha]
+    power, form = _power(config)
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
@@ -195,7 +202,7 @@ def _launch(
         "VALUE_DIM": value_dim,
         "DIM_TILES": tiles(dim, sizes.dim_tile),
         "VALUE_TILES": tiles(value_dim, sizes.dim_tile),
-        "POWER": power,
+        "POWER": form,
         "STEPS": newton_steps(keys, power),
         "RULE": config.rule,
         "RELATIVE": config.norm_mode == "relative",
@@ -226,7 +233,7 @@ def _launch(
     lse = q[..., 0] if joint_lse is None else joint_lse
     arguments = [part for tensor in (*tensors, lse) for part in (tensor, tensor.stride())]
     grid = (-(-queries // block) * batch * heads,)
-    numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
+    numbers = (power, config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
     with _on(q.device):
         kernel[grid](
             *arguments,

@@ -10,7 +10,8 @@ Arguments that both kernels take:
     q, k, v, out, base, mask: pointers, each with its four strides; ``base`` and ``mask`` are the output and q where
         there is none (``HAS_BASE``, ``MASK``). ``joint_lse`` has three strides.
     DIM, VALUE_DIM: head dimension of q and k, and of v; DIM_TILES, VALUE_TILES: their tiles.
-    POWER: ``1 / (alpha - 1)``, 2 or 1. STEPS: Newton steps that find the threshold.
+    power: ``1 / (alpha - 1)``. POWER: 2 or 1 where it is that, which is cheaper, and else 0.
+    STEPS: Newton steps that find the threshold.
     WIDE: the tensors' range is that of fp32 (fp16's is not), so that products and sums of them could overflow.
     UPCAST: Triton's interpreter runs, and multiplies the bits of bf16 as if they were integers.
     PRECISION: how fp32 is multiplied, as ``tl.dot`` names it.
@@ -56,6 +57,7 @@ def guided_attention_kernel(
     query_count,
     key_count,
     scale,
+    power,
     guidance_scale,
     cap,
     orthogonal_scale,
@@ -101,16 +103,16 @@ def guided_attention_kernel(
 
     scaled = ()
     for i in tl.static_range(len(KEY_TILES)):
-        scaled = scaled + (_scaled(logits[i], maximum, POWER),)
+        scaled = scaled + (_scaled(logits[i], maximum, power),)
     threshold = tl.full((BLOCK,), -1.0, tl.float32)
     for _ in range(STEPS):
         total = tl.zeros((BLOCK,), tl.float32)
         slope = tl.zeros((BLOCK,), tl.float32)
         for i in tl.static_range(len(KEY_TILES)):
-            tile_total, tile_slope = _sums(scaled[i], threshold, POWER)
+            tile_total, tile_slope = _sums(scaled[i], threshold, power, POWER)
             total += tile_total
             slope += tile_slope
-        threshold = _next_threshold(threshold, total, slope, POWER)
+        threshold = _next_threshold(threshold, total, slope, power, POWER)
 
     sparse_total = tl.zeros((BLOCK,), tl.float32)
     dense_total = tl.zeros((BLOCK,), tl.float32)
@@ -119,10 +121,10 @@ def guided_attention_kernel(
     for i in tl.static_range(len(KEY_TILES)):
         columns = KEY_TILES[i][0] + tl.arange(0, KEY_TILES[i][1])
         values = _load_tiles(v, columns, key_count, v_strides, VALUE_DIM, VALUE_TILES)
-        weights = _sparse(scaled[i], threshold, POWER, WIDE)
+        weights = _sparse(scaled[i], threshold, power, POWER, WIDE)
         sparse_total += tl.sum(weights, 1)
         sparse = _accumulated(sparse, weights, values, UPCAST, PRECISION)
-        weights = _dense(scaled[i], POWER, WIDE)
+        weights = _dense(scaled[i], power, WIDE)
         dense_total += tl.sum(weights, 1)
         dense = _accumulated(dense, weights, values, UPCAST, PRECISION)
 
@@ -156,6 +158,7 @@ def guided_attention_long_kernel(
     query_count,
     key_count,
     scale,
+    power,
     guidance_scale,
     cap,
     orthogonal_scale,
@@ -211,12 +214,12 @@ def guided_attention_long_kernel(
         maximum = tl.maximum(maximum, largest)
         # Both are -inf where nothing could be read so far; then there is nothing to rescale.
         rescale = tl.where(earlier == float("-inf"), 0.0, tl.exp(earlier - maximum))
-        weights = _dense(_scaled(logits, maximum, POWER), POWER, WIDE)
+        weights = _dense(_scaled(logits, maximum, power), power, WIDE)
         dense_total = dense_total * rescale + tl.sum(weights, 1)
         values = _load_tiles(v, columns, key_count, v_strides, VALUE_DIM, VALUE_TILES)
         dense = _accumulated(_times(dense, rescale), weights, values, UPCAST, PRECISION)
 
-    block_maximum = _scaled(block_maximum, maximum, POWER)
+    block_maximum = _scaled(block_maximum, maximum, power)
     threshold = tl.full((BLOCK,), -1.0, tl.float32)
     for _ in range(STEPS):
         reach = tl.max(block_maximum - threshold[:, None], 0)
@@ -229,10 +232,10 @@ def guided_attention_long_kernel(
                     queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
                     BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
                 )  # fmt: skip
-                block_total, block_slope = _sums(_scaled(logits, maximum, POWER), threshold, POWER)
+                block_total, block_slope = _sums(_scaled(logits, maximum, power), threshold, power, POWER)
                 total += block_total
                 slope += block_slope
-        threshold = _next_threshold(threshold, total, slope, POWER)
+        threshold = _next_threshold(threshold, total, slope, power, POWER)
 
     reach = tl.max(block_maximum - threshold[:, None], 0)
     sparse_total = tl.zeros((BLOCK,), tl.float32)
@@ -244,7 +247,7 @@ def guided_attention_long_kernel(
                 queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
                 BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
             )  # fmt: skip
-            weights = _sparse(_scaled(logits, maximum, POWER), threshold, POWER, WIDE)
+            weights = _sparse(_scaled(logits, maximum, power), threshold, power, POWER, WIDE)
             sparse_total += tl.sum(weights, 1)
             values = _load_tiles(v, columns, key_count, v_strides, VALUE_DIM, VALUE_TILES)
             sparse = _accumulated(sparse, weights, values, UPCAST, PRECISION)
@@ -351,9 +354,9 @@ def _logits(
 
 
 @triton.jit
-def _scaled(logits, maximum, POWER: tl.constexpr):
+def _scaled(logits, maximum, power):
     """``(alpha - 1) (z - max z)``; the maximum of a row that may read nothing counts as 0."""
-    return (logits - tl.where(maximum == float("-inf"), 0.0, maximum)[:, None]) * (1.0 / POWER)
+    return (logits - tl.where(maximum == float("-inf"), 0.0, maximum)[:, None]) * (1.0 / power)
 
 
 @triton.jit
@@ -369,47 +372,57 @@ def _bounded(tiles, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _dense(scaled, POWER: tl.constexpr, WIDE: tl.constexpr):
+def _dense(scaled, power, WIDE: tl.constexpr):
     """``exp(z - max z)``, a power of 2 smaller if WIDE."""
     if WIDE:
-        weights = tl.exp2(scaled * (POWER * _LOG2_E) - _WEIGHT_BITS)
+        weights = tl.exp2(scaled * (power * _LOG2_E) - _WEIGHT_BITS)
     else:
-        weights = tl.exp2(scaled * (POWER * _LOG2_E))
+        weights = tl.exp2(scaled * (power * _LOG2_E))
     return weights
 
 
 @triton.jit
-def _sparse(scaled, threshold, POWER: tl.constexpr, WIDE: tl.constexpr):
-    """``relu(scaled - t) ** POWER``, half of it if WIDE: its sum may lie a rounding error above 1."""
-    above = tl.maximum(scaled - threshold[:, None], 0.0)
+def _raised(numbers, exponent):
+    """To a power above 0, of numbers from 0."""
+    return tl.where(numbers > 0.0, tl.exp2(exponent * tl.log2(tl.maximum(numbers, _TINY))), 0.0)
+
+
+@triton.jit
+def _sparse(scaled, threshold, power, POWER: tl.constexpr, WIDE: tl.constexpr):
+    """``relu(scaled - t) ** power``, half of it if WIDE: its sum may lie a rounding error above 1."""
+    weights = tl.maximum(scaled - threshold[:, None], 0.0)
     if POWER == 2:
-        above = above * above
+        weights = weights * weights
+    elif POWER == 0:
+        weights = _raised(weights, power)
     if WIDE:
-        above = above * 0.5
-    return above
+        weights = weights * 0.5
+    return weights
 
 
 @triton.jit
-def _sums(scaled, threshold, POWER: tl.constexpr):
-    """Sums over the keys of ``relu(scaled - threshold) ** POWER`` and of its slope over POWER."""
+def _sums(scaled, threshold, power, POWER: tl.constexpr):
+    """Sums over the keys of ``relu(scaled - threshold) ** power`` and of its slope over power."""
     above = tl.maximum(scaled - threshold[:, None], 0.0)
     if POWER == 2:
-        total = tl.sum(above * above, 1)
-        slope = tl.sum(above, 1)
+        slopes = above
+    elif POWER == 1:
+        slopes = (above > 0.0).to(tl.float32)
     else:
-        total = tl.sum(above, 1)
-        slope = tl.sum((above > 0.0).to(tl.float32), 1)
-    return total, slope
+        slopes = _raised(above, power - 1.0)
+    return tl.sum(slopes * above, 1), tl.sum(slopes, 1)
 
 
 @triton.jit
-def _next_threshold(threshold, total, slope, POWER: tl.constexpr):
-    """Closer to the root of ``||relu(scaled - t)||_POWER = 1`` by a step of Newton's, from below but for rounding."""
+def _next_threshold(threshold, total, slope, power, POWER: tl.constexpr):
+    """Closer to the root of ``||relu(scaled - t)||_power = 1`` by a step of Newton's, from below but for rounding."""
     if POWER == 2:
         norm = tl.sqrt(total)
         change = norm * (norm - 1.0)
-    else:
+    elif POWER == 1:
         change = total - 1.0
+    else:
+        change = total - _raised(total, 1.0 - 1.0 / power)
     return threshold + tl.where(slope > 0.0, change / tl.maximum(slope, _TINY), 0.0)
 
 

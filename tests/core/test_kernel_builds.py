@@ -45,13 +45,17 @@ class Driver:
         return 0, 0, 0, 0, 1024
 
 targets = [GPUTarget("cuda", number, 32) for number in (80, 90, 120)] + [GPUTarget("hip", "gfx1100", 32)]
-shapes = [(77, 40, torch.float16), (512, 128, torch.bfloat16), (600, 64, torch.float16), (77, 64, torch.float32)]
+shapes = [
+    (77, 40, torch.float16, 1.5), (77, 40, torch.float16, 1.3), (512, 128, torch.bfloat16, 1.5),
+    (600, 64, torch.float16, 2.0), (77, 64, torch.float32, 1.5),
+]
 for number, target in enumerate(targets):
     driver.set_active(Driver(number, target))
-    for keys, dim, dtype in shapes[: None if target.arch == 90 else 1 if target.backend == "hip" else 2]:
+    for keys, dim, dtype, alpha in shapes[: None if target.arch == 90 else 2 if target.backend == "hip" else 3]:
         q, k = torch.zeros(1, 2, 70, dim, dtype=dtype), torch.zeros(1, 2, keys, dim, dtype=dtype)
         mask, lse = torch.ones(1, 1, 1, keys, dtype=torch.bool), torch.zeros(1, 2, 70)
-        fused._launch(torch.empty_like(q), q, k, k, GuidanceConfig(norm_mode="relative"), q, mask, 1.0, lse)
+        config = GuidanceConfig(norm_mode="relative", alpha=alpha)
+        fused._launch(torch.empty_like(q), q, k, k, config, q, mask, 1.0, lse)
 print(json.dumps(built))
 """
 
@@ -81,5 +85,5 @@ def test_every_card_gets_a_program(built: list[list[Any]]) -> None:
 
 
 def test_shared_memory_of_a_consumer_card_is_enough(built: list[list[Any]]) -> None:
-    assert len(built) == 9
+    assert len(built) == 13
     assert all(0 < shared <= SHARED for _, _, shared, _ in built)

@@ -53,6 +53,8 @@ CONFIGS = {
     "no-cap": GuidanceConfig(norm_threshold=math.inf, norm_mode="relative", guidance_scale=-1.0),
     "pladis": GuidanceConfig(rule="pladis", guidance_scale=2.0),
     "sparsemax-half": GuidanceConfig(alpha=2.0, strength=0.5, guidance_scale=3.0),
+    "alpha-1.25": GuidanceConfig(alpha=1.25, norm_threshold=1.0),
+    "alpha-1.9": GuidanceConfig(alpha=1.9, guidance_scale=2.0, norm_mode="relative", norm_threshold=0.1),
 }
 # Goals of the kernels: fp32 close to fp64 relative to the output's norm, half precision close to torch's attention.
 FP32_ERROR = 2e-5
@@ -118,7 +120,7 @@ def test_configs(name: str, with_base: bool, shape: Shape) -> None:
     assert_matches(q, k, v, CONFIGS[name], base=base)
 
 
-@pytest.mark.parametrize("alpha", [1.5, 2.0], ids="alpha={}".format)
+@pytest.mark.parametrize("alpha", [1.05, 1.25, 1.5, 1.75, 2.0], ids="alpha={}".format)
 @pytest.mark.parametrize("keys", [77, 128, 700], ids="keys={}".format)
 def test_many_ties_at_the_edge_of_the_support(keys: int, alpha: float) -> None:
     """Where the search for the threshold takes most steps."""
@@ -275,7 +277,7 @@ def test_the_public_functions_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("config", [GuidanceConfig(alpha=1.25), GuidanceConfig(merge_heads=True)], ids=str)
+@pytest.mark.parametrize("config", [GuidanceConfig(alpha=1.04), GuidanceConfig(merge_heads=True)], ids=str)
 def test_what_the_kernels_do_not_know_is_computed_without_them(
     config: GuidanceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
