@@ -24,7 +24,8 @@ log = logging.getLogger("comfyui-gag")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MOST_HEAD_DIM = 256
 _SMALLEST_TILE = 16
-# What a program holds for its queries (logits, read-outs) should fit into its warps' registers: fp32 numbers per warp.
+# What a program holds for its queries (logits, read-outs) should fit into its warps' registers, with as much again for
+# what it works with: fewer fp32 numbers per warp than this.
 _NUMBERS_PER_WARP = 4096
 _RULES = ("gag", "pladis")
 # Below it, rounding in fp32 is raised to a power that shows; see entmax.py.
@@ -251,7 +252,7 @@ def _launch(
 def block_of_queries(numbers_per_query: int, most: int) -> tuple[int, int]:
     """How many queries a program does, and with how many warps, if it holds so many fp32 numbers for each."""
     block = most if numbers_per_query <= 256 else min(most, 32)
-    return block, 4 if block * numbers_per_query <= 4 * _NUMBERS_PER_WARP else 8
+    return block, 4 if block * numbers_per_query < 4 * _NUMBERS_PER_WARP else 8
 
 
 def _fp32(number: float) -> float:
