@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Time, memory and error of guided attention beside torch's own attention and the other ways to compute it.
 
-    python dev.py bench [--device cuda] [--shapes NAME ...] [--compiled] [--anderson] [--steps]   (and see --help)
+    python dev.py bench [--device cuda] [--shapes NAME] [--compiled] [--anderson] [--alphas] [--steps]   (or --help)
 
 All methods (``methods.py``) run on the same tensors in one process and in turns, so that a busy machine slows all of
 them. Extra memory is what a call holds at its peak beyond its inputs and its output, by the allocator's own records.
@@ -371,6 +371,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, torch.d
     parser.add_argument("--full", action="store_true", help="all heads and full width on a CPU too")
     parser.add_argument("--compiled", action="store_true", help="also through torch.compile; slow to start")
     parser.add_argument("--anderson", action="store_true", help="also the rule that solves for its coefficient")
+    parser.add_argument("--alphas", action="store_true", help="also other sparsities than alpha 1.5")
     parser.add_argument("--repeats", type=machine.positive, help="timed turns (default 5, on a GPU 20)")
     parser.add_argument(
         "--steps",
@@ -394,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = machine.DTYPES[options.dtype]
     shapes: list[Shape] = [shape for chosen in options.shapes for shape in chosen]
     settings = {**machine.about(device), "dtype": options.dtype, "repeats": options.repeats}
-    candidates, notes = methods.available(device, dtype, options.compiled, options.anderson)
+    candidates, notes = methods.available(device, dtype, options.compiled, options.anderson, options.alphas)
     if device.type == "cpu" and not options.full:
         if any(shape != fewer_heads(shape) for shape in shapes):
             notes.append(

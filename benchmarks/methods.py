@@ -143,11 +143,23 @@ ANDERSON = [
     )
     for depth in (1, 3)
 ]
+ALPHAS = [
+    Method(
+        f"alpha {alpha:g}",
+        "another sparsity, as gag_core picks the way; beside sort-based attention of alpha 1.5",
+        config=gag_core.GuidanceConfig(alpha=alpha),
+    )
+    for alpha in (1.25, 1.75, 2.0)
+]
 OURS = (FUSED, EAGER, COMPILED)
 
 
 def available(
-    device: torch.device, dtype: torch.dtype, with_compiled: bool, with_anderson: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    with_compiled: bool,
+    with_anderson: bool = False,
+    with_alphas: bool = False,
 ) -> tuple[list[Method], list[str]]:
     """The methods that can run here, and why others cannot."""
     methods, notes = [SDPA, EAGER, SORT], []
@@ -167,6 +179,8 @@ def available(
         notes.append(f"{PACKAGE.name}: not installed (pip install entmax)")
     if with_anderson:
         methods += ANDERSON
+    if with_alphas:
+        methods += ALPHAS
     return methods, notes
 
 

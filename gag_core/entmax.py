@@ -125,7 +125,7 @@ def _powers_above_threshold(scaled: Tensor, power: float) -> Tensor:
             norm = torch.linalg.vector_norm(above, dim=-1, keepdim=True)
             rise = _rise((norm - 1.0).mul_(norm), above.sum(dim=-1, keepdim=True))
         elif power == _LINEAR:
-            count = torch.gt(above, 0.0, out=slopes).sum(dim=-1, keepdim=True)
+            count = torch.sign(above, out=slopes).sum(dim=-1, keepdim=True)
             rise = above.sum(dim=-1, keepdim=True).sub_(1.0).div_(count.clamp_min_(1.0))
         else:
             slope = torch.pow(above, power - 1.0, out=slopes).sum(dim=-1, keepdim=True)

@@ -17,7 +17,7 @@ import cases
 import methods
 import reference
 from gag_core import GuidanceConfig
-from methods import ANDERSON, EAGER, FUSED, PACKAGE, SDPA, SORT
+from methods import ALPHAS, ANDERSON, EAGER, FUSED, PACKAGE, SDPA, SORT
 from tolerances import assert_close
 
 CPU = torch.device("cpu")
@@ -40,9 +40,9 @@ def test_every_method_computes_the_same_joint_attention(method: methods.Method) 
         assert_close(method.attention(TEXT)(q, k, v), expected, error=1e-3)
 
 
-@pytest.mark.parametrize("method", ANDERSON, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*ANDERSON, *ALPHAS], ids=lambda method: method.name)
 @pytest.mark.parametrize("text", [0, TEXT])
-def test_the_rows_of_rule_anderson_compute_it(method: methods.Method, text: int) -> None:
+def test_the_rows_of_other_settings_compute_them(method: methods.Method, text: int) -> None:
     q, k, v = cases.qkv(cases.Shape(1, 2, 40, 40, 16), dtype=torch.float64)
     if text:
         expected = reference.guided_joint_attention(q, k, v, slice(0, text), method.config)
@@ -54,12 +54,13 @@ def test_the_rows_of_rule_anderson_compute_it(method: methods.Method, text: int)
     assert_close(found.guided, expected[:, :, some], error=1e-5)
 
 
-def test_the_command_times_rule_anderson_if_asked(tmp_path: Path) -> None:
+def test_the_command_times_other_settings_if_asked(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     command = ["--shapes", "1x2x100x77x16", "1x2x90x90x16x64", "--repeats", "1", "--threads", "1", "--json", str(file)]
-    assert benchmark.main([*command, "--anderson"]) == 0
-    rows = [row for row in json.loads(file.read_text())["results"] if row["method"].startswith("anderson")]
-    assert [row["method"] for row in rows] == [method.name for method in ANDERSON] * 2
+    assert benchmark.main([*command, "--anderson", "--alphas"]) == 0
+    found = json.loads(file.read_text())["results"]
+    rows = [row for row in found if row["method"].startswith(("anderson", "alpha"))]
+    assert [row["method"] for row in rows] == [method.name for method in (*ANDERSON, *ALPHAS)] * 2
     assert all(row["times_sdpa"] > 0 and row["error"] < 1e-2 for row in rows)
 
 
