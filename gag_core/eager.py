@@ -23,7 +23,7 @@ _OUTPUT_TENSORS = 5
 _OUTPUT_TENSORS_ANDERSON = 16
 _OUTPUT_TENSORS_PER_DIFFERENCE = 8
 _CPU_CHUNK = 3 << 20
-_CPU_CHUNK_OF_OUTPUT = 1.4
+_CPU_CHUNK_OF_OUTPUT = 2.1
 _CHUNK = 3 << 23
 
 
@@ -265,3 +265,4 @@ def guide(
             change.mul_(mass.clamp_(max=1.0))
         change += dense if base is None else base[:, :, rows]
         out[:, :, rows] = to_dtype(change, out.dtype)
+        del change, dense, lse  # or they are held beside those of the next chunk
