@@ -64,7 +64,7 @@ def query_limit(k: Tensor) -> Tensor | None:
 def scaled_queries(q: Tensor, limit: Tensor | None, scale: float, work: torch.dtype) -> Tensor:
     """``scale * q`` in the work dtype and within its limit, contiguous, so that no product has to copy it."""
     scaled = torch.mul(q.to(work), scale, out=torch.empty(q.shape, dtype=work, device=q.device))
-    # Two operations, because on a CPU the one that does both takes several times as long.
+    # Two operations, because on a CPU the one that does both takes two to six times as long.
     return scaled if limit is None else scaled.clamp_max_(limit).clamp_min_(-limit)
 
 
