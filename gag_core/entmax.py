@@ -100,7 +100,7 @@ def newton_steps(keys: int, power: float) -> int:
     """How many Newton steps from t = -1 find the root in fp32, for ``power = 1 / (alpha - 1)`` (1 and more)."""
     if power >= _SQUARE:
         return next((steps for most, steps in _STEPS_SQUARE if keys <= most), _MOST_STEPS_SQUARE)
-    # Along the straight lines that the 1-norm is made of Newton's steps are exact. So many were enough, for powers up to
+    # Along the straight lines of the 1-norm Newton's steps are exact. So many were enough, for powers up to
     # 2 too, in all rows that were tried, of up to 4,608 keys.
     return keys.bit_length() + 1
 
@@ -150,7 +150,7 @@ def _large_powers_above_threshold(scaled: Tensor, power: float, steps: int) -> T
 
 
 def _powers_from_top(below_top: Tensor, power: float, powers: Tensor) -> Tensor:
-    """Write ``(1 + below_top) ** power`` to ``powers``; on a CPU exp2 is far faster than exp, most of all at -inf."""
+    """Write ``(1 + below_top) ** power`` to ``powers``; exp2 is far faster than exp on a CPU."""
     return torch.log1p(below_top, out=powers).mul_(power * math.log2(math.e)).exp2_()
 
 
