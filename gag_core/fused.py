@@ -24,9 +24,6 @@ log = logging.getLogger("comfyui-gag")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MOST_HEAD_DIM = 256
 _SMALLEST_TILE = 16
-# What a program holds for its queries (logits, read-outs) should fit into its warps' registers, with as much again for
-# what it works with: fewer fp32 numbers per warp than this.
-_NUMBERS_PER_WARP = 4096
 _RULES = ("gag", "pladis")
 # Below it, rounding in fp32 is raised to a power that shows; see entmax.py.
 _LEAST_ALPHA = 1.05
@@ -41,21 +38,25 @@ _failed: set[_Kind] = set()
 _warned: set[torch.device] = set()
 
 
-class _Sizes(NamedTuple):
-    """How the work is cut, by dtype: fp32 takes twice the registers and no direct way into the matrix units.
+class Cut(NamedTuple):
+    """How the work is cut: the queries of a program, its warps, its widest tiles of keys and of head dimensions."""
 
-    The logits of up to ``keys_on_chip`` keys are held; those of more are computed anew in every pass.
-    """
-
-    keys_on_chip: int
+    queries: int
+    warps: int
     key_tile: int
     dim_tile: int
-    most_queries: int
-    stages: int
 
 
-_HALF_SIZES = _Sizes(keys_on_chip=512, key_tile=64, dim_tile=128, most_queries=64, stages=2)
-_FP32_SIZES = _Sizes(keys_on_chip=128, key_tile=32, dim_tile=64, most_queries=16, stages=1)
+# Up to so many keys their logits are held; those of more are computed anew in every pass.
+_KEYS_ON_CHIP = {torch.float16: 512, torch.bfloat16: 512, torch.float32: 128}
+# Warps of 16 queries each need no exchange with each other. A thread holds 1/2 of what a query has then: beyond 400
+# numbers narrower tiles keep more of it in registers, beyond 512 it would not fit, and warps share queries instead.
+# Chosen by the instructions that compiled programs for sm_80, sm_90 and sm_120 execute, without a card.
+_CUT = Cut(64, 4, key_tile=64, dim_tile=64)
+_CUT_OF_MUCH = Cut(64, 4, key_tile=32, dim_tile=64)
+_CUT_OF_MOST = Cut(32, 8, key_tile=64, dim_tile=128)
+# fp32 takes twice the registers and no direct way into the matrix units.
+_CUT_OF_FP32 = Cut(16, 4, key_tile=32, dim_tile=64)
 
 
 def takes(q: Tensor, v: Tensor, config: GuidanceConfig) -> bool:
@@ -161,10 +162,6 @@ def _runs_on(device: torch.device) -> bool:
     return _HAS_TRITON and device.type in ("cuda", "xpu")
 
 
-def _sizes(q: Tensor) -> _Sizes:
-    return _FP32_SIZES if q.dtype == torch.float32 else _HALF_SIZES
-
-
 def _power(config: GuidanceConfig) -> tuple[float, int]:
     """``1 / (alpha - 1)``, and that as the kernels tell the cheap ones from others: 2, 1 or 0."""
     power = 1.0 / (config.alpha - 1.0)
@@ -172,7 +169,7 @@ def _power(config: GuidanceConfig) -> tuple[float, int]:
 
 
 def _kind(q: Tensor, v: Tensor, config: GuidanceConfig) -> _Kind:
-    return q.device, q.dtype, q.shape[3], v.shape[3], v.shape[2] > _sizes(q).keys_on_chip, _power(config)[1]
+    return q.device, q.dtype, q.shape[3], v.shape[3], v.shape[2] > _KEYS_ON_CHIP[q.dtype], _power(config)[1]
 
 
 def _launch(
@@ -192,7 +189,12 @@ def _launch(
     keys, value_dim = v.shape[2:]
     if queries == 0:
         return
-    sizes = _sizes(q)
+    wide = q.dtype != torch.float16
+    if scale < 0.0:
+        q, scale = -q, -scale
+    # Above 0, so that it keeps masked logits at -inf.
+    logit_unit = max(scale * kernels.QUERY_UNIT if wide else scale, torch.finfo(torch.float32).tiny)
+    alignment = _alignment((q, k, v, out) if base is None else (q, k, v, out, base))
     power, form = _power(config)
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     if mask is not None:
@@ -201,39 +203,42 @@ def _launch(
     settings: dict[str, Any] = {
         "DIM": dim,
         "VALUE_DIM": value_dim,
-        "DIM_TILES": tiles(dim, sizes.dim_tile),
-        "VALUE_TILES": tiles(value_dim, sizes.dim_tile),
         "POWER": form,
         "STEPS": newton_steps(keys, power),
         "RULE": config.rule,
+        "ORTHOGONAL": config.orthogonal_scale != 0.0,
         "RELATIVE": config.norm_mode == "relative",
         "HAS_BASE": base is not None,
         "MASK": mask_kind,
+        "MASK_PER_QUERY": mask is not None and queries > 1 and mask.stride(2) != 0,
         "JOINT": joint_lse is not None,
-        "WIDE": q.dtype != torch.float16,
+        "ALIGNMENT": alignment,
+        "WIDE": wide,
         "UPCAST": kernels.INTERPRETED and q.dtype == torch.bfloat16,
         "PRECISION": "tf32x3" if q.device.type == "cuda" and torch.version.hip is None else "ieee",
         "LIMIT": torch.finfo(out.dtype).max,
     }
-    if keys <= sizes.keys_on_chip:
+    if keys <= _KEYS_ON_CHIP[q.dtype]:
         kernel = kernels.guided_attention_kernel
-        key_tiles = tiles(keys, sizes.key_tile)
-        settings["KEY_TILES"] = key_tiles
-        held = sum(width for _, width in key_tiles) + 2 * value_dim
+        cut = cut_of(keys + 2 * value_dim, q.dtype)
+        settings |= {"KEY_TILES": tiles(keys, cut.key_tile), "SHARED": cut.queries < 16 * cut.warps}
     else:
         kernel = kernels.guided_attention_long_kernel
-        blocks = -(-keys // sizes.key_tile)
-        settings |= {
-            "KEY_BLOCK": sizes.key_tile,
-            "MOST_KEY_BLOCKS": 1 << (blocks - 1).bit_length(),
-        }
-        held = sizes.key_tile + settings["MOST_KEY_BLOCKS"] + 2 * value_dim
-    block, warps = block_of_queries(held, sizes.most_queries)
+        key_block = _CUT_OF_FP32.key_tile if q.dtype == torch.float32 else _CUT.key_tile
+        most_blocks = 1 << (-(-keys // key_block) - 1).bit_length()
+        cut = cut_of(key_block + most_blocks + 2 * value_dim, q.dtype)
+        settings |= {"KEY_BLOCK": key_block, "MOST_KEY_BLOCKS": most_blocks}
+    settings |= {"DIM_TILES": tiles(dim, cut.dim_tile), "VALUE_TILES": tiles(value_dim, cut.dim_tile)}
     # Where there is no such tensor the kernel is given another one, which it does not read.
-    tensors = (q, k, v, out, out if base is None else base, q if mask is None else mask)
+    given = (q, k, v, out, out if base is None else base, q if mask is None else mask)
+    arguments: list[Any] = []
+    for tensor in given:
+        *steps, step = tensor.stride()
+        unit = 1 if tensor is mask else alignment
+        arguments += [tensor, (*(one // unit for one in steps), step)]
     lse = q[..., 0] if joint_lse is None else joint_lse
-    arguments = [part for tensor in (*tensors, lse) for part in (tensor, tensor.stride())]
-    grid = (-(-queries // block) * batch * heads,)
+    arguments += [lse, lse.stride()]
+    grid = (-(-queries // cut.queries) * batch * heads,)
     numbers = (power, config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
     with _on(q.device):
         kernel[grid](
@@ -241,18 +246,28 @@ def _launch(
             heads,
             queries,
             keys,
-            *map(_fp32, (scale, *numbers)),
-            BLOCK=block,
-            num_warps=warps,
-            num_stages=sizes.stages,
+            *map(_fp32, (logit_unit, *numbers)),
+            BLOCK=cut.queries,
+            num_warps=cut.warps,
+            num_stages=1 if q.dtype == torch.float32 else 2,
             **settings,
         )
 
 
-def block_of_queries(numbers_per_query: int, most: int) -> tuple[int, int]:
-    """How many queries a program does, and with how many warps, if it holds so many fp32 numbers for each."""
-    block = most if numbers_per_query <= 256 else min(most, 32)
-    return block, 4 if block * numbers_per_query < 4 * _NUMBERS_PER_WARP else 8
+def cut_of(numbers: int, dtype: torch.dtype) -> Cut:
+    """How to cut the work if a program holds so many fp32 numbers for each query: logits, and both read-outs."""
+    if dtype == torch.float32:
+        return _CUT_OF_FP32
+    return _CUT if numbers <= 400 else _CUT_OF_MUCH if numbers <= 512 else _CUT_OF_MOST
+
+
+def _alignment(tensors: tuple[Tensor, ...]) -> int:
+    """How many numbers a card may read at once, as far as the strides go: as many as 16 bytes hold, or one.
+
+    Triton sees this by itself for strides that are multiples of 16, which that of a head of 40 is not.
+    """
+    at_once = 16 // tensors[0].element_size()
+    return at_once if all(step % at_once == 0 for tensor in tensors for step in tensor.stride()[:-1]) else 1
 
 
 def _fp32(number: float) -> float:

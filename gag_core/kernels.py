@@ -3,15 +3,20 @@
 
 A program does a block of queries of one head. Head dimensions and keys are cut into tiles whose widths are powers of
 two (77 keys cost 80 and not 128, a head of 40 costs 48 and not 64), written ``(first, width)``; a tuple of tiles stands
-for a row, and loops over it are unrolled. What is computed is written down in ``eager.py``, ``entmax.py`` and
-``geometry.py``, which the tests hold this file to.
+for a row, and loops over it are unrolled. Only the last tile may reach beyond the end. What is computed is written down
+in ``eager.py``, ``entmax.py`` and ``geometry.py``, which the tests hold this file to; what makes a card do it in few
+instructions is said here.
 
 Arguments that both kernels take:
     q, k, v, out, base, mask: pointers, each with its four strides; ``base`` and ``mask`` are the output and q where
         there is none (``HAS_BASE``, ``MASK``). ``joint_lse`` has three strides.
+    ALIGNMENT: so many numbers can be read at once; the strides of q, k, v, out and base, but the last, are in it.
+    logit_unit: what products of queries and keys are multiplied with to be logits; above 0.
     DIM, VALUE_DIM: head dimension of q and k, and of v; DIM_TILES, VALUE_TILES: their tiles.
     power: ``1 / (alpha - 1)``. POWER: 2 or 1 where it is that, which is cheaper, and else 0.
     STEPS: Newton steps that find the threshold.
+    ORTHOGONAL: orthogonal_scale is not 0.
+    MASK: "none", "bool" or "additive"; MASK_PER_QUERY: it is not the same for all queries.
     WIDE: the tensors' range is that of fp32 (fp16's is not), so that products and sums of them could overflow.
     UPCAST: Triton's interpreter runs, and multiplies the bits of bf16 as if they were integers.
     PRECISION: how fp32 is multiplied, as ``tl.dot`` names it.
@@ -27,14 +32,23 @@ import triton.language as tl
 
 # Triton's interpreter runs these on the CPU: slow, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Reductions by functions of ours, which save exchanges between threads; the interpreter does those number by number.
+FEW_EXCHANGES = tl.constexpr(not INTERPRETED)
 
 # Keeps 0 / 0 at 0, and is no denormal, which GPUs may flush to 0.
 _TINY = tl.constexpr(1.2e-38)
 _FP32_MAX = tl.constexpr(3.4028234663852886e38)
+# The reciprocal of a larger power of 2 is a denormal.
+_LARGEST_UNIT = tl.constexpr(2.0**126)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# No sum of 256 products of numbers within the first overflows, nor one of values with weights that are so much smaller.
-_FACTOR_LIMIT = tl.constexpr(2.0**59)
-_WEIGHT_BITS = tl.constexpr(20)
+# Where products could overflow (WIDE), queries are bounded by the first and divided by the second, a power of 2, so
+# that no sum of 256 products with any finite key overflows; and dense weights so that no sum of values does.
+_MOST_QUERY = tl.constexpr(2.0**54)
+QUERY_UNIT = 2.0**64
+_QUERY_UNIT = tl.constexpr(QUERY_UNIT)
+_DENSE_UNIT_BITS = tl.constexpr(20)
+# With it, no sum of two products with numbers that fp16 holds overflows.
+_MOST_FACTOR = tl.constexpr(2.0**100)
 
 
 @triton.jit(do_not_specialize=["heads", "query_count", "key_count"])
@@ -56,7 +70,7 @@ def guided_attention_kernel(
     heads,
     query_count,
     key_count,
-    scale,
+    logit_unit,
     power,
     guidance_scale,
     cap,
@@ -67,74 +81,76 @@ def guided_attention_kernel(
     DIM_TILES: tl.constexpr,
     VALUE_TILES: tl.constexpr,
     KEY_TILES: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
     POWER: tl.constexpr,
     STEPS: tl.constexpr,
     RULE: tl.constexpr,
     RELATIVE: tl.constexpr,
+    ORTHOGONAL: tl.constexpr,
     HAS_BASE: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,
     JOINT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    """Guided attention with the logits of a whole row on chip."""
+    """Guided attention with the logits of a whole row on chip. SHARED: warps have queries in common."""
     first, head, batch = _place(query_count, heads, BLOCK)
     rows = tl.arange(0, BLOCK)
     row_count = query_count - first
-    queries = _load_tiles(_at(q, q_strides, batch, head, first), rows, row_count, q_strides, DIM, DIM_TILES)
-    queries = _bounded(queries, WIDE)
-    k = _at(k, k_strides, batch, head, 0)
-    v = _at(v, v_strides, batch, head, 0)
-    mask = _at(mask, mask_strides, batch, head, first)
+    queries = _queries(q, q_strides, batch, head, first, rows, row_count, DIM, DIM_TILES, ALIGNMENT, WIDE)
+    k = _at(k, k_strides, batch, head, 0, ALIGNMENT)
+    v = _at(v, v_strides, batch, head, 0, ALIGNMENT)
+    mask = _at(mask, mask_strides, batch, head, first, 1)
 
     logits = ()
-    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     for i in tl.static_range(len(KEY_TILES)):
-        columns = KEY_TILES[i][0] + tl.arange(0, KEY_TILES[i][1])
         tile = _logits(
-            queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
-            BLOCK, KEY_TILES[i][1], DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
+            queries, k, k_strides, KEY_TILES[i][0], key_count, mask, mask_strides, rows, row_count, logit_unit,
+            BLOCK, KEY_TILES[i][1], i < len(KEY_TILES) - 1, DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST,
+            PRECISION,
         )  # fmt: skip
         logits = logits + (tile,)
-        maximum = tl.maximum(maximum, tl.max(tile, 1))
+    maximum = _maximum(logits)
+    # Of a row that may read nothing, -inf less this stays -inf.
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    if MASK == "additive":
+        logit_unit = 1.0
 
     scaled = ()
     for i in tl.static_range(len(KEY_TILES)):
-        scaled = scaled + (_scaled(logits[i], maximum, power),)
+        scaled = scaled + (_scaled(logits[i], maximum, logit_unit / power),)
     threshold = tl.full((BLOCK,), -1.0, tl.float32)
     for _ in range(STEPS):
-        total = tl.zeros((BLOCK,), tl.float32)
-        slope = tl.zeros((BLOCK,), tl.float32)
-        for i in tl.static_range(len(KEY_TILES)):
-            tile_total, tile_slope = _sums(scaled[i], threshold, power, POWER)
-            total += tile_total
-            slope += tile_slope
+        total, slope = _sums(scaled, threshold, power, POWER)
         threshold = _next_threshold(threshold, total, slope, power, POWER)
 
-    sparse_total = tl.zeros((BLOCK,), tl.float32)
-    dense_total = tl.zeros((BLOCK,), tl.float32)
     sparse = _zeros(BLOCK, VALUE_TILES)
     dense = _zeros(BLOCK, VALUE_TILES)
     for i in tl.static_range(len(KEY_TILES)):
-        columns = KEY_TILES[i][0] + tl.arange(0, KEY_TILES[i][1])
-        values = _load_tiles(v, columns, key_count, v_strides, VALUE_DIM, VALUE_TILES)
-        weights = _sparse(scaled[i], threshold, power, POWER, WIDE)
-        sparse_total += tl.sum(weights, 1)
-        sparse = _accumulated(sparse, weights, values, UPCAST, PRECISION)
-        weights = _dense(scaled[i], power, WIDE)
-        dense_total += tl.sum(weights, 1)
-        dense = _accumulated(dense, weights, values, UPCAST, PRECISION)
+        values = _values(
+            v, v_strides, KEY_TILES[i][0], key_count,
+            KEY_TILES[i][1], i < len(KEY_TILES) - 1, VALUE_DIM, VALUE_TILES, ALIGNMENT,
+        )  # fmt: skip
+        sparse_weights = _sparse(scaled[i], threshold, power, POWER, v.dtype.element_ty == tl.float32)
+        sparse = _accumulated(sparse, sparse_weights, values, UPCAST, PRECISION)
+        dense_weights = _dense(scaled[i], power, WIDE)
+        dense = _accumulated(dense, dense_weights, values, UPCAST, PRECISION)
+        if i == 0:
+            totals = _begun(sparse_weights, dense_weights, SHARED)
+        else:
+            totals = _added(totals, sparse_weights, dense_weights)
+    sparse_total, dense_total = _summed(totals)
 
     _finish(
-        sparse, dense, sparse_total, dense_total, maximum,
-        _at(out, out_strides, batch, head, first), out_strides,
-        _at(base, base_strides, batch, head, first), base_strides,
-        _at(joint_lse, lse_strides, batch, head, first), lse_strides,
+        sparse, dense, sparse_total, dense_total, maximum * logit_unit,
+        out, out_strides, base, base_strides, joint_lse, lse_strides, batch, head, first,
         rows, row_count, guidance_scale, cap, orthogonal_scale, strength,
-        VALUE_DIM, VALUE_TILES, RULE, RELATIVE, HAS_BASE, JOINT, WIDE, LIMIT,
+        VALUE_DIM, VALUE_TILES, ALIGNMENT, RULE, RELATIVE, ORTHOGONAL, HAS_BASE, JOINT, WIDE, LIMIT,
     )  # fmt: skip
 
 
@@ -157,7 +173,7 @@ def guided_attention_long_kernel(
     heads,
     query_count,
     key_count,
-    scale,
+    logit_unit,
     power,
     guidance_scale,
     cap,
@@ -174,9 +190,12 @@ def guided_attention_long_kernel(
     STEPS: tl.constexpr,
     RULE: tl.constexpr,
     RELATIVE: tl.constexpr,
+    ORTHOGONAL: tl.constexpr,
     HAS_BASE: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,
     JOINT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     WIDE: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -190,36 +209,43 @@ def guided_attention_long_kernel(
     first, head, batch = _place(query_count, heads, BLOCK)
     rows = tl.arange(0, BLOCK)
     row_count = query_count - first
-    queries = _load_tiles(_at(q, q_strides, batch, head, first), rows, row_count, q_strides, DIM, DIM_TILES)
-    queries = _bounded(queries, WIDE)
-    k = _at(k, k_strides, batch, head, 0)
-    v = _at(v, v_strides, batch, head, 0)
-    mask = _at(mask, mask_strides, batch, head, first)
+    queries = _queries(q, q_strides, batch, head, first, rows, row_count, DIM, DIM_TILES, ALIGNMENT, WIDE)
+    k = _at(k, k_strides, batch, head, 0, ALIGNMENT)
+    v = _at(v, v_strides, batch, head, 0, ALIGNMENT)
+    mask = _at(mask, mask_strides, batch, head, first, 1)
     key_blocks = tl.cdiv(key_count, KEY_BLOCK)
     block_numbers = tl.arange(0, MOST_KEY_BLOCKS)
+    # What is left to multiply the logits with.
+    rest = logit_unit
+    if MASK == "additive":
+        rest = 1.0
 
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     block_maximum = tl.full((BLOCK, MOST_KEY_BLOCKS), float("-inf"), tl.float32)
     dense_total = tl.zeros((BLOCK,), tl.float32)
     dense = _zeros(BLOCK, VALUE_TILES)
     for number in range(key_blocks):
-        columns = number * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
         logits = _logits(
-            queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
-            BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
+            queries, k, k_strides, number * KEY_BLOCK, key_count, mask, mask_strides, rows, row_count, logit_unit,
+            BLOCK, KEY_BLOCK, False, DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
         )  # fmt: skip
         largest = tl.max(logits, 1)
         block_maximum = tl.where(block_numbers[None, :] == number, largest[:, None], block_maximum)
         earlier = maximum
         maximum = tl.maximum(maximum, largest)
         # Both are -inf where nothing could be read so far; then there is nothing to rescale.
-        rescale = tl.where(earlier == float("-inf"), 0.0, tl.exp(earlier - maximum))
-        weights = _dense(_scaled(logits, maximum, power), power, WIDE)
+        rescale = tl.where(earlier == float("-inf"), 0.0, tl.exp2((earlier - maximum) * rest * _LOG2_E))
+        largest = tl.where(maximum == float("-inf"), 0.0, maximum)
+        weights = _dense(_scaled(logits, largest, rest / power), power, WIDE)
         dense_total = dense_total * rescale + tl.sum(weights, 1)
-        values = _load_tiles(v, columns, key_count, v_strides, VALUE_DIM, VALUE_TILES)
+        values = _values(
+            v, v_strides, number * KEY_BLOCK, key_count, KEY_BLOCK, False, VALUE_DIM, VALUE_TILES, ALIGNMENT
+        )
         dense = _accumulated(_times(dense, rescale), weights, values, UPCAST, PRECISION)
 
-    block_maximum = _scaled(block_maximum, maximum, power)
+    # Of a row that may read nothing, -inf less this stays -inf.
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    block_maximum = _scaled(block_maximum, maximum, rest / power)
     threshold = tl.full((BLOCK,), -1.0, tl.float32)
     for _ in range(STEPS):
         reach = tl.max(block_maximum - threshold[:, None], 0)
@@ -227,12 +253,13 @@ def guided_attention_long_kernel(
         slope = tl.zeros((BLOCK,), tl.float32)
         for number in range(key_blocks):
             if tl.sum(tl.where(block_numbers == number, reach, 0.0)) > 0.0:
-                columns = number * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
                 logits = _logits(
-                    queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
-                    BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
+                    queries, k, k_strides, number * KEY_BLOCK, key_count, mask, mask_strides, rows, row_count,
+                    logit_unit,
+                    BLOCK, KEY_BLOCK, False, DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
                 )  # fmt: skip
-                block_total, block_slope = _sums(_scaled(logits, maximum, power), threshold, power, POWER)
+                scaled = _scaled(logits, maximum, rest / power)
+                block_total, block_slope = _sums((scaled,), threshold, power, POWER)
                 total += block_total
                 slope += block_slope
         threshold = _next_threshold(threshold, total, slope, power, POWER)
@@ -242,23 +269,23 @@ def guided_attention_long_kernel(
     sparse = _zeros(BLOCK, VALUE_TILES)
     for number in range(key_blocks):
         if tl.sum(tl.where(block_numbers == number, reach, 0.0)) > 0.0:
-            columns = number * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
             logits = _logits(
-                queries, k, k_strides, columns, key_count, mask, mask_strides, rows, row_count, scale,
-                BLOCK, KEY_BLOCK, DIM, DIM_TILES, MASK, WIDE, UPCAST, PRECISION,
+                queries, k, k_strides, number * KEY_BLOCK, key_count, mask, mask_strides, rows, row_count, logit_unit,
+                BLOCK, KEY_BLOCK, False, DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
             )  # fmt: skip
-            weights = _sparse(_scaled(logits, maximum, power), threshold, power, POWER, WIDE)
+            scaled = _scaled(logits, maximum, rest / power)
+            weights = _sparse(scaled, threshold, power, POWER, v.dtype.element_ty == tl.float32)
             sparse_total += tl.sum(weights, 1)
-            values = _load_tiles(v, columns, key_count, v_strides, VALUE_DIM, VALUE_TILES)
+            values = _values(
+                v, v_strides, number * KEY_BLOCK, key_count, KEY_BLOCK, False, VALUE_DIM, VALUE_TILES, ALIGNMENT
+            )
             sparse = _accumulated(sparse, weights, values, UPCAST, PRECISION)
 
     _finish(
-        sparse, dense, sparse_total, dense_total, maximum,
-        _at(out, out_strides, batch, head, first), out_strides,
-        _at(base, base_strides, batch, head, first), base_strides,
-        _at(joint_lse, lse_strides, batch, head, first), lse_strides,
+        sparse, dense, sparse_total, dense_total, maximum * rest,
+        out, out_strides, base, base_strides, joint_lse, lse_strides, batch, head, first,
         rows, row_count, guidance_scale, cap, orthogonal_scale, strength,
-        VALUE_DIM, VALUE_TILES, RULE, RELATIVE, HAS_BASE, JOINT, WIDE, LIMIT,
+        VALUE_DIM, VALUE_TILES, ALIGNMENT, RULE, RELATIVE, ORTHOGONAL, HAS_BASE, JOINT, WIDE, LIMIT,
     )  # fmt: skip
 
 
@@ -272,23 +299,90 @@ def _place(query_count, heads, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _at(pointer, strides, batch, head, row):
-    return pointer + batch * strides[0] + head * strides[1] + row * strides[2]
+def _at(pointer, strides, batch, head, row, ALIGNMENT: tl.constexpr):
+    return pointer + (batch * strides[0] + head * strides[1] + row * strides[2]) * ALIGNMENT
 
 
 @triton.jit
-def _load(pointer, rows, row_count, strides, DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """``[rows, WIDTH]`` of a matrix ``[row_count, DIM]``; zero outside of it."""
+def _load(
+    pointer,
+    rows,
+    row_count,
+    strides,
+    WHOLE: tl.constexpr,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """``[rows, WIDTH]`` of a matrix ``[row_count, DIM]``; zero outside of it. WHOLE: no row lies outside."""
     dims = FIRST + tl.arange(0, WIDTH)
-    inside = (rows[:, None] < row_count) & (dims[None, :] < DIM)
-    return tl.load(pointer + rows[:, None] * strides[2] + dims[None, :] * strides[3], mask=inside, other=0.0)
+    places = pointer + (rows[:, None] * (strides[2] * ALIGNMENT) + dims[None, :] * strides[3])
+    if WHOLE and FIRST + WIDTH <= DIM:
+        tile = tl.load(places)
+    elif WHOLE:
+        tile = tl.load(places, mask=dims[None, :] < DIM, other=0.0)
+    elif FIRST + WIDTH <= DIM:
+        tile = tl.load(places, mask=rows[:, None] < row_count, other=0.0)
+    else:
+        tile = tl.load(places, mask=(rows[:, None] < row_count) & (dims[None, :] < DIM), other=0.0)
+    return tile
 
 
 @triton.jit
-def _load_tiles(pointer, rows, row_count, strides, DIM: tl.constexpr, TILES: tl.constexpr):
+def _queries(
+    q,
+    q_strides,
+    batch,
+    head,
+    first,
+    rows,
+    row_count,
+    DIM: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Tiles of a block of queries, made smaller by a power of 2 if WIDE."""
+    q = _at(q, q_strides, batch, head, first, ALIGNMENT)
     tiles = ()
     for i in tl.static_range(len(TILES)):
-        tiles = tiles + (_load(pointer, rows, row_count, strides, DIM, TILES[i][0], TILES[i][1]),)
+        tile = _load(q, rows, row_count, q_strides, False, DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+        if WIDE:
+            bounded = _saturated(tile.to(tl.float32), _MOST_QUERY)
+            tile = (bounded * (1.0 / _QUERY_UNIT)).to(tile.dtype)
+            if FEW_EXCHANGES:
+                # This does nothing, but that what is above is done once for each number: else it is moved behind the
+                # exchange that gives each number to all threads which multiply with it.
+                tile = tl.reduce(tile[:, :, None], 2, _first)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _first(one, other):
+    return one
+
+
+@triton.jit
+def _values(
+    v,
+    v_strides,
+    first,
+    key_count,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DIM: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """Tiles of the values of ``WIDTH`` keys."""
+    v += first * (v_strides[2] * ALIGNMENT)
+    keys = tl.arange(0, WIDTH)
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        tile = _load(v, keys, key_count - first, v_strides, WHOLE, DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+        tiles = tiles + (tile,)
     return tiles
 
 
@@ -319,63 +413,63 @@ def _logits(
     queries,
     k,
     k_strides,
-    columns,
+    first,
     key_count,
     mask,
     mask_strides,
     rows,
     row_count,
-    scale,
+    logit_unit,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
     DIM: tl.constexpr,
     DIM_TILES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     MASK: tl.constexpr,
-    WIDE: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``[BLOCK, WIDTH]`` in fp32, ``-inf`` where a key may not be read."""
+    """Logits of ``WIDTH`` keys, ``[BLOCK, WIDTH]`` in fp32, ``-inf`` where a key may not be read.
+
+    In logit units, but for an additive mask, which is added to what they are in truth. WHOLE: all keys are there.
+    """
+    k += first * (k_strides[2] * ALIGNMENT)
+    columns = tl.arange(0, WIDTH)
+    key_count -= first
     logits = tl.zeros((BLOCK, WIDTH), tl.float32)
     for i in tl.static_range(len(DIM_TILES)):
-        keys = _load(k, columns, key_count, k_strides, DIM, DIM_TILES[i][0], DIM_TILES[i][1])
-        logits = _dot(queries[i], tl.trans(_bounded((keys,), WIDE)[0]), logits, UPCAST, PRECISION)
-    logits *= scale
-    readable = columns[None, :] < key_count
+        keys = _load(k, columns, key_count, k_strides, WHOLE, DIM, DIM_TILES[i][0], DIM_TILES[i][1], ALIGNMENT)
+        logits = _dot(queries[i], tl.trans(keys), logits, UPCAST, PRECISION)
     if MASK != "none":
-        places = mask + rows[:, None] * mask_strides[2] + columns[None, :] * mask_strides[3]
-        given = tl.load(places, mask=(rows[:, None] < row_count) & readable, other=0)
-        if MASK == "bool":
-            readable = readable & (given != 0)
+        mask += first * mask_strides[3]
+        if MASK_PER_QUERY:
+            places = mask + (rows[:, None] * mask_strides[2] + columns[None, :] * mask_strides[3])
+            given = tl.load(places, mask=(rows[:, None] < row_count) & (columns[None, :] < key_count), other=0)
         else:
-            logits += given.to(tl.float32)
+            given = tl.load(mask + columns * mask_strides[3], mask=columns < key_count, other=0)[None, :]
+        if MASK == "bool":
+            logits = tl.where(given != 0, logits, float("-inf"))
+        else:
+            logits = _saturated(logits * logit_unit, _FP32_MAX) + given.to(tl.float32)
             logits = tl.where(logits > _FP32_MAX, _FP32_MAX, logits)
-    return tl.where(readable, logits, float("-inf"))
+    if not WHOLE and MASK != "bool":
+        logits = tl.where(columns[None, :] < key_count, logits, float("-inf"))
+    return logits
 
 
 @triton.jit
-def _scaled(logits, maximum, power):
-    """``(alpha - 1) (z - max z)``; the maximum of a row that may read nothing counts as 0."""
-    return (logits - tl.where(maximum == float("-inf"), 0.0, maximum)[:, None]) * (1.0 / power)
-
-
-@triton.jit
-def _bounded(tiles, WIDE: tl.constexpr):
-    """Queries or keys, of which no product overflows."""
-    result = ()
-    for i in tl.static_range(len(tiles)):
-        tile = tiles[i]
-        if WIDE:
-            tile = _saturated(tile.to(tl.float32), _FACTOR_LIMIT).to(tile.dtype)
-        result = result + (tile,)
-    return result
+def _scaled(logits, maximum, unit):
+    """``(alpha - 1) (z - max z)`` of logits in such units; in this order, because large ones would be rounded first."""
+    return (logits - maximum[:, None]) * unit
 
 
 @triton.jit
 def _dense(scaled, power, WIDE: tl.constexpr):
     """``exp(z - max z)``, a power of 2 smaller if WIDE."""
     if WIDE:
-        weights = tl.exp2(scaled * (power * _LOG2_E) - _WEIGHT_BITS)
+        weights = tl.exp2(scaled * (power * _LOG2_E) - _DENSE_UNIT_BITS)
     else:
         weights = tl.exp2(scaled * (power * _LOG2_E))
     return weights
@@ -388,29 +482,115 @@ def _raised(numbers, exponent):
 
 
 @triton.jit
-def _sparse(scaled, threshold, power, POWER: tl.constexpr, WIDE: tl.constexpr):
-    """``relu(scaled - t) ** power``, half of it if WIDE: its sum may lie a rounding error above 1."""
-    weights = tl.maximum(scaled - threshold[:, None], 0.0)
+def _sparse(scaled, threshold, power, POWER: tl.constexpr, FP32: tl.constexpr):
+    """``relu(scaled - t) ** power``, half of it for fp32: their sum may lie a rounding error above 1."""
+    weights = _above(scaled, threshold)
     if POWER == 2:
         weights = weights * weights
     elif POWER == 0:
         weights = _raised(weights, power)
-    if WIDE:
+    if FP32:
         weights = weights * 0.5
     return weights
 
 
 @triton.jit
+def _above(scaled, threshold):
+    """``relu(scaled - t)``. It is 1 at most, and cards do a subtraction and a clamp to [0, 1] in one instruction."""
+    return tl.clamp(scaled - threshold[:, None], 0.0, 1.0)
+
+
+@triton.jit
+def _maximum(tiles):
+    """Largest number of each row."""
+    wide = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        if tiles[i].shape[1] == wide.shape[1]:
+            wide = tl.maximum(wide, tiles[i])
+    maximum = tl.max(wide, 1)
+    for i in tl.static_range(1, len(tiles)):
+        if tiles[i].shape[1] != wide.shape[1]:
+            maximum = tl.maximum(maximum, tl.max(tiles[i], 1))
+    return maximum
+
+
+@triton.jit
+def _begun(one, other, BY_COLUMN: tl.constexpr):
+    """The sums over rows of two tiles, so far.
+
+    A sum over a row is an exchange between threads. BY_COLUMN saves most of them: until the end, which is
+    :func:`_summed`, there is a number for each column of the tiles, which takes registers, and one a row for tiles of
+    another width.
+    """
+    if BY_COLUMN:
+        sums = (one, other, tl.zeros((one.shape[0],), tl.float32), tl.zeros((one.shape[0],), tl.float32))
+    else:
+        sums = _both_sums(one, other)
+    return sums
+
+
+@triton.jit
+def _added(sums, one, other):
+    """The same with two more tiles."""
+    if len(sums) == 4 and one.shape[1] == sums[0].shape[1]:
+        added = (sums[0] + one, sums[1] + other, sums[2], sums[3])
+    else:
+        one_sum, other_sum = _both_sums(one, other)
+        if len(sums) == 4:
+            added = (sums[0], sums[1], sums[2] + one_sum, sums[3] + other_sum)
+        else:
+            added = (sums[0] + one_sum, sums[1] + other_sum)
+    return added
+
+
+@triton.jit
+def _summed(sums):
+    """Both sums, a number a row."""
+    if len(sums) == 4:
+        one, other = _both_sums(sums[0], sums[1])
+        both = (one + sums[2], other + sums[3])
+    else:
+        both = sums
+    return both
+
+
+@triton.jit
+def _both_sums(one, other):
+    """Sums over the rows of two tiles, in one exchange."""
+    if FEW_EXCHANGES:
+        both = tl.reduce((one, other), 1, _added_pairs)
+    else:
+        both = (tl.sum(one, 1), tl.sum(other, 1))
+    return both
+
+
+@triton.jit
+def _added_pairs(one, other, more, other_more):
+    return one + more, other + other_more
+
+
+@triton.jit
 def _sums(scaled, threshold, power, POWER: tl.constexpr):
     """Sums over the keys of ``relu(scaled - threshold) ** power`` and of its slope over power."""
-    above = tl.maximum(scaled - threshold[:, None], 0.0)
+    total, slope = _terms(scaled[0], threshold, power, POWER)
+    sums = _begun(total, slope, True)
+    for i in tl.static_range(1, len(scaled)):
+        total, slope = _terms(scaled[i], threshold, power, POWER)
+        sums = _added(sums, total, slope)
+    return _summed(sums)
+
+
+@triton.jit
+def _terms(scaled, threshold, power, POWER: tl.constexpr):
+    """What :func:`_sums` sums."""
+    above = _above(scaled, threshold)
     if POWER == 2:
         slopes = above
     elif POWER == 1:
         slopes = (above > 0.0).to(tl.float32)
     else:
         slopes = _raised(above, power - 1.0)
-    return tl.sum(slopes * above, 1), tl.sum(slopes, 1)
+    return slopes * above, slopes
 
 
 @triton.jit
@@ -423,7 +603,8 @@ def _next_threshold(threshold, total, slope, power, POWER: tl.constexpr):
         change = total - 1.0
     else:
         change = total - _raised(total, 1.0 - 1.0 / power)
-    return threshold + tl.where(slope > 0.0, change / tl.maximum(slope, _TINY), 0.0)
+    # Below the root the slope is 1 and more, but for a row that may read nothing.
+    return threshold + change / tl.maximum(slope, 1.0)
 
 
 @triton.jit
@@ -444,55 +625,77 @@ def _accumulated(tiles, weights, values, UPCAST: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
-def _norm(tiles):
-    """Norm over a row, as ``(size, norm of the row over size)``: squares neither over- nor underflow."""
-    size = tl.max(tl.abs(tiles[0]), 1)
-    for i in tl.static_range(1, len(tiles)):
-        size = tl.maximum(size, tl.max(tl.abs(tiles[i]), 1))
-    size = tl.maximum(size, _TINY)
-    squares = tl.zeros_like(size)
-    for i in tl.static_range(len(tiles)):
-        unit = tiles[i] / size[:, None]
-        squares += tl.sum(unit * unit, 1)
-    return size, tl.sqrt(squares)
-
-
-@triton.jit
-def _changes(
-    sparse, dense, guidance_scale, cap, orthogonal_scale, strength, RULE: tl.constexpr, RELATIVE: tl.constexpr
-):
-    """``strength * (guided - dense)`` as tiles: ``geometry.correction_``."""
-    changes = ()
-    if RULE == "pladis":
-        for i in tl.static_range(len(sparse)):
-            changes = changes + ((sparse[i] - dense[i]) * (strength * guidance_scale),)
-    else:
-        size, norm = _norm(sparse)
-        direction = ()
-        along = tl.zeros_like(size)
-        for i in tl.static_range(len(sparse)):
-            direction = direction + (sparse[i] / size[:, None] / tl.maximum(norm, _TINY)[:, None],)
-            along += tl.sum((sparse[i] - dense[i]) * direction[i], 1)
-        along *= 1.0 - orthogonal_scale
-        guidance = ()
-        for i in tl.static_range(len(sparse)):
-            guidance = guidance + ((sparse[i] - dense[i]) * orthogonal_scale + direction[i] * along[:, None],)
-        guidance_size, guidance_norm = _norm(guidance)
-        guidance_norm *= guidance_size
-        limit = tl.zeros_like(size) + cap
-        if RELATIVE:
-            limit *= size * norm
-        # Not a minimum: an infinite cap times a norm of 0 is not a number, and no cap.
-        reach = tl.where(limit < guidance_norm, limit / tl.maximum(guidance_norm, _TINY), 1.0) * guidance_scale
-        for i in tl.static_range(len(sparse)):
-            changes = changes + ((guidance[i] * reach[:, None] + (sparse[i] - dense[i])) * strength,)
-    return changes
-
-
-@triton.jit
 def _saturated(tile, LIMIT: tl.constexpr):
     """Clamped; NaN stays."""
-    return tl.where(tile > LIMIT, LIMIT, tl.where(tile < -LIMIT, -LIMIT, tile))
+    return tl.clamp(tile, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _unit(tiles):
+    """Powers of 2, one a row and their reciprocals, of the size of the row's largest number: below it, by 4 at most."""
+    largest = tl.max(tl.abs(tiles[0]), 1)
+    for i in tl.static_range(1, len(tiles)):
+        largest = tl.maximum(largest, tl.max(tl.abs(tiles[i]), 1))
+    # No denormal, and neither is the reciprocal.
+    largest = tl.minimum(tl.maximum(largest, _TINY), _LARGEST_UNIT)
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    return exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _factors(
+    sparse, dense, sparse_size, dense_size, guidance_scale, cap, orthogonal_scale, strength,
+    RULE: tl.constexpr, RELATIVE: tl.constexpr, ORTHOGONAL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Two numbers a row, a and b, with ``strength * (guided - dense) = a * sparse + b * dense``.
+
+    The read-outs S and D are ``sparse_size * sparse`` and ``dense_size * dense``. All of ``geometry.correction_`` is
+    linear in them but for norms and inner products, so that is all that a pass over the row is needed for.
+    """
+    if RULE == "pladis":
+        of_sparse = sparse_size * (strength * guidance_scale)
+        of_dense = dense_size * (-strength * guidance_scale)
+    else:
+        square = tl.zeros_like(sparse_size)
+        product = tl.zeros_like(sparse_size)
+        for i in tl.static_range(len(sparse)):
+            square += tl.sum(sparse[i] * sparse[i], 1)
+            product += tl.sum(sparse[i] * dense[i], 1)
+        # The part along S of the discrepancy S - D is ``parallel * sparse``, of D ``share * dense_size * sparse``.
+        share = product / tl.maximum(square, _TINY)
+        parallel = sparse_size - share * dense_size
+        length = tl.sqrt(square)
+        guidance_norm = tl.abs(parallel) * length
+        if ORTHOGONAL:
+            rest = tl.zeros_like(sparse_size)
+            for i in tl.static_range(len(sparse)):
+                across = share[:, None] * sparse[i] - dense[i]
+                rest += tl.sum(across * across, 1)
+            across_norm = tl.abs(orthogonal_scale) * dense_size * tl.sqrt(rest)
+            larger = tl.maximum(tl.maximum(guidance_norm, across_norm), _TINY)
+            guidance_norm /= larger
+            across_norm /= larger
+            guidance_norm = larger * tl.sqrt(guidance_norm * guidance_norm + across_norm * across_norm)
+        limit = tl.zeros_like(square) + cap
+        if RELATIVE:
+            limit *= sparse_size * length
+        # Not a minimum: an infinite cap times a norm of 0 is not a number, and no cap.
+        reach = tl.where(limit < guidance_norm, limit / tl.maximum(guidance_norm, _TINY), 1.0) * guidance_scale
+        of_sparse = strength * (sparse_size + reach * parallel)
+        of_dense = -strength * dense_size
+        if ORTHOGONAL:
+            across = reach * orthogonal_scale
+            of_sparse += strength * across * (share * dense_size)
+            of_dense -= strength * across * dense_size
+    # Where there is no direction nothing is changed.
+    known = (of_sparse == of_sparse) & (of_dense == of_dense)
+    if WIDE:
+        of_sparse = _saturated(of_sparse, _LARGEST_UNIT)
+        of_dense = _saturated(of_dense, _LARGEST_UNIT)
+    else:
+        of_sparse = _saturated(of_sparse, _MOST_FACTOR)
+        of_dense = _saturated(of_dense, _MOST_FACTOR)
+    return tl.where(known, of_sparse, 0.0), tl.where(known, of_dense, 0.0)
 
 
 @triton.jit
@@ -508,6 +711,9 @@ def _finish(
     base_strides,
     joint_lse,
     lse_strides,
+    batch,
+    head,
+    first,
     rows,
     row_count,
     guidance_scale,
@@ -516,37 +722,52 @@ def _finish(
     strength,
     DIM: tl.constexpr,
     TILES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     RULE: tl.constexpr,
     RELATIVE: tl.constexpr,
+    ORTHOGONAL: tl.constexpr,
     HAS_BASE: tl.constexpr,
     JOINT: tl.constexpr,
     WIDE: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
     """From the weighted sums over the keys to the output in memory."""
-    mean_sparse, mean_dense = (), ()
-    for i in tl.static_range(len(TILES)):
-        tile = _saturated(sparse[i] / tl.maximum(sparse_total, _TINY)[:, None], _FP32_MAX)
-        mean_sparse = mean_sparse + (tile,)
-        tile = _saturated(dense[i] / tl.maximum(dense_total, _TINY)[:, None], _FP32_MAX)
-        mean_dense = mean_dense + (tile,)
-    changes = _changes(mean_sparse, mean_dense, guidance_scale, cap, orthogonal_scale, strength, RULE, RELATIVE)
-    mass = tl.full(maximum.shape, 1.0, tl.float32)
+    # Read-outs are these numbers times the sums.
+    sparse_size = 1.0 / tl.maximum(sparse_total, _TINY)
+    dense_size = 1.0 / tl.maximum(dense_total, _TINY)
+    if WIDE:
+        # Their squares must neither over- nor underflow.
+        unit, inverse = _unit(sparse)
+        sparse = _times(sparse, inverse)
+        sparse_size = _saturated(sparse_size * unit, _FP32_MAX)
+        unit, inverse = _unit(dense)
+        dense = _times(dense, inverse)
+        dense_size = _saturated(dense_size * unit, _FP32_MAX)
+    of_sparse, of_dense = _factors(
+        sparse, dense, sparse_size, dense_size, guidance_scale, cap, orthogonal_scale, strength,
+        RULE, RELATIVE, ORTHOGONAL, WIDE,
+    )  # fmt: skip
     if JOINT:
-        whole = tl.load(joint_lse + rows * lse_strides[2], mask=rows < row_count, other=0.0).to(tl.float32)
-        mass = tl.exp(maximum + tl.log(dense_total) - whole)
+        places = _at(joint_lse, lse_strides, batch, head, first, 1) + rows * lse_strides[2]
+        whole = tl.load(places, mask=rows < row_count, other=0.0).to(tl.float32)
+        mass = dense_total * tl.exp2((_saturated(maximum, _FP32_MAX) - whole) * _LOG2_E)
         if WIDE:
-            mass *= tl.exp2(_WEIGHT_BITS * 1.0)
+            mass *= tl.exp2(_DENSE_UNIT_BITS * 1.0)
         # Where no text may be read there is no mass, and the line above is not a number.
         mass = tl.where(dense_total > 0.0, tl.where(mass > 1.0, 1.0, mass), 0.0)
+        of_sparse *= mass
+        of_dense *= mass
+    out = _at(out, out_strides, batch, head, first, ALIGNMENT)
+    if HAS_BASE:
+        base = _at(base, base_strides, batch, head, first, ALIGNMENT)
+    else:
+        of_dense += dense_size
     for i in tl.static_range(len(TILES)):
-        change = tl.where(changes[i] != changes[i], 0.0, changes[i])
-        change = _saturated(change, _FP32_MAX) * mass[:, None]
+        guided = sparse[i] * of_sparse[:, None] + dense[i] * of_dense[:, None]
         if HAS_BASE:
-            unguided = _load(base, rows, row_count, base_strides, DIM, TILES[i][0], TILES[i][1]).to(tl.float32)
-        else:
-            unguided = mean_dense[i]
-        guided = _saturated(unguided + change, LIMIT).to(out.dtype.element_ty)
+            unguided = _load(base, rows, row_count, base_strides, False, DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+            guided += unguided.to(tl.float32)
+        guided = _saturated(guided, LIMIT).to(out.dtype.element_ty)
         dims = TILES[i][0] + tl.arange(0, TILES[i][1])
-        places = out + rows[:, None] * out_strides[2] + dims[None, :] * out_strides[3]
+        places = out + rows[:, None] * (out_strides[2] * ALIGNMENT) + dims[None, :] * out_strides[3]
         tl.store(places, guided, mask=(rows[:, None] < row_count) & (dims[None, :] < DIM))
