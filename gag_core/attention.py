@@ -251,6 +251,19 @@ def _check_base(base: Tensor | None, q: Tensor, v: Tensor) -> None:
         )
 
 
+def _mismatch(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What the shapes should be and are not."""
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        return "q, k and v must have the same batch and heads"
+    if q.shape[3] != k.shape[3]:
+        return "q and k must have the same head_dim"
+    if k.shape[2] != v.shape[2]:
+        return "k and v must have the same number of tokens"
+    if 0 in k.shape or 0 in v.shape or 0 in q.shape[:2]:
+        return "attention needs at least one batch row, head, key and head dimension"
+    return None
+
+
 def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
     """Refuse what does not go together; return the mask as a view of rank 4."""
     tensors = {"q": q, "k": k, "v": v}
@@ -265,15 +278,10 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | N
                 "q, k and v must have one dtype and one device, "
                 f"got q in {q.dtype} on {q.device} and {name} in {tensor.dtype} on {tensor.device}."
             )
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
-        raise ValueError(f"q, k and v must have the same batch and heads, got {shapes}.")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must have the same head_dim, got {shapes}.")
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(f"k and v must have the same number of tokens, got {shapes}.")
-    if 0 in k.shape or 0 in v.shape or 0 in q.shape[:2]:
-        raise ValueError(f"attention needs at least one batch row, head, key and head dimension, got {shapes}.")
+    problem = _mismatch(q, k, v)
+    if problem:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"{problem}, got {shapes}.")
     if mask is None:
         return None
     _check_tensor("mask", mask)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ _RULES = ("gag", "pladis")
 # Below it, rounding in fp32 is raised to a power that shows; see entmax.py.
 _LEAST_ALPHA = 1.05
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_FP32 = torch.finfo(torch.float32)
 
 # Older cards have no matrix units that Triton knows how to use.
 _OLDEST_NVIDIA = (8, 0)
@@ -162,14 +165,14 @@ def _runs_on(device: torch.device) -> bool:
     return _HAS_TRITON and device.type in ("cuda", "xpu")
 
 
-def _power(config: GuidanceConfig) -> tuple[float, int]:
+def _power(alpha: float) -> tuple[float, int]:
     """``1 / (alpha - 1)``, and that as the kernels tell the cheap ones from others: 2, 1 or 0."""
-    power = 1.0 / (config.alpha - 1.0)
+    power = 1.0 / (alpha - 1.0)
     return power, int(power) if power in (1.0, 2.0) else 0
 
 
 def _kind(q: Tensor, v: Tensor, config: GuidanceConfig) -> _Kind:
-    return q.device, q.dtype, q.shape[3], v.shape[3], v.shape[2] > _KEYS_ON_CHIP[q.dtype], _power(config)[1]
+    return q.device, q.dtype, q.shape[3], v.shape[3], v.shape[2] > _KEYS_ON_CHIP[q.dtype], _power(config.alpha)[1]
 
 
 def _launch(
@@ -183,75 +186,117 @@ def _launch(
     scale: float,
     joint_lse: Tensor | None,
 ) -> None:
-    from . import kernels
-
-    batch, heads, queries, dim = q.shape
-    keys, value_dim = v.shape[2:]
+    batch, heads, queries, _ = q.shape
     if queries == 0:
         return
-    wide = q.dtype != torch.float16
     if scale < 0.0:
         q, scale = -q, -scale
-    # Above 0, so that it keeps masked logits at -inf.
-    logit_unit = max(scale * kernels.QUERY_UNIT if wide else scale, torch.finfo(torch.float32).tiny)
-    alignment = _alignment((q, k, v, out) if base is None else (q, k, v, out, base))
-    power, form = _power(config)
-    mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
+        mask = mask.expand(batch, heads, queries, k.shape[2])
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    # Where there is no such tensor the kernel is given another one, which it does not read.
+    missing = base is None, mask is None, joint_lse is None
+    tensors = (q, k, v, out, *(q if one is None else one for one in (base, mask, joint_lse)))
+    plan = _plan(
+        q.shape,
+        v.shape,
+        q.dtype,
+        q.device.type,
+        tuple(tensor.stride() for tensor in tensors),
+        missing,
+        mask is not None and mask.dtype == torch.uint8,
+        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
+    )
+    numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
+    arguments = [part for pair in zip(tensors, plan.strides, strict=True) for part in pair]
+    with _on(q.device):
+        plan.kernel[plan.grid](
+            *arguments,
+            heads,
+            queries,
+            k.shape[2],
+            # Above 0, so that it keeps masked logits at -inf.
+            _fp32(max(scale * plan.query_unit, _FP32.tiny)),
+            plan.power,
+            *map(_fp32, numbers),
+            **plan.settings,
+        )
+
+
+class _Plan(NamedTuple):
+    """What of a launch depends on neither numbers nor contents of tensors."""
+
+    kernel: Any
+    grid: tuple[int]
+    strides: tuple[tuple[int, ...], ...]
+    query_unit: float
+    power: float
+    settings: dict[str, Any]
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...],
+    value_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    strides: tuple[tuple[int, ...], ...],
+    missing: tuple[bool, bool, bool],
+    mask_is_bool: bool,
+    way: tuple[str, float, str, bool],
+) -> _Plan:
+    """Remembered, because in a model that a card is through with quickly each launch's own time counts.
+
+    ``strides`` are those of q, k, v, output, base, mask and logsumexp; the last three may be ``missing``; ``way`` is
+    what of the config there are other programs for.
+    """
+    from . import kernels
+
+    batch, heads, queries, dim = shape
+    keys, value_dim = value_shape[2:]
+    rule, alpha, norm_mode, orthogonal = way
+    no_base, no_mask, no_lse = missing
+    power, form = _power(alpha)
+    wide = dtype != torch.float16
+    alignment = _alignment(dtype, strides[: 4 if no_base else 5])
     settings: dict[str, Any] = {
         "DIM": dim,
         "VALUE_DIM": value_dim,
         "POWER": form,
         "STEPS": newton_steps(keys, power),
-        "RULE": config.rule,
-        "ORTHOGONAL": config.orthogonal_scale != 0.0,
-        "RELATIVE": config.norm_mode == "relative",
-        "HAS_BASE": base is not None,
-        "MASK": mask_kind,
-        "MASK_PER_QUERY": mask is not None and queries > 1 and mask.stride(2) != 0,
-        "JOINT": joint_lse is not None,
+        "RULE": rule,
+        "ORTHOGONAL": orthogonal,
+        "RELATIVE": norm_mode == "relative",
+        "HAS_BASE": not no_base,
+        "MASK": "none" if no_mask else "bool" if mask_is_bool else "additive",
+        "MASK_PER_QUERY": not no_mask and queries > 1 and strides[5][2] != 0,
+        "JOINT": not no_lse,
         "ALIGNMENT": alignment,
         "WIDE": wide,
-        "UPCAST": kernels.INTERPRETED and q.dtype == torch.bfloat16,
-        "PRECISION": "tf32x3" if q.device.type == "cuda" and torch.version.hip is None else "ieee",
-        "LIMIT": torch.finfo(out.dtype).max,
+        "UPCAST": kernels.INTERPRETED and dtype == torch.bfloat16,
+        "PRECISION": "tf32x3" if device == "cuda" and torch.version.hip is None else "ieee",
+        "LIMIT": torch.finfo(dtype).max,
     }
-    if keys <= _KEYS_ON_CHIP[q.dtype]:
+    if keys <= _KEYS_ON_CHIP[dtype]:
         kernel = kernels.guided_attention_kernel
-        cut = cut_of(keys + 2 * value_dim, q.dtype)
+        cut = cut_of(keys + 2 * value_dim, dtype)
         settings |= {"KEY_TILES": tiles(keys, cut.key_tile), "SHARED": cut.queries < 16 * cut.warps}
     else:
         kernel = kernels.guided_attention_long_kernel
-        key_block = _CUT_OF_FP32.key_tile if q.dtype == torch.float32 else _CUT.key_tile
+        key_block = _CUT_OF_FP32.key_tile if dtype == torch.float32 else _CUT.key_tile
         most_blocks = 1 << (-(-keys // key_block) - 1).bit_length()
-        cut = cut_of(key_block + most_blocks + 2 * value_dim, q.dtype)
+        cut = cut_of(key_block + most_blocks + 2 * value_dim, dtype)
         settings |= {"KEY_BLOCK": key_block, "MOST_KEY_BLOCKS": most_blocks}
-    settings |= {"DIM_TILES": tiles(dim, cut.dim_tile), "VALUE_TILES": tiles(value_dim, cut.dim_tile)}
-    # Where there is no such tensor the kernel is given another one, which it does not read.
-    given = (q, k, v, out, out if base is None else base, q if mask is None else mask)
-    arguments: list[Any] = []
-    for tensor in given:
-        *steps, step = tensor.stride()
-        unit = 1 if tensor is mask else alignment
-        arguments += [tensor, (*(one // unit for one in steps), step)]
-    lse = q[..., 0] if joint_lse is None else joint_lse
-    arguments += [lse, lse.stride()]
+    settings |= {
+        "DIM_TILES": tiles(dim, cut.dim_tile),
+        "VALUE_TILES": tiles(value_dim, cut.dim_tile),
+        "BLOCK": cut.queries,
+        "num_warps": cut.warps,
+        "num_stages": 1 if dtype == torch.float32 else 2,
+    }
+    aligned = [(*(step // alignment for step in steps[:-1]), steps[-1]) for steps in strides[:5]]
     grid = (-(-queries // cut.queries) * batch * heads,)
-    numbers = (power, config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
-    with _on(q.device):
-        kernel[grid](
-            *arguments,
-            heads,
-            queries,
-            keys,
-            *map(_fp32, (logit_unit, *numbers)),
-            BLOCK=cut.queries,
-            num_warps=cut.warps,
-            num_stages=1 if q.dtype == torch.float32 else 2,
-            **settings,
-        )
+    return _Plan(kernel, grid, (*aligned, *strides[5:]), kernels.QUERY_UNIT if wide else 1.0, power, settings)
 
 
 def cut_of(numbers: int, dtype: torch.dtype) -> Cut:
@@ -261,18 +306,18 @@ def cut_of(numbers: int, dtype: torch.dtype) -> Cut:
     return _CUT if numbers <= 400 else _CUT_OF_MUCH if numbers <= 512 else _CUT_OF_MOST
 
 
-def _alignment(tensors: tuple[Tensor, ...]) -> int:
+def _alignment(dtype: torch.dtype, strides: tuple[tuple[int, ...], ...]) -> int:
     """How many numbers a card may read at once, as far as the strides go: as many as 16 bytes hold, or one.
 
     Triton sees this by itself for strides that are multiples of 16, which that of a head of 40 is not.
     """
-    at_once = 16 // tensors[0].element_size()
-    return at_once if all(step % at_once == 0 for tensor in tensors for step in tensor.stride()[:-1]) else 1
+    at_once = 16 // dtype.itemsize
+    return at_once if all(step % at_once == 0 for steps in strides for step in steps[:-1]) else 1
 
 
 def _fp32(number: float) -> float:
     """What does not fit into the kernel's fp32 becomes infinite, as it does in a tensor."""
-    return math.copysign(math.inf, number) if abs(number) > torch.finfo(torch.float32).max else float(number)
+    return math.copysign(math.inf, number) if abs(number) > _FP32.max else float(number)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
