@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ _OUTPUT_TENSORS_ANDERSON = 16
 _OUTPUT_TENSORS_PER_DIFFERENCE = 8
 _CPU_CHUNK = 3 << 20
 _CPU_CHUNK_OF_OUTPUT = 2.1
+# But a megabyte is always there, and smaller chunks are mostly the time that it takes to begin an operation.
+_LEAST_CPU_CHUNK = 1 << 18
 _CHUNK = 3 << 23
 
 
@@ -33,8 +36,12 @@ def row_chunks(q: Tensor, keys: int, output_tensors: int = _OUTPUT_TENSORS) -> I
     ``output_tensors`` is how many tensors of its output's size are held beside.
     """
     batch, heads, rows, dim = q.shape
-    budget = min(_CPU_CHUNK, int(_CPU_CHUNK_OF_OUTPUT * q.numel())) if q.device.type == "cpu" else _CHUNK
-    step = max(1, budget // (batch * heads * (_LOGITS_TENSORS * keys + output_tensors * dim)))
+    budget = _CHUNK
+    if q.device.type == "cpu":
+        budget = max(_LEAST_CPU_CHUNK, min(_CPU_CHUNK, int(_CPU_CHUNK_OF_OUTPUT * q.numel())))
+    held = batch * heads * rows * (_LOGITS_TENSORS * keys + output_tensors * dim)
+    # Chunks that are a tenth larger cost less than one more.
+    step = max(1, math.ceil(rows / max(1, math.ceil(held / budget - 0.1))))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -21,7 +21,7 @@ from torch.nn import ModuleList
 from ..gag_core import guided_joint_attention
 from .cross_attention import TextCrossAttention
 from .families import Layer, readers
-from .host import OVERRIDE, AttentionCall, batch_rows, guided_rows
+from .host import OVERRIDE, AttentionCall, batch_rows, guided_rows, host_attention
 from .recording import CallRecording
 from .run import Run
 from .settings import Guidance
@@ -138,8 +138,10 @@ class GuidedBlocks:
         return guided_block
 
     def _override(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if self.layer is None:
+            return host_attention(function, self.previous, *args, **kwargs)
         call = AttentionCall(function, self.previous, args, kwargs)
-        if self.layer is None or not self._reads_text(call):
+        if not self._reads_text(call):
             return call.host_output()
         return self._joint(call, self.layer) if self.cross is None else self.cross.result(call, self.layer)
 

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ..gag_core import guided_attention
 from .families import Layer
-from .host import OVERRIDE, AttentionCall, batch_rows, distinct_tokens, guided_rows, merge_heads, split_heads
+from .host import (
+    OVERRIDE,
+    AttentionCall,
+    batch_rows,
+    distinct_tokens,
+    guided_rows,
+    host_attention,
+    merge_heads,
+    split_heads,
+)
 from .recording import CallRecording
 from .run import Run
 from .settings import Guidance
@@ -162,9 +171,10 @@ class GuidedUNet:
         return query, key, value
 
     def _override(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        call = AttentionCall(function, self.previous, args, kwargs)
         layer, self.expected = self.expected, None
-        return call.host_output() if layer is None else self.text.result(call, layer)
+        if layer is None:
+            return host_attention(function, self.previous, *args, **kwargs)
+        return self.text.result(AttentionCall(function, self.previous, args, kwargs), layer)
 
     def _around(self, replacement: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Guidance around an attn2 replacement that another node set, such as an image adapter.

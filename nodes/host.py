@@ -96,9 +96,7 @@ class AttentionCall:
 
     def host_output(self) -> Tensor:
         """The host's own result, in the layout the model expects."""
-        if self.previous is not None:
-            return self.previous(self.function, *self.args, **self.kwargs)
-        return self.function(*self.args, **self.kwargs)
+        return host_attention(self.function, self.previous, *self.args, **self.kwargs)
 
     def host_output_by_head(self) -> Tensor:
         """The host's own result as a view of ``[B, H, N, D]``."""
@@ -108,6 +106,11 @@ class AttentionCall:
     def as_host_output(self, out: Tensor) -> Tensor:
         """``[B, H, N, D]`` in the layout the model expects."""
         return out if self._separate_output else merge_heads(out)
+
+
+def host_attention(function: AttentionFunction, previous: Override | None, *args: Any, **kwargs: Any) -> Tensor:
+    """An attention call as it would have been without us."""
+    return function(*args, **kwargs) if previous is None else previous(function, *args, **kwargs)
 
 
 def split_heads(tensor: Tensor, heads: int) -> Tensor:

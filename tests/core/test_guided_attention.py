@@ -15,7 +15,7 @@ from torch import Tensor
 import cases
 import reference
 from cases import LAYOUTS, MASKS, SHAPES, Shape, shape_id
-from gag_core import GuidanceConfig, combine, guided_attention, sparse_dense_attention
+from gag_core import GuidanceConfig, combine, eager, guided_attention, sparse_dense_attention
 from properties import ALPHAS, PROPERTY, SEEDS, STDS
 from properties import SHAPES as ANY_SHAPE
 from tolerances import DTYPES, assert_close, extrapolation_error
@@ -217,6 +217,16 @@ def test_a_query_does_not_see_the_others(shape: Shape, masked: str) -> None:
         part_mask = mask[:, :, rows] if masked == "per-query" and mask is not None else mask
         part = guided_attention(q[:, :, rows], k, v, GENTLE, mask=part_mask, base=base[:, :, rows])
         torch.testing.assert_close(whole[:, :, rows], part, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape, keys, chunks", [((2, 4, 64, 32), 77, 1), ((2, 8, 256, 160), 77, 3), ((1, 1, 0, 8), 5, 0)], ids=str
+)
+def test_few_chunks_of_about_one_size(shape: tuple[int, int, int, int], keys: int, chunks: int) -> None:
+    """What is small is one, and a few queries at the end are not one more."""
+    found = [rows.stop - rows.start for rows in eager.row_chunks(torch.empty(shape), keys)]
+    assert len(found) == chunks and sum(found) == shape[2]
+    assert not found or min(found) > 0.9 * max(found)
 
 
 def test_many_chunks_against_the_reference() -> None:
