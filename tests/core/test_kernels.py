@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import sys
+from typing import Any
 
 import hypothesis
 import pytest
@@ -136,6 +137,26 @@ def test_layouts(layout: str) -> None:
     out = change(torch.zeros_like(q))
     fused._launch(out, q, k, v, CONFIGS["paper"], None, None, 0.2, None)
     assert torch.equal(out, by_kernel(q, k, v, CONFIGS["paper"], scale=0.2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reductions_as_a_card_does_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By functions of ours, which the interpreter calls number by number, and so only here."""
+    from gag_core import kernels
+
+    tensors = cases.qkv(Shape(1, 1, 3, 20, 16), dtype=dtype, std=1.0)
+    expected = by_kernel(*tensors, CONFIGS["gentle"])
+    called = set()
+    for function in (kernels._added_pairs, kernels._first):
+
+        def recorded(*args: object, original: Any = function.fn) -> Any:
+            called.add(original.__name__)
+            return original(*args)
+
+        monkeypatch.setattr(function, "fn", recorded)
+    monkeypatch.setattr(kernels, "FEW_EXCHANGES", kernels.tl.constexpr(True))
+    torch.testing.assert_close(by_kernel(*tensors, CONFIGS["gentle"]), expected, rtol=1e-5, atol=1e-5)
+    assert called == {"_added_pairs"}  # an axis of one number, as of _first, needs no function to be called
 
 
 @pytest.mark.parametrize("name", MASKS)
