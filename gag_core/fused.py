@@ -41,7 +41,7 @@ _failed: set[_Kind] = set()
 _warned: set[torch.device] = set()
 
 
-class Cut(NamedTuple):
+class _Cut(NamedTuple):
     """How the work is cut: the queries of a program, its warps, its widest tiles of keys and of head dimensions."""
 
     queries: int
@@ -55,11 +55,11 @@ _KEYS_ON_CHIP = {torch.float16: 512, torch.bfloat16: 512, torch.float32: 128}
 # Warps of 16 queries each need no exchange with each other. A thread holds 1/2 of what a query has then: beyond 400
 # numbers narrower tiles keep more of it in registers, beyond 512 it would not fit, and warps share queries instead.
 # Chosen by the instructions that compiled programs for sm_80, sm_90 and sm_120 execute, without a card.
-_CUT = Cut(64, 4, key_tile=64, dim_tile=64)
-_CUT_OF_MUCH = Cut(64, 4, key_tile=32, dim_tile=64)
-_CUT_OF_MOST = Cut(32, 8, key_tile=64, dim_tile=128)
+_CUT = _Cut(64, 4, key_tile=64, dim_tile=64)
+_CUT_OF_MUCH = _Cut(64, 4, key_tile=32, dim_tile=64)
+_CUT_OF_MOST = _Cut(32, 8, key_tile=64, dim_tile=128)
 # fp32 takes twice the registers and no direct way into the matrix units.
-_CUT_OF_FP32 = Cut(16, 4, key_tile=32, dim_tile=64)
+_CUT_OF_FP32 = _Cut(16, 4, key_tile=32, dim_tile=64)
 
 
 def takes(q: Tensor, v: Tensor, config: GuidanceConfig) -> bool:
@@ -215,8 +215,8 @@ def _launch(
             heads,
             queries,
             k.shape[2],
-            # Above 0, so that it keeps masked logits at -inf.
-            _fp32(max(scale * plan.query_unit, _FP32.tiny)),
+            # Above 0, so that it keeps masked logits at -inf, and finite, so that it keeps the largest one at 0.
+            min(max(scale * plan.query_unit, _FP32.tiny), _FP32.max),
             plan.power,
             *map(_fp32, numbers),
             **plan.settings,
@@ -279,13 +279,13 @@ def _plan(
     }
     if keys <= _KEYS_ON_CHIP[dtype]:
         kernel = kernels.guided_attention_kernel
-        cut = cut_of(keys + 2 * value_dim, dtype)
+        cut = _cut_of(keys + 2 * value_dim, dtype)
         settings |= {"KEY_TILES": tiles(keys, cut.key_tile), "SHARED": cut.queries < 16 * cut.warps}
     else:
         kernel = kernels.guided_attention_long_kernel
         key_block = _CUT_OF_FP32.key_tile if dtype == torch.float32 else _CUT.key_tile
         most_blocks = 1 << (-(-keys // key_block) - 1).bit_length()
-        cut = cut_of(key_block + most_blocks + 2 * value_dim, dtype)
+        cut = _cut_of(key_block + most_blocks + 2 * value_dim, dtype)
         settings |= {"KEY_BLOCK": key_block, "MOST_KEY_BLOCKS": most_blocks}
     settings |= {
         "DIM_TILES": tiles(dim, cut.dim_tile),
@@ -299,7 +299,7 @@ def _plan(
     return _Plan(kernel, grid, (*aligned, *strides[5:]), kernels.QUERY_UNIT if wide else 1.0, power, settings)
 
 
-def cut_of(numbers: int, dtype: torch.dtype) -> Cut:
+def _cut_of(numbers: int, dtype: torch.dtype) -> _Cut:
     """How to cut the work if a program holds so many fp32 numbers for each query: logits, and both read-outs."""
     if dtype == torch.float32:
         return _CUT_OF_FP32

@@ -159,6 +159,22 @@ def test_reductions_as_a_card_does_them(dtype: torch.dtype, monkeypatch: pytest.
     assert called == {"_added_pairs"}  # an axis of one number, as of _first, needs no function to be called
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [SMALL, LONG], ids=["on-chip", "long"])
+def test_any_scale(shape: Shape, dtype: torch.dtype) -> None:
+    q, k, v = cases.qkv(shape, dtype=dtype)
+    mask = MASKS["bool-per-key"](shape)
+    for scale in (-0.3, 0.0, 1e-300, 1e300):
+        out = torch.full_like(q, math.nan)
+        fused._launch(out, q, k, v, CONFIGS["gentle"], None, mask, scale, None)
+        if abs(scale) < 1.0:
+            expected = reference.guided_attention(q, k, v, CONFIGS["gentle"], mask=mask, scale=scale)
+            limit = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 6e-2}[dtype]
+            assert (out.double() - expected).norm() <= limit * expected.norm()
+        else:
+            assert torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(name: str) -> None:
     assert_matches(*cases.qkv(SMALL), CONFIGS["gentle"], mask=MASKS[name](SMALL))
