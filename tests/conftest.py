@@ -4,7 +4,8 @@
 The root has a folder ``nodes``, and so has ComfyUI a module of that name, which the host tests import into the same
 process.
 
-Triton's kernels run in its interpreter here, which has to be said before anything imports Triton.
+Triton's kernels run in its interpreter here, which has to be said before anything imports Triton; but on a card where
+GAG_TEST_DEVICE names one (see tests/core/test_kernels.py).
 
 The tests in a browser run with ``--browser`` only, because not every machine has one.
 """
@@ -19,7 +20,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ["TRITON_INTERPRET"] = "1"
+if "GAG_TEST_DEVICE" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

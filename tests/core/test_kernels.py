@@ -2,7 +2,8 @@
 """The Triton kernels in Triton's interpreter, against the fp64 reference; and who computes what.
 
 The interpreter runs the kernels' own code on the CPU, program by program. What it cannot show is speed, and whether a
-card's compiler takes them: see test_kernel_builds.py.
+card's compiler takes them: see test_kernel_builds.py. With GAG_TEST_DEVICE=cuda these tests run on the card instead, as
+they do by themselves where there is one (the last test).
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -31,6 +35,9 @@ pytestmark = [
     # The interpreter computes in NumPy, which warns of every infinity that the kernels take care of.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
+
+DEVICE = torch.device(os.environ.get("GAG_TEST_DEVICE", "cpu"))
+interpreted_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="of the interpreter, or of what a CPU does")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Keys: one, a prompt, two and three prompts, a long one that is computed in several passes; each needs other tiles.
@@ -60,7 +67,7 @@ CONFIGS = {
 # Goals of the kernels: fp32 close to fp64 relative to the output's norm, half precision close to torch's attention.
 FP32_ERROR = 2e-5
 # The interpreter cuts bf16 off where cards round it.
-HALF_ERROR = {torch.float16: 4.0, torch.bfloat16: 8.0}
+HALF_ERROR = {torch.float16: 4.0, torch.bfloat16: 8.0 if DEVICE.type == "cpu" else 4.0}
 
 
 def by_kernel(
@@ -75,9 +82,27 @@ def by_kernel(
     joint_lse: Tensor | None = None,
 ) -> Tensor:
     out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype)
+    return launched(out, q, k, v, config, base, mask, scale=scale, joint_lse=joint_lse)
+
+
+def launched(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    base: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    joint_lse: Tensor | None = None,
+) -> Tensor:
+    """What the kernel writes into such an output."""
     mask = mask if mask is None else mask[(None,) * (4 - mask.ndim)]
-    fused._launch(out, q, k, v, config, base, mask, scale or q.shape[3] ** -0.5, joint_lse)
-    return out
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    out, q, k, v = (tensor.to(DEVICE) for tensor in (out, q, k, v))
+    base, mask, joint_lse = (one if one is None else one.to(DEVICE) for one in (base, mask, joint_lse))
+    fused._launch(out, q, k, v, config, base, mask, scale, joint_lse)
+    return out.cpu()
 
 
 def assert_matches(
@@ -134,14 +159,16 @@ def test_layouts(layout: str) -> None:
     change = LAYOUTS[layout]
     q, k, v = cases.qkv(SMALL)
     assert_matches(change(q), change(k), change(v), CONFIGS["paper"])
-    out = change(torch.zeros_like(q))
-    fused._launch(out, q, k, v, CONFIGS["paper"], None, None, 0.2, None)
+    out = launched(change(torch.zeros_like(q)), q, k, v, CONFIGS["paper"], scale=0.2)
     assert torch.equal(out, by_kernel(q, k, v, CONFIGS["paper"], scale=0.2))
 
 
+@interpreted_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reductions_as_a_card_does_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """By functions of ours, which the interpreter calls number by number, and so only here."""
+    from triton.language import constexpr
+
     from gag_core import kernels
 
     tensors = cases.qkv(Shape(1, 1, 3, 20, 16), dtype=dtype, std=1.0)
@@ -154,7 +181,7 @@ def test_reductions_as_a_card_does_them(dtype: torch.dtype, monkeypatch: pytest.
             return original(*args)
 
         monkeypatch.setattr(function, "fn", recorded)
-    monkeypatch.setattr(kernels, "FEW_EXCHANGES", kernels.tl.constexpr(True))
+    monkeypatch.setattr(kernels, "FEW_EXCHANGES", constexpr(True))
     torch.testing.assert_close(by_kernel(*tensors, CONFIGS["gentle"]), expected, rtol=1e-5, atol=1e-5)
     assert called == {"_added_pairs"}  # an axis of one number, as of _first, needs no function to be called
 
@@ -165,8 +192,7 @@ def test_any_scale(shape: Shape, dtype: torch.dtype) -> None:
     q, k, v = cases.qkv(shape, dtype=dtype)
     mask = MASKS["bool-per-key"](shape)
     for scale in (-0.3, 0.0, 1e-300, 1e300):
-        out = torch.full_like(q, math.nan)
-        fused._launch(out, q, k, v, CONFIGS["gentle"], None, mask, scale, None)
+        out = by_kernel(q, k, v, CONFIGS["gentle"], mask=mask, scale=scale)
         if abs(scale) < 1.0:
             expected = reference.guided_attention(q, k, v, CONFIGS["gentle"], mask=mask, scale=scale)
             limit = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 6e-2}[dtype]
@@ -291,6 +317,8 @@ def test_any_call(seed: int, queries: int, keys: int, dim: int, dtype: torch.dty
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels are chosen for CPU tensors as they are for a card's."""
+    if DEVICE.type != "cpu":
+        pytest.skip("the interpreter is off")
     monkeypatch.setattr(fused, "_runs_on", lambda device: True)
     monkeypatch.setattr(fused, "_failed", set())
     monkeypatch.setattr(fused, "_warned", set())
@@ -409,3 +437,20 @@ def test_tiles(length: int, largest: int, widths: list[int]) -> None:
     found = fused.tiles(length, largest)
     assert [width for _, width in found] == widths
     assert [first for first, _ in found] == [sum(widths[:i]) for i in range(len(widths))]
+
+
+@interpreted_only
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not fused._runs_on(torch.device("cuda")), reason="no card that the kernels run on"
+)
+def test_the_same_on_this_machines_card() -> None:
+    environment = {**os.environ, "GAG_TEST_DEVICE": "cuda"}
+    environment.pop("TRITON_INTERPRET")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
