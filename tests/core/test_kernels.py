@@ -70,19 +70,9 @@ FP32_ERROR = 2e-5
 HALF_ERROR = {torch.float16: 4.0, torch.bfloat16: 8.0 if DEVICE.type == "cpu" else 4.0}
 
 
-def by_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: GuidanceConfig,
-    *,
-    base: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    joint_lse: Tensor | None = None,
-) -> Tensor:
+def by_kernel(q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, **options: Any) -> Tensor:
     out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype)
-    return launched(out, q, k, v, config, base, mask, scale=scale, joint_lse=joint_lse)
+    return launched(out, q, k, v, config, **options)
 
 
 def launched(
