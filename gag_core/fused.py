@@ -52,12 +52,18 @@ class _Cut(NamedTuple):
 
 # Up to so many keys their logits are held; those of more are computed anew in every pass.
 _KEYS_ON_CHIP = {torch.float16: 512, torch.bfloat16: 512, torch.float32: 128}
-# Warps of 16 queries each need no exchange with each other. A thread holds 1/2 of what a query has then: beyond 400
-# numbers narrower tiles keep more of it in registers, beyond 512 it would not fit, and warps share queries instead.
-# Chosen by the instructions that compiled programs for sm_80, sm_90 and sm_120 execute, without a card.
+# By how many fp32 numbers a program holds for each query, its logits and both read-outs. Warps of 16 queries each need
+# no exchange with each other, and a thread holds half of those numbers then. Narrower tiles keep more of them in
+# registers; what does not fit would go through memory, so warps share queries instead. Chosen, without a card, by the
+# instructions that compiled programs for sm_80, sm_90 and sm_120 execute, and by what they spill.
 _CUT = _Cut(64, 4, key_tile=64, dim_tile=64)
-_CUT_OF_MUCH = _Cut(64, 4, key_tile=32, dim_tile=64)
-_CUT_OF_MOST = _Cut(32, 8, key_tile=64, dim_tile=128)
+_CUTS_OF_MORE = (
+    (480, _Cut(64, 4, key_tile=32, dim_tile=64)),
+    (512, _Cut(32, 4, key_tile=64, dim_tile=128)),
+    (math.inf, _Cut(32, 8, key_tile=64, dim_tile=128)),
+)
+# Compilers spill thousands of bytes of such read-outs if warps share more queries.
+_CUT_OF_WIDE_VALUES = _Cut(16, 4, key_tile=64, dim_tile=64)
 # fp32 takes twice the registers and no direct way into the matrix units.
 _CUT_OF_FP32 = _Cut(16, 4, key_tile=32, dim_tile=64)
 
@@ -279,13 +285,13 @@ def _plan(
     }
     if keys <= _KEYS_ON_CHIP[dtype]:
         kernel = kernels.guided_attention_kernel
-        cut = _cut_of(keys + 2 * value_dim, dtype)
+        cut = _cut_of(keys, value_dim, dtype)
         settings |= {"KEY_TILES": tiles(keys, cut.key_tile), "SHARED": cut.queries < 16 * cut.warps}
     else:
         kernel = kernels.guided_attention_long_kernel
         key_block = _CUT_OF_FP32.key_tile if dtype == torch.float32 else _CUT.key_tile
         most_blocks = 1 << (-(-keys // key_block) - 1).bit_length()
-        cut = _cut_of(key_block + most_blocks + 2 * value_dim, dtype)
+        cut = _cut_of(key_block + most_blocks, value_dim, dtype)
         settings |= {"KEY_BLOCK": key_block, "MOST_KEY_BLOCKS": most_blocks}
     settings |= {
         "DIM_TILES": tiles(dim, cut.dim_tile),
@@ -299,11 +305,16 @@ def _plan(
     return _Plan(kernel, grid, (*aligned, *strides[5:]), kernels.QUERY_UNIT if wide else 1.0, power, settings)
 
 
-def _cut_of(numbers: int, dtype: torch.dtype) -> _Cut:
-    """How to cut the work if a program holds so many fp32 numbers for each query: logits, and both read-outs."""
+def _cut_of(logits: int, value_dim: int, dtype: torch.dtype) -> _Cut:
+    """How to cut the work if a program holds so many logits for each query beside both read-outs."""
+    held = logits + 2 * value_dim
     if dtype == torch.float32:
         return _CUT_OF_FP32
-    return _CUT if numbers <= 400 else _CUT_OF_MUCH if numbers <= 512 else _CUT_OF_MOST
+    if held <= 400:
+        return _CUT
+    if held > 480 and value_dim > 128:
+        return _CUT_OF_WIDE_VALUES
+    return next(cut for most, cut in _CUTS_OF_MORE if held <= most)
 
 
 def _alignment(dtype: torch.dtype, strides: tuple[tuple[int, ...], ...]) -> int:

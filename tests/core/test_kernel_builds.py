@@ -80,11 +80,11 @@ targets = [GPUTarget("cuda", number, 32) for number in (80, 90, 120)] + [GPUTarg
 half, bf16 = torch.float16, torch.bfloat16
 shapes = [
     (77, 40, half, 1.5), (77, 40, half, 1.3), (77, 64, half, 1.5), (256, 128, bf16, 1.5), (512, 128, bf16, 1.5),
-    (77, 160, half, 1.5), (600, 64, half, 2.0), (77, 64, torch.float32, 1.5),
+    (77, 160, half, 1.5), (231, 160, half, 1.5), (600, 64, half, 2.0), (77, 64, torch.float32, 1.5),
 ]
 for number, target in enumerate(targets):
     driver.set_active(Driver(number, target))
-    for keys, dim, dtype, alpha in shapes[: None if target.arch == 90 else 4 if target.backend == "hip" else 6]:
+    for keys, dim, dtype, alpha in shapes[: None if target.arch == 90 else 4 if target.backend == "hip" else 7]:
         case = {"target": str(target.arch), "keys": keys, "dim": dim, "dtype": str(dtype), "alpha": alpha,
                 "steps": newton_steps(keys, 1 / (alpha - 1))}
         q, k = heads(70, dim, dtype), heads(keys, dim, dtype)
@@ -135,18 +135,14 @@ def test_every_card_gets_a_program(built: list[dict[str, Any]]) -> None:
 
 
 def test_shared_memory_of_a_consumer_card_is_enough(built: list[dict[str, Any]]) -> None:
-    assert len(built) == 24
+    assert len(built) == 27
     assert all(0 < program["shared"] <= SHARED for program in built)
 
 
 def test_registers_are_enough(built: list[dict[str, Any]]) -> None:
-    """But for a few bytes a thread: what does not fit goes through memory, again and again.
-
-    The program for 256 keys of 128 numbers has more than 256 numbers a thread to hold, so some do not fit. What that
-    takes is a small part of its instructions; cut so small that all fit, it executes twice as many of them.
-    """
+    """But for a few bytes a thread: what does not fit goes through memory, again and again."""
     for program in built:
-        assert program["stack"] <= (400 if program["keys"] == 256 else 100), named(program)
+        assert program["stack"] <= 100, named(program)
     for program in on_nvidia(built):
         assert count(program, "STL", "LDL") <= 0.05 * count(program, ""), named(program)
 
@@ -158,14 +154,16 @@ def test_memory_is_read_and_written_as_widely_as_it_lies_there(built: list[dict[
             continue
         assert count(program, "LDG.E.U", "LDG.E.S", "STG.E.U", "STG.E.S") == 0, named(program)
         assert count(program, "LDG.E.128") >= 0.6 * count(program, "LDG"), named(program)
-        assert count(program, "STG.E.128") == count(program, "STG"), named(program)
+        if program["keys"] != 231:  # a block of 16 queries has fewer numbers than that for each thread
+            assert count(program, "STG.E.128") == count(program, "STG"), named(program)
 
 
 @pytest.mark.parametrize(
-    "keys, dim, most", [(77, 40, 2300), (77, 64, 2300), (77, 160, 3300), (256, 128, 8400), (512, 128, 5400)]
+    "keys, dim, most",
+    [(77, 40, 2300), (77, 64, 2300), (77, 160, 3300), (231, 160, 3900), (256, 128, 5500), (512, 128, 5400)],
 )
 def test_few_instructions(built: list[dict[str, Any]], keys: int, dim: int, most: int) -> None:
-    """What a warp executes for 16 queries (of 512 keys: an eighth of 32), so that a change for the worse is seen."""
+    """What a warp executes for its share of a block of queries, so that a change for the worse is seen."""
     found = [one for one in on_nvidia(built) if (one["keys"], one["dim"], one["alpha"]) == (keys, dim, 1.5)]
     found = [one for one in found if one["dtype"] != "torch.float32"]
     assert len(found) == 3
