@@ -71,7 +71,7 @@ def guided_by(guide: Guide) -> Callable[[], list[Swap]]:
 def compiled() -> list[Swap]:
     """The plain path whose work on one chunk of queries is compiled; compiling the loop over all takes far longer."""
     torch.compiler.reset()  # or it gives up after some shapes
-    return [*guided_by(_eager_guide)(), (eager, "correct", torch.compile(eager.correct, dynamic=False))]
+    return [*guided_by(_eager_guide)(), (eager, "guided_chunk", torch.compile(eager.guided_chunk, dynamic=False))]
 
 
 def all_at_once(entmax: Entmax) -> Guide:

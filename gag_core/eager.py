@@ -13,42 +13,65 @@ from torch import Tensor
 from . import anderson
 from .config import GuidanceConfig
 from .entmax import dense_weights_, scale_and_shift_, sparse_weights
-from .geometry import correction_, to_dtype
+from .geometry import blended_, extrapolation, to_dtype, within
 
-# What is held for a chunk of queries, in numbers: about three tensors of its logits and five of its output. On the CPU
-# that should stay in the cache and, with copies of keys and values, below twice the output's own size; elsewhere the
-# launches of many small kernels cost more than memory does.
-_LOGITS_TENSORS = 3
-_OUTPUT_TENSORS = 5
-# Rule "anderson" holds more, and more for each of its differences.
-_OUTPUT_TENSORS_ANDERSON = 16
-_OUTPUT_TENSORS_PER_DIFFERENCE = 8
-_CPU_CHUNK = 3 << 20
-_CPU_CHUNK_OF_OUTPUT = 2.1
+# How many numbers may be held for a chunk of queries. On a CPU that should stay near the size of the caches and, with
+# copies of keys and values, below twice the output's own; elsewhere launching many small kernels costs more than that.
+_CPU_CHUNK = 3 << 19
+_CPU_CHUNK_OF_OUTPUT = 1.9
 # But a megabyte is always there, and smaller chunks are mostly the time that it takes to begin an operation.
 _LEAST_CPU_CHUNK = 1 << 18
 _CHUNK = 3 << 23
+# So much of it copies of keys and values may be, before heads come in several parts.
+_COPIED_OF_CHUNK = 0.25
+# Keys smaller than this are not made larger: their unit, times anything else, would leave the range.
+_LEAST_KEY = 2.0**-64
+# Rule "anderson" holds more outputs than others, and more for each of its differences.
+_OUTPUTS_ANDERSON = 16
+_OUTPUTS_PER_DIFFERENCE = 8
+
+# A slice of the batch axis and one of the heads.
+Part = tuple[slice, slice]
 
 
-def row_chunks(q: Tensor, keys: int, output_tensors: int = _OUTPUT_TENSORS) -> Iterator[slice]:
-    """Slices of the query axis of ``q`` (``[B, H, N_q, D]``), each small enough to hold its logits over ``keys``.
+def chunks(q: Tensor, *, held: int, copied: int, whole_heads: bool = False) -> Iterator[tuple[Part, list[slice]]]:
+    """Parts of the batch and heads of ``q`` (``[B, H, N_q, D]``), with slices of the query axis to take of each.
 
-    ``output_tensors`` is how many tensors of its output's size are held beside.
+    Each is small enough to hold ``held`` numbers for each of its queries and heads, beside ``copied`` numbers for each
+    head, of keys and values. ``whole_heads`` keeps the heads of a query together. Batch rows come one by one where they
+    can, because products then need no copies of the queries: in the layout that models have, the heads of several rows
+    do not lie at equal distances.
     """
-    batch, heads, rows, dim = q.shape
-    budget = _CHUNK
+    batch, heads, rows, _ = q.shape
+    if not rows:
+        return
+    most, least = _CHUNK, 0
     if q.device.type == "cpu":
-        budget = max(_LEAST_CPU_CHUNK, min(_CPU_CHUNK, int(_CPU_CHUNK_OF_OUTPUT * q.numel())))
-    held = batch * heads * rows * (_LOGITS_TENSORS * keys + output_tensors * dim)
+        most, least = min(_CPU_CHUNK, int(_CPU_CHUNK_OF_OUTPUT * q.numel())), _LEAST_CPU_CHUNK
+    at_once = heads if whole_heads else min(heads, max(1, int(_COPIED_OF_CHUNK * max(most, least)) // copied))
+    budget = max(least, most // 2, most - at_once * copied)
+    each = at_once * rows * held
     # Chunks that are a tenth larger cost less than one more.
-    step = max(1, math.ceil(rows / max(1, math.ceil(held / budget - 0.1))))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    step = math.ceil(rows / max(1, math.ceil(each / budget - 0.1)))
+    row_slices = _slices(rows, step)
+    batch_at_once = max(1, int(1.1 * budget) // each) if at_once == heads else 1
+    for batch_slice in _slices(batch, batch_at_once):
+        for head_slice in _slices(heads, at_once):
+            yield (batch_slice, head_slice), row_slices
 
 
-def mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
-    """A mask of rank 4 for some of the queries."""
-    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+def _slices(size: int, at_once: int) -> list[slice]:
+    """As few as can be of at most so many, all of about one length."""
+    step = math.ceil(size / math.ceil(size / at_once))
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def mask_part(mask: Tensor | None, part: Part, rows: slice) -> Tensor | None:
+    """A mask of rank 4 for a part and some of its queries."""
+    if mask is None:
+        return None
+    index = zip((*part, rows), mask.shape, strict=False)
+    return mask[tuple(slice(None) if size == 1 else chosen for chosen, size in index)]
 
 
 def work_dtype(q: Tensor) -> torch.dtype:
@@ -56,47 +79,66 @@ def work_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def query_limit(k: Tensor) -> Tensor | None:
-    """How large a scaled query may be, ``[B, H, 1, 1]``, for its products with these keys not to overflow.
+def own_copy(x: Tensor) -> Tensor:
+    """A copy in the work dtype, contiguous, so that products with its heads need not copy it again."""
+    return x.to(work_dtype(x), copy=True, memory_format=torch.contiguous_format)
 
-    None where they cannot: fp16 ends long before the work dtype does.
+
+def size_of(x: Tensor, axes: tuple[int, ...], least: float = 0.0) -> Tensor:
+    """The power of 2 just below the largest absolute value over these axes, which are kept; at least ``least``, not 0.
+
+    So what is divided by it is at most 2 and not rounded.
     """
-    if k.dtype == torch.float16:
-        return None
-    largest = torch.maximum(k.amax(dim=(-2, -1), keepdim=True), -k.amin(dim=(-2, -1), keepdim=True))
-    work = work_dtype(k)
-    return torch.finfo(work).max / 4 / k.shape[3] / largest.to(work).clamp_min_(1.0)
+    largest = torch.maximum(x.amax(dim=axes, keepdim=True), -x.amin(dim=axes, keepdim=True))
+    exponent = largest.clamp_min_(max(least, torch.finfo(x.dtype).tiny)).log2_().floor_()
+    # The logarithm of what lies just below the end of the range is rounded up to it.
+    return exponent.clamp_(max=math.frexp(torch.finfo(x.dtype).max)[1] - 1).exp2_()
 
 
-def scaled_queries(q: Tensor, limit: Tensor | None, scale: float, work: torch.dtype) -> Tensor:
-    """``scale * q`` in the work dtype and within its limit, contiguous, so that no product has to copy it."""
-    scaled = torch.mul(q.to(work), scale, out=torch.empty(q.shape, dtype=work, device=q.device))
-    # Two operations, because on a CPU the one that does both takes two to six times as long.
-    return scaled if limit is None else scaled.clamp_max_(limit).clamp_min_(-limit)
+def scale_parts(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Two numbers whose product is ``scale``, as far as the dtype reaches: one of -1 to 1, and one of at least 1."""
+    return math.copysign(min(abs(scale), 1.0), scale), min(max(abs(scale), 1.0), torch.finfo(dtype).max)
 
 
-def logits_of(q: Tensor, k: Tensor, limit: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    """``scale * q k^T`` plus the mask, ``[B, H, N_q, N_k]`` in the work dtype; masked entries are ``-inf``.
+class Keys(NamedTuple):
+    """Keys in a unit in which no product with a finite query overflows: logits are ``unit * (q @ transposed)``.
 
-    ``k`` is of the work dtype already, ``limit`` the :func:`query_limit` of it.
+    ``transposed`` is ``[B, H, D, N_k]`` in the work dtype, ``unit`` a positive number or ``[B, H, 1, 1]``. It is the
+    keys that carry the scale, because there are fewer of them than queries.
     """
-    q = scaled_queries(q, limit, scale, k.dtype)
-    logits = torch.matmul(q, k.transpose(-1, -2))
-    if mask is None:
-        return logits
-    if mask.dtype == torch.bool:
-        return logits.masked_fill_(~mask, -torch.inf)
-    return logits.add_(mask).clamp_(max=torch.finfo(logits.dtype).max)
+
+    transposed: Tensor
+    unit: Tensor | float
+
+    @classmethod
+    def of(cls, k: Tensor, scale: float) -> Keys:
+        """From keys ``[B, H, N_k, D]`` and the factor of the logits, any finite number."""
+        wide = own_copy(k)
+        factor, unit = scale_parts(scale, wide.dtype)
+        if k.dtype == torch.float16:  # which ends long before fp32 does
+            return cls(wide.mul_(factor).transpose(-1, -2), unit)
+        most, terms, size = torch.finfo(wide.dtype).max, 4.0 * k.shape[3], size_of(wide, (-2, -1), _LEAST_KEY)
+        wide.div_(size).mul_(factor / terms)
+        return cls(wide.transpose(-1, -2), (size * terms).clamp_(max=most).mul_(unit).clamp_(max=most))
+
+    def logits(self, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """Logits ``[B, H, N_q, N_k]`` in the work dtype, and the unit they are in; masked entries are ``-inf``."""
+        logits = torch.matmul(q.to(self.transposed.dtype), self.transposed)
+        if mask is None:
+            return logits, self.unit
+        if mask.dtype == torch.bool:
+            return logits.masked_fill_(~mask, -torch.inf), self.unit
+        most = torch.finfo(logits.dtype).max
+        return logits.mul_(self.unit).clamp_(-most, most).add_(mask).clamp_(max=most), 1.0
 
 
-def retrieve(
-    q: Tensor, k: Tensor, v: Tensor, limit: Tensor | None, alpha: float, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def retrieve(q: Tensor, keys: Keys, v: Tensor, alpha: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Sparse and dense read-out ``[B, H, N_q, D_v]`` and logsumexp ``[B, H, N_q, 1]`` of one chunk, work dtype.
 
-    ``k`` and ``v`` are of the work dtype already, ``limit`` the :func:`query_limit` of k.
+    ``v`` is of the work dtype already.
     """
-    scaled, maximum = scale_and_shift_(logits_of(q, k, limit, mask, scale), alpha)
+    logits, unit = keys.logits(q, mask)
+    scaled, maximum = scale_and_shift_(logits, alpha, unit)
     # The softmax overwrites the scaled logits, so the sparse weights come first.
     sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(scaled, alpha), v)
     weights, total = dense_weights_(scaled, alpha)
@@ -105,32 +147,27 @@ def retrieve(
 
 
 class KeySpace(NamedTuple):
-    """The keys as patterns: from their mean, in the unit of the largest number among them, of the work dtype.
+    """The keys as patterns: from their mean, in a unit in which they are at most 2, of the work dtype.
 
     ``memory`` is ``[B, H, N_k, D + 1 + D_v]``: of each key its pattern, the square of that and its value, so that one
-    product with weights reads all three. ``unit`` is ``[B, H, 1, 1]``, ``limit`` the patterns' :func:`query_limit`.
+    product with weights reads all three. ``unit`` is ``[B, H, 1, 1]``, ``keys`` are the patterns as keys.
     """
 
     memory: Tensor
     unit: Tensor
-    limit: Tensor | None
+    keys: Keys
     dim: int
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> KeySpace:
-        """From keys and values of the work dtype."""
-        tiny = torch.finfo(k.dtype).tiny
-        unit = torch.maximum(k.amax(dim=(-2, -1), keepdim=True), -k.amin(dim=(-2, -1), keepdim=True)).clamp_min_(tiny)
-        patterns = k / unit
+        """From keys, and values of the work dtype."""
+        patterns = own_copy(k)
+        unit = size_of(patterns, (-2, -1))
+        patterns /= unit
         # Attention does not see an offset that all keys share, but differences of read keys would be rounded to it.
         patterns -= patterns.mean(dim=-2, keepdim=True)
         squares = patterns.square().sum(dim=-1, keepdim=True)
-        return cls(torch.cat((patterns, squares, v), dim=-1), unit, query_limit(patterns), k.shape[3])
-
-    @property
-    def patterns(self) -> Tensor:
-        """``[B, H, N_k, D]``."""
-        return self.memory[..., : self.dim]
+        return cls(torch.cat((patterns, squares, v), dim=-1), unit, Keys.of(patterns, 1.0), k.shape[3])
 
     def read(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pattern, square and value that weights ``[B, H, N, N_k]`` read, ``[B, H, N, D]``, ``1`` and ``D_v``."""
@@ -139,13 +176,7 @@ class KeySpace(NamedTuple):
 
 
 def retrieve_with_coefficients(
-    q: Tensor,
-    k: Tensor,
-    keys: KeySpace,
-    limit: Tensor | None,
-    config: GuidanceConfig,
-    mask: Tensor | None,
-    scale: float,
+    q: Tensor, keys: Keys, space: KeySpace, config: GuidanceConfig, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What :func:`retrieve` gives, and the guidance signal ``[B, H, N_q, D_v]`` of rule "anderson", of one chunk.
 
@@ -179,29 +210,30 @@ def retrieve_with_coefficients(
 
     Args:
         q, config, mask, scale: as in :func:`guide`.
-        k: keys of the work dtype, ``limit`` the :func:`query_limit` of the given ones.
-        keys: :meth:`KeySpace.of` them.
+        keys, space: :meth:`Keys.of` and :meth:`KeySpace.of` its keys.
 
     Source: arXiv 2603.02531 v1 (attention extrapolation as Anderson acceleration of depth 1); that the coefficient is
     solved for, in key space, the depths beyond and the gauge are this project's.
     """
     alpha = config.alpha
-    scaled, maximum = scale_and_shift_(logits_of(q, k, limit, mask, scale), alpha)
-    s, _, sparse = keys.read(sparse_weights(scaled, alpha))
+    logits, unit = keys.logits(q, mask)
+    scaled, maximum = scale_and_shift_(logits, alpha, unit)
+    s, _, sparse = space.read(sparse_weights(scaled, alpha))
     weights, total = dense_weights_(scaled, alpha)
-    d, square, dense = keys.read(weights)
-    del scaled, weights
+    d, square, dense = space.read(weights)
+    del logits, scaled, weights
     radius = (square - d.square().sum(dim=-1, keepdim=True)).clamp_min_(0.0).sqrt_()
-    query, length = anderson.unit(scaled_queries(q, limit, scale, d.dtype))
+    factor, scale_unit = scale_parts(scale, d.dtype)
+    query, length = anderson.unit(q.to(d.dtype) * factor)
     # What makes logits of a direction and the patterns.
-    length = length.unsqueeze(-1).mul_(keys.unit)
+    length = length.mul_(scale_unit).unsqueeze(-1).mul_(space.unit).clamp_(max=torch.finfo(d.dtype).max)
     image = s - d
     f = image - query * radius
     differences, read_outs = [image], [sparse - dense]
     for _ in range(config.anderson_depth - 1):
         direction, _ = anderson.unit(image)
-        logits = logits_of(direction * length, keys.patterns, keys.limit, mask, 1.0)
-        image, _, value = keys.read(sparse_weights(scale_and_shift_(logits, alpha)[0], alpha))
+        logits, unit = space.keys.logits(direction * length, mask)
+        image, _, value = space.read(sparse_weights(scale_and_shift_(logits, alpha, unit)[0], alpha))
         image = image - d
         differences.append(f - (image - direction * radius))
         read_outs.append(sparse - value)
@@ -213,25 +245,45 @@ def retrieve_with_coefficients(
     return sparse, dense, maximum + total.log(), signal
 
 
-def correct(
+def guided_chunk(
     q: Tensor,
-    k: Tensor,
+    keys: Keys,
     v: Tensor,
-    keys: KeySpace | None,
-    limit: Tensor | None,
+    unit: Tensor,
+    space: KeySpace | None,
     config: GuidanceConfig,
     mask: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The work on one chunk of queries: what guidance adds, the dense read-out and logsumexp, of the work dtype.
+    base: Tensor | None,
+    joint_lse: Tensor | None,
+) -> Tensor:
+    """The work on one chunk of queries: what :func:`guide` writes, of the work dtype.
 
-    ``keys`` is None but for rule "anderson"; others as in :func:`retrieve`.
+    ``v`` are the values over their ``unit``, of the work dtype; ``space`` is None but for rule "anderson".
     """
-    if keys is None:
-        sparse, dense, lse = retrieve(q, k, v, limit, config.alpha, mask, scale)
-        return correction_(sparse, dense, config), dense, lse
-    sparse, dense, lse, signal = retrieve_with_coefficients(q, k, keys, limit, config, mask, scale)
-    return correction_(sparse, dense, config, signal), dense, lse
+    signal = None
+    if space is None:
+        # At strength 0 the dense read-out is all that is wanted.
+        sparse, dense, lse = retrieve(q, keys, v, config.alpha if config.strength else 1.0, mask)
+        discrepancy = torch.sub(sparse, dense, out=dense)
+    else:
+        sparse, dense, lse, signal = retrieve_with_coefficients(q, keys, space, config, mask, scale)
+        discrepancy = sparse - dense
+    on_sparse, on_discrepancy = extrapolation(sparse, discrepancy, unit, config, signal)
+    on_signal = on_discrepancy
+    if signal is not None:
+        on_discrepancy = torch.full_like(unit, within(config.strength, unit.dtype))
+    if joint_lse is not None:
+        # A row that may read nothing at all has -inf - -inf here: no text, so no mass.
+        mass = (lse - joint_lse.unsqueeze(-1).to(lse.dtype)).exp_().nan_to_num_(nan=0.0).clamp_(max=1.0)
+        on_sparse, on_discrepancy, on_signal = (number * mass for number in (on_sparse, on_discrepancy, on_signal))
+    if base is None:  # the dense read-out
+        on_sparse, on_discrepancy = on_sparse + 1.0, on_discrepancy - 1.0
+    parts = [(sparse, on_sparse), (discrepancy, on_discrepancy)]
+    if signal is not None:
+        parts.append((signal, on_signal))
+    result = blended_(unit, *parts)
+    return result if base is None else result.add_(base)
 
 
 def guide(
@@ -255,21 +307,34 @@ def guide(
         joint_lse: ``[B, H, N_q]``, logsumexp of the logits of a longer sequence that these keys are part of; the
             mass is the share of its softmax that falls on them. None is a mass of 1.
     """
-    work = work_dtype(q)
-    limit = query_limit(k)
-    # Contiguous, or each chunk's products would copy them.
-    k, v = k.to(work).contiguous(), v.to(work).contiguous()
-    output_tensors, keys = _OUTPUT_TENSORS, None
+    tokens, dim, value_dim = k.shape[2], k.shape[3], v.shape[3]
+    # The logits twice or three times while thresholds are searched; then once and both read-outs; these and a product.
+    held = max((2 if config.alpha == 1.5 else 3) * tokens, tokens + 2 * value_dim, 3 * value_dim)
+    copied = tokens * (dim + value_dim)
     # Without a sparse retrieval there is nothing to solve for.
-    if config.rule == "anderson" and config.alpha != 1.0:
-        output_tensors = _OUTPUT_TENSORS_ANDERSON + _OUTPUT_TENSORS_PER_DIFFERENCE * config.anderson_depth
-        keys = KeySpace.of(k, v)
-    for rows in row_chunks(q, k.shape[2], output_tensors):
-        change, dense, lse = correct(q[:, :, rows], k, v, keys, limit, config, mask_rows(mask, rows), scale)
-        if joint_lse is not None:
-            # A row that may read nothing at all has -inf - -inf here: no text, so no mass.
-            mass = (lse - joint_lse[:, :, rows, None].to(work)).exp_().nan_to_num_(nan=0.0)
-            change.mul_(mass.clamp_(max=1.0))
-        change += dense if base is None else base[:, :, rows]
-        out[:, :, rows] = to_dtype(change, out.dtype)
-        del change, dense, lse  # or they are held beside those of the next chunk
+    solved = config.rule == "anderson" and config.alpha != 1.0 and config.strength != 0.0
+    if solved:
+        held = 3 * tokens + (_OUTPUTS_ANDERSON + _OUTPUTS_PER_DIFFERENCE * config.anderson_depth) * value_dim
+        copied += tokens * (3 * dim + value_dim)
+    if q.dtype != work_dtype(q):
+        held += dim
+    for part, row_slices in chunks(q, held=held, copied=copied, whole_heads=config.merge_heads):
+        keys, values = Keys.of(k[part], scale), own_copy(v[part])
+        unit = size_of(values, (-3, -2, -1) if config.merge_heads else (-2, -1))
+        values.div_(unit)
+        space = KeySpace.of(k[part], values) if solved else None
+        for rows in row_slices:
+            result = guided_chunk(
+                q[part][:, :, rows],
+                keys,
+                values,
+                unit,
+                space,
+                config,
+                mask_part(mask, part, rows),
+                scale,
+                None if base is None else base[part][:, :, rows],
+                None if joint_lse is None else joint_lse[part][:, :, rows],
+            )
+            out[part][:, :, rows] = to_dtype(result, out.dtype)
+            del result  # or it is held beside those of the next chunk

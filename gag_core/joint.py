@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eager import logits_of, mask_rows, query_limit, row_chunks, work_dtype
+from .eager import Keys, chunks, mask_part, work_dtype
+from .entmax import scale_and_shift_
 
 _BIAS_ALIGNMENT = 16
 
@@ -33,13 +34,14 @@ def attention_with_logsumexp(
 
 def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """logsumexp over the keys, ``[B, H, N_q]`` in fp32 (fp64 for fp64); ``-inf`` where no key may be read."""
-    limit = query_limit(k)
-    k = k.to(work_dtype(q))
-    parts = [
-        logits_of(q[:, :, rows], k, limit, mask_rows(mask, rows), scale).logsumexp(dim=-1)
-        for rows in row_chunks(q, k.shape[2])
-    ]
-    return torch.cat(parts, dim=2)
+    result = torch.empty(q.shape[:3], dtype=work_dtype(q), device=q.device)
+    for part, row_slices in chunks(q, held=2 * k.shape[2], copied=k.shape[2] * k.shape[3]):
+        keys = Keys.of(k[part], scale)
+        for rows in row_slices:
+            logits, unit = keys.logits(q[part][:, :, rows], mask_part(mask, part, rows))
+            scaled, maximum = scale_and_shift_(logits, 1.0, unit)
+            result[part][:, :, rows] = scaled.exp_().sum(dim=-1).log_().add_(maximum.squeeze(-1))
+    return result
 
 
 def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .attention import guided_attention
 from .config import GuidanceConfig, check_config
-from .eager import logits_of, query_limit, row_chunks, work_dtype
+from .eager import Keys, chunks, mask_part, scale_parts, size_of, work_dtype
 from .entmax import dense_weights_, scale_and_shift_, sparse_weights
-from .geometry import correction_
+from .geometry import blended_, extrapolation
 from .hopfield import contraction, entropy, support_size
 
 # The golden section: its multiples fall evenly between 0 and 1 however many there are.
@@ -96,31 +96,30 @@ def measure(
     check_config(config)
     work = work_dtype(q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    limit = query_limit(k)
     k, v = k.to(work), v.to(work)
-    scaled, maximum = scale_and_shift_(logits_of(q, k, limit, mask, scale), config.alpha)
+    logits, unit = Keys.of(k, scale).logits(q, mask)
+    scaled, maximum = scale_and_shift_(logits, config.alpha, unit)
     sparse_p = None if config.alpha == 1.0 else sparse_weights(scaled, config.alpha)
     dense_p, total = dense_weights_(scaled, config.alpha)
     if sparse_p is None:
         sparse_p = dense_p
     readable = (total > 0.0).to(work)
 
-    # Weights may sum to a rounding error more than 1, which at the end of the range is infinity.
-    most = torch.finfo(work).max
-    sparse, dense = (torch.matmul(weights, v).clamp_(-most, most) for weights in (sparse_p, dense_p))
-    # Values of at most 1, so that no square leaves the range of the dtype.
+    # Values of at most 2, so that no square leaves the range of the dtype.
     axes = (1, 3) if config.merge_heads else (3,)
-    size = v.abs().amax(dim=(2, *axes), keepdim=True).clamp_min_(_tiny(v))
+    size = size_of(v, (2, *axes))
+    values = v / size
+    sparse, dense = torch.matmul(sparse_p, values), torch.matmul(dense_p, values)
+    r = sparse - dense
     solved = config.rule == "anderson"
     if solved:
         # What the result is extrapolated along is solved for, and known by the result alone.
-        full = guided_attention(q.to(work), k, v, replace(config, strength=1.0), mask=mask, scale=scale)
-        change = (full - dense) / size * config.strength
-        guidance = (full - sparse) / size / max(config.guidance_scale, _tiny(v))
+        full = guided_attention(q.to(work), k, v, replace(config, strength=1.0), mask=mask, scale=scale) / size
+        change = (full - dense) * config.strength
+        guidance = (full - sparse) / max(config.guidance_scale, _tiny(v))
     else:
-        change = correction_(sparse.clone(), dense, config) / size
-    sparse, dense = sparse / size, dense / size
-    r = sparse - dense
+        on_sparse, on_r = extrapolation(sparse, r, size, config)
+        change = blended_(torch.ones_like(size), (sparse.clone(), on_sparse), (r, on_r))
     rr, ss, dd, rs, cc = (
         (a * b).sum(dim=axes, keepdim=True)
         for a, b in ((r, r), (sparse, sparse), (dense, dense), (r, sparse), (change, change))
@@ -153,7 +152,7 @@ def measure(
         entropy(sparse_p).unsqueeze(3),
         entropy(dense_p).unsqueeze(3),
         mass.to(work),
-        _contraction(q, k, limit, dense_p, mask, scale),
+        _contraction(q, k, dense_p, mask, scale),
     )
     means = (torch.stack(each) * readable).sum(dim=(2, 3, 4)) / readable.sum(dim=(1, 2, 3)).clamp_min_(1.0)
     return torch.cat((ratios.mean(dim=(2, 3)), means)).nan_to_num_().transpose(0, 1)
@@ -184,37 +183,35 @@ def word_shares(
     Source: cross-attention maps averaged over heads, as in arXiv 2210.04885.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    limit = query_limit(k)
-    k = k.to(work_dtype(q))
-    parts = []
-    for rows in row_chunks(q, k.shape[2]):
-        part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        scaled, _ = scale_and_shift_(logits_of(q[:, :, rows], k, limit, part, scale), 1.0)
-        weights, _ = dense_weights_(scaled, 1.0)
-        parts.append(torch.matmul(weights.mean(dim=1), words.to(k.dtype)))
-    return torch.cat(parts, dim=1).transpose(1, 2)
+    work = work_dtype(q)
+    words = words.to(work)
+    shares = torch.empty((q.shape[0], q.shape[2], words.shape[1]), dtype=work, device=q.device)
+    for part, row_slices in chunks(q, held=2 * k.shape[2], copied=k.shape[2] * k.shape[3], whole_heads=True):
+        keys = Keys.of(k[part], scale)
+        for rows in row_slices:
+            logits, unit = keys.logits(q[part][:, :, rows], mask_part(mask, part, rows))
+            weights, _ = dense_weights_(scale_and_shift_(logits, 1.0, unit)[0], 1.0)
+            shares[part[0], rows] = torch.matmul(weights.mean(dim=1), words)
+    return shares.transpose(1, 2)
 
 
-def _contraction(
-    q: Tensor, k: Tensor, limit: Tensor | None, dense_p: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
+def _contraction(q: Tensor, k: Tensor, dense_p: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """``|T(T(x)) - T(x)| / |T(x) - x|`` of each query, ``[B, H, N_q, 1]``; ``dense_p`` are its weights."""
-    unit = k.abs().amax(dim=(2, 3), keepdim=True).clamp_min_(_tiny(k))
+    unit = size_of(k, (2, 3))
     patterns = k / unit
     patterns = patterns - patterns.mean(dim=2, keepdim=True)
     image = torch.matmul(dense_p, patterns)
     radius = torch.matmul(dense_p, patterns.square().sum(dim=3, keepdim=True)).sqrt()
-    query = q.to(k.dtype) * scale
-    if limit is not None:
-        query = query.clamp(-limit, limit)
+    factor, scale_unit = scale_parts(scale, k.dtype)
+    query = q.to(k.dtype) * factor
     size = query.abs().amax(dim=3, keepdim=True).clamp_min(_tiny(k))
     query = query / size
     norm = torch.linalg.vector_norm(query, dim=3, keepdim=True).clamp_min(_tiny(k))
     # Patterns are at most 2 in each dimension, so that their products times this do not overflow.
     most = torch.finfo(k.dtype).max / (16 * k.shape[3])
-    beta = _quotient(size * norm * unit, radius).nan_to_num_(nan=0.0).clamp_(max=most)
-    logits = logits_of(image * beta, patterns, None, mask, 1.0)
-    again = torch.matmul(dense_weights_(scale_and_shift_(logits, 1.0)[0], 1.0)[0], patterns)
+    beta = _quotient(size * norm * scale_unit * unit, radius).nan_to_num_(nan=0.0).clamp_(max=most)
+    logits, logits_unit = Keys.of(patterns, 1.0).logits(image * beta, mask)
+    again = torch.matmul(dense_weights_(scale_and_shift_(logits, 1.0, logits_unit)[0], 1.0)[0], patterns)
     return contraction(query / norm * radius, image, image, again).unsqueeze(3)
 
 

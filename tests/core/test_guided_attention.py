@@ -220,13 +220,32 @@ def test_a_query_does_not_see_the_others(shape: Shape, masked: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape, keys, chunks", [((2, 4, 64, 32), 77, 1), ((2, 8, 256, 160), 77, 3), ((1, 1, 0, 8), 5, 0)], ids=str
+    "shape, keys, whole_heads, chunks",
+    [
+        ((2, 4, 64, 32), 77, False, 1),  # all at once
+        ((2, 8, 256, 160), 77, False, 2),  # one batch row at a time
+        ((5, 8, 64, 40), 77, False, 2),  # three batch rows, then two
+        ((2, 8, 4096, 40), 77, False, 8),  # queries in four parts
+        ((1, 24, 1024, 128), 512, False, 24),  # three heads at a time, as copies of all keys and values are large
+        ((1, 24, 1024, 128), 512, True, 32),
+        ((1, 1, 0, 8), 5, False, 0),
+    ],
+    ids=str,
 )
-def test_few_chunks_of_about_one_size(shape: tuple[int, int, int, int], keys: int, chunks: int) -> None:
-    """What is small is one, and a few queries at the end are not one more."""
-    found = [rows.stop - rows.start for rows in eager.row_chunks(torch.empty(shape), keys)]
-    assert len(found) == chunks and sum(found) == shape[2]
-    assert not found or min(found) > 0.9 * max(found)
+def test_few_chunks_of_about_one_size(
+    shape: tuple[int, int, int, int], keys: int, whole_heads: bool, chunks: int
+) -> None:
+    """What is small is one, a few queries at the end are not one more, and every query and head is in one chunk."""
+    q, value_dim = torch.empty(shape), shape[3]
+    held, copied = max(2 * keys, keys + 2 * value_dim, 3 * value_dim), 2 * keys * value_dim
+    seen, sizes = torch.zeros(shape[:3]), []
+    for part, row_slices in eager.chunks(q, held=held, copied=copied, whole_heads=whole_heads):
+        for rows in row_slices:
+            seen[part][:, :, rows] += 1
+            sizes.append(seen[part][:, :, rows].numel())
+            assert not whole_heads or seen[part].shape[1] == shape[1]
+    assert (seen == 1).all() and len(sizes) == chunks
+    assert not sizes or min(sizes) > 0.6 * max(sizes)
 
 
 def test_many_chunks_against_the_reference() -> None:
