@@ -248,6 +248,13 @@ def test_few_chunks_of_about_one_size(
     assert not sizes or min(sizes) > 0.6 * max(sizes)
 
 
+@pytest.mark.parametrize(
+    "tokens, more", [(1, 0), (8, 0), (15, 0), (16, 0), (60, 0), (77, 3), (154, 6), (256, 0), (513, 15)]
+)
+def test_keys_are_padded_by_a_sixteenth_at_most(tokens: int, more: int) -> None:
+    assert eager.padding(tokens) == more
+
+
 def test_many_chunks_against_the_reference() -> None:
     shape = Shape(2, 4, 3001, 154, 8)
     q, k, v = cases.qkv(shape)
