@@ -74,15 +74,14 @@ def scale_and_shift_(logits: Tensor, alpha: float, unit: Tensor | float = 1.0) -
     """``((alpha - 1) (logits - max), max)`` over the last axis, in place; not scaled at alpha 1.
 
     The logits may come in a unit of their own, positive, which a product costs nothing to bring in here. The maximum
-    of a row of only ``-inf`` counts as 0.
+    of a row of only ``-inf`` counts as the lowest finite number.
     """
-    maximum = logits.amax(dim=-1, keepdim=True)
-    maximum = maximum.masked_fill_(maximum == -torch.inf, 0.0)
+    most = torch.finfo(logits.dtype).max
+    maximum = logits.amax(dim=-1, keepdim=True).clamp_min_(-most)
     # In this order, because a large offset that all logits share would round the product.
     shifted = logits.sub_(maximum)
     factor = unit if alpha in (1.0, 2.0) else unit * (alpha - 1.0)
     scaled = shifted if isinstance(factor, float) and factor == 1.0 else shifted.mul_(factor)
-    most = torch.finfo(logits.dtype).max
     return scaled, maximum.mul_(unit).clamp_(-most, most)
 
 

@@ -120,11 +120,9 @@ def extrapolation(
         limit = sparse_norm * threshold if config.norm_mode == "relative" else threshold / unit
         reach = (limit / guidance_norm.clamp_min_(info.tiny)).clamp_(max=within(larger, sparse.dtype))
     reach.mul_(amount)
-    on_sparse = along.mul_(inverse).mul_(reach).mul_((1.0 - zeta) / larger)
-    on_vector = reach.mul_(zeta / larger)
-    if signal is None:
-        on_vector = on_vector.add_(within(config.strength, sparse.dtype))
-    return on_sparse.nan_to_num_(nan=0.0), on_vector.nan_to_num_(nan=0.0)
+    on_sparse = along.mul_(inverse).mul_(reach).mul_((1.0 - zeta) / larger).nan_to_num_(nan=0.0)
+    on_vector = reach.mul_(zeta / larger).nan_to_num_(nan=0.0) if zeta else torch.zeros_like(unit)
+    return on_sparse, on_vector if signal is not None else on_vector.add_(within(config.strength, sparse.dtype))
 
 
 def blended_(unit: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
