@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import anderson
 from .config import GuidanceConfig
-from .entmax import dense_weights_, scale_and_shift_, sparse_weights
+from .entmax import dense_weights_, logsumexp_of, scale_and_shift_, sparse_weights
 from .geometry import blended_, extrapolation, to_dtype, within
 
 # How many numbers may be held for a chunk of queries. On a CPU that should stay near the size of the caches and, with
@@ -28,6 +28,8 @@ _COPIED_OF_CHUNK = 0.25
 _PADDED_TO = 16
 # Keys smaller than this are not made larger: their unit, times anything else, would leave the range.
 _LEAST_KEY = 2.0**-64
+# The power of 2 just below the largest number of fp16, which fp32 has room for around: no other need be looked for.
+_LARGEST_FP16 = 2.0**15
 # Rule "anderson" holds more outputs than others, and more for each of its differences.
 _OUTPUTS_ANDERSON = 16
 _OUTPUTS_PER_DIFFERENCE = 8
@@ -102,7 +104,7 @@ def padding(tokens: int) -> int:
 def size_of(x: Tensor, axes: tuple[int, ...], least: float = 0.0) -> Tensor:
     """The power of 2 just below the largest absolute value over these axes, which are kept; at least ``least``, not 0.
 
-    So what is divided by it is at most 2 and not rounded.
+    So what is divided by it is at most 2 and not rounded. ``x`` is of a work dtype.
     """
     largest = torch.maximum(x.amax(dim=axes, keepdim=True), -x.amin(dim=axes, keepdim=True))
     exponent = largest.clamp_min_(max(least, torch.finfo(x.dtype).tiny)).log2_().floor_()
@@ -142,7 +144,9 @@ class Keys(NamedTuple):
 
         What is masked and the padding are ``-inf``.
         """
-        padded = torch.matmul(q.to(self.transposed.dtype), self.transposed)
+        # Contiguous at once, where the product would need that next.
+        q = q.to(self.transposed.dtype, memory_format=torch.contiguous_format) if q.dtype != work_dtype(q) else q
+        padded = torch.matmul(q, self.transposed)
         logits = padded[..., : self.tokens]
         padded[..., self.tokens :] = -torch.inf
         if mask is None:
@@ -155,8 +159,10 @@ class Keys(NamedTuple):
         return padded, 1.0
 
 
-def retrieve(q: Tensor, keys: Keys, v: Tensor, alpha: float, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sparse and dense read-out ``[B, H, N_q, D_v]`` and logsumexp ``[B, H, N_q, 1]`` of one chunk, work dtype.
+def retrieve(
+    q: Tensor, keys: Keys, v: Tensor, alpha: float, mask: Tensor | None, with_logsumexp: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sparse and dense read-out ``[B, H, N_q, D_v]`` and, if asked for, logsumexp ``[B, H, N_q, 1]``; work dtype.
 
     ``v`` is of the work dtype already, padded as the keys are.
     """
@@ -166,7 +172,8 @@ def retrieve(q: Tensor, keys: Keys, v: Tensor, alpha: float, mask: Tensor | None
     sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(scaled, alpha), v)
     weights, total = dense_weights_(scaled, alpha)
     dense = torch.matmul(weights, v)
-    return dense.clone() if sparse is None else sparse, dense, maximum + total.log()
+    lse = logsumexp_of(maximum, unit, total) if with_logsumexp else None
+    return dense.clone() if sparse is None else sparse, dense, lse
 
 
 class KeySpace(NamedTuple):
@@ -255,8 +262,8 @@ def retrieve_with_coefficients(
     differences, read_outs = [image], [sparse - dense]
     for _ in range(config.anderson_depth - 1):
         direction, _ = anderson.unit(image)
-        logits, unit = space.keys.logits(direction * length, mask)
-        image, _, value = space.read(sparse_weights(scale_and_shift_(logits, alpha, unit)[0], alpha))
+        logits, logits_unit = space.keys.logits(direction * length, mask)
+        image, _, value = space.read(sparse_weights(scale_and_shift_(logits, alpha, logits_unit)[0], alpha))
         image = image - d
         differences.append(f - (image - direction * radius))
         read_outs.append(sparse - value)
@@ -265,7 +272,7 @@ def retrieve_with_coefficients(
     signal = read_outs[0].mul_(share[..., :1])
     for number, read_out in enumerate(read_outs[1:], 1):
         signal.addcmul_(read_out, share[..., number : number + 1])
-    return sparse, dense, maximum + total.log(), signal
+    return sparse, dense, logsumexp_of(maximum, unit, total), signal
 
 
 def guided_chunk(
@@ -288,7 +295,8 @@ def guided_chunk(
     signal = None
     if space is None:
         # At strength 0 the dense read-out is all that is wanted.
-        sparse, dense, lse = retrieve(q, keys, v, config.alpha if config.strength else 1.0, mask)
+        alpha = config.alpha if config.strength else 1.0
+        sparse, dense, lse = retrieve(q, keys, v, alpha, mask, with_logsumexp=joint_lse is not None)
         discrepancy = torch.sub(sparse, dense, out=dense)
     else:
         sparse, dense, lse, signal = retrieve_with_coefficients(q, keys, space, config, mask, scale)
@@ -296,11 +304,11 @@ def guided_chunk(
     on_sparse, on_discrepancy = extrapolation(sparse, discrepancy, unit, config, signal)
     on_signal = on_discrepancy
     if signal is not None:
-        on_discrepancy = torch.full_like(unit, within(config.strength, unit.dtype))
-    if joint_lse is not None:
+        on_discrepancy = within(config.strength, unit.dtype)
+    if lse is not None and joint_lse is not None:
         # A row that may read nothing at all has -inf - -inf here: no text, so no mass.
         mass = (lse - joint_lse.unsqueeze(-1).to(lse.dtype)).exp_().nan_to_num_(nan=0.0).clamp_(max=1.0)
-        on_sparse, on_discrepancy, on_signal = (number * mass for number in (on_sparse, on_discrepancy, on_signal))
+        on_sparse, on_discrepancy, on_signal = mass * on_sparse, mass * on_discrepancy, mass * on_signal
     if base is None:  # the dense read-out
         on_sparse, on_discrepancy = on_sparse + 1.0, on_discrepancy - 1.0
     parts = [(sparse, on_sparse), (discrepancy, on_discrepancy)]
@@ -345,7 +353,10 @@ def guide(
         held += dim
     for part, row_slices in chunks(q, held=held, copied=copied, whole_heads=config.merge_heads):
         keys, values = Keys.of(k[part], scale, pad), own_copy(v[part], pad)
-        unit = size_of(values, (-3, -2, -1) if config.merge_heads else (-2, -1))
+        if v.dtype == torch.float16:
+            unit = values.new_full((1, 1, 1, 1), _LARGEST_FP16)
+        else:
+            unit = size_of(values, (-3, -2, -1) if config.merge_heads else (-2, -1))
         values.div_(unit)
         space = KeySpace.of(k[part], values) if solved else None
         for rows in row_slices:

@@ -71,18 +71,22 @@ def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
 
 
 def scale_and_shift_(logits: Tensor, alpha: float, unit: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """``((alpha - 1) (logits - max), max)`` over the last axis, in place; not scaled at alpha 1.
+    """``((alpha - 1) unit (logits - max), max)`` over the last axis, in place; without that factor at alpha 1.
 
-    The logits may come in a unit of their own, positive, which a product costs nothing to bring in here. The maximum
-    of a row of only ``-inf`` counts as the lowest finite number.
+    ``unit`` is positive: how large a 1 of the logits is, also of the maximum that is returned. The maximum of a row of
+    only ``-inf`` counts as the lowest finite number.
     """
-    most = torch.finfo(logits.dtype).max
-    maximum = logits.amax(dim=-1, keepdim=True).clamp_min_(-most)
+    maximum = logits.amax(dim=-1, keepdim=True).clamp_min_(-torch.finfo(logits.dtype).max)
     # In this order, because a large offset that all logits share would round the product.
     shifted = logits.sub_(maximum)
     factor = unit if alpha in (1.0, 2.0) else unit * (alpha - 1.0)
-    scaled = shifted if isinstance(factor, float) and factor == 1.0 else shifted.mul_(factor)
-    return scaled, maximum.mul_(unit).clamp_(-most, most)
+    return shifted if isinstance(factor, float) and factor == 1.0 else shifted.mul_(factor), maximum
+
+
+def logsumexp_of(maximum: Tensor, unit: Tensor | float, total: Tensor) -> Tensor:
+    """logsumexp of logits in a unit, by their maximum and the sum of their exponentials below it."""
+    most = torch.finfo(total.dtype).max
+    return (maximum * unit).clamp_(-most, most).add_(total.log())
 
 
 def dense_weights_(scaled: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -123,27 +127,29 @@ def _powers_above_threshold(scaled: Tensor, power: float) -> Tensor:
     for step in range(steps):
         last = step == steps - 1
         if last:
-            threshold.sub_(info.eps / 2)  # so that it does not lie above the root by rounding
+            # Slightly lower, so that it does not lie above the root by rounding. A row of only -inf has none.
+            threshold.sub_(info.eps / 2).nan_to_num_(nan=-1.0)
         torch.sub(scaled, threshold, out=above).relu_()
         if power == _SQUARE:
-            norm = torch.linalg.vector_norm(above, dim=-1, keepdim=True)
-            rise = _rise((norm - 1.0).mul_(norm), above.sum(dim=-1, keepdim=True))
+            slope = above.sum(dim=-1, keepdim=True)
+            excess = torch.linalg.vector_norm(above, dim=-1, keepdim=True).sub_(1.0)
+            missing = torch.addcmul(excess, excess, excess)
         elif power == _LINEAR:
-            count = torch.sign(above, out=slopes).sum(dim=-1, keepdim=True)
-            rise = _rise(above.sum(dim=-1, keepdim=True).sub_(1.0), count)
+            slope = torch.sign(above, out=slopes).sum(dim=-1, keepdim=True)
+            missing = above.sum(dim=-1, keepdim=True).sub_(1.0)
         else:
             if last or power - 1.0 in _QUICK_POWERS:
                 torch.pow(above, power - 1.0, out=slopes)
             else:
                 _powers_from_top(torch.sub(above, 1.0, out=slopes), power - 1.0, slopes)
             slope = slopes.sum(dim=-1, keepdim=True)
-            rise = _rise(_missing(slopes.mul_(above).sum(dim=-1, keepdim=True), power), slope)
+            missing = _missing(slopes.mul_(above).sum(dim=-1, keepdim=True), power)
         if last:
             # What is above t is lowered, and not t raised: small numbers, which many keys near the threshold have, are
             # finer than t is.
-            above.sub_(rise.clamp_min_(0.0)).relu_()
+            above.sub_(_rise(missing, slope).clamp_min_(0.0)).relu_()
         else:
-            threshold += rise
+            threshold.addcdiv_(missing, slope)
     return above if power == _LINEAR else above.pow_(power)
 
 

@@ -77,7 +77,7 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
 
 def extrapolation(
     sparse: Tensor, discrepancy: Tensor, unit: Tensor, config: GuidanceConfig, signal: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | float, Tensor | float]:
     """What guidance adds to the dense read-out, as two numbers of each query: ``a`` and ``b`` of
 
         strength * (guided - dense) = a * S + b * (S - D)
@@ -92,21 +92,20 @@ def extrapolation(
         signal: what the guidance vector is made of where that is not the discrepancy, the same.
 
     Returns:
-        a and b, ``[B, H or 1, N or 1, 1]``, finite. With a signal b is its factor, and ``strength * (S - D)`` is added.
+        a and b, ``[B, H or 1, N, 1]``, or one number where it is the same for all; finite. With a signal b is its
+        factor, and ``strength * (S - D)`` is added.
 
     Source: arXiv 2603.02531 v2, eq. 12-13.
     """
-    info = torch.finfo(sparse.dtype)
-    amount = within(config.strength * config.guidance_scale, sparse.dtype)
+    dtype, tiny, zeta = sparse.dtype, torch.finfo(sparse.dtype).tiny, config.orthogonal_scale
+    amount, strength = within(config.strength * config.guidance_scale, dtype), within(config.strength, dtype)
     if config.rule == "pladis":
-        return torch.zeros_like(unit), torch.full_like(unit, amount)
+        return 0.0, amount
     vector = discrepancy if signal is None else signal
     axes = _axes(config)
-    sparse_norm = torch.linalg.vector_norm(sparse, dim=axes, keepdim=True)
-    inverse = sparse_norm.clamp_min(info.tiny).reciprocal_()
-    along = (vector * sparse).sum(dim=axes, keepdim=True).mul_(inverse)
+    sparse_norm = torch.linalg.vector_norm(sparse, dim=axes, keepdim=True).clamp_min_(tiny)
+    along = (vector * sparse).sum(dim=axes, keepdim=True).div_(sparse_norm)
     # In units of the larger of zeta and 1 the guidance vector is in range whatever zeta is.
-    zeta = config.orthogonal_scale
     larger = max(1.0, abs(zeta))
     guidance_norm = along.abs()
     if zeta != 0.0:
@@ -114,27 +113,28 @@ def extrapolation(
         across = (vector_norm - guidance_norm).mul_(vector_norm + guidance_norm).clamp_min_(0.0).sqrt_()
         guidance_norm = guidance_norm.div_(larger).square_().add_(across.mul_(zeta / larger).square_()).sqrt_()
     if math.isinf(config.norm_threshold):
-        reach = torch.full_like(guidance_norm, within(larger, sparse.dtype))
+        reach = torch.full_like(guidance_norm, within(larger, dtype))
     else:
-        threshold = within(config.norm_threshold, sparse.dtype)
+        threshold = within(config.norm_threshold, dtype)
         limit = sparse_norm * threshold if config.norm_mode == "relative" else threshold / unit
-        reach = (limit / guidance_norm.clamp_min_(info.tiny)).clamp_(max=within(larger, sparse.dtype))
-    reach.mul_(amount)
-    on_sparse = along.mul_(inverse).mul_(reach).mul_((1.0 - zeta) / larger).nan_to_num_(nan=0.0)
-    on_vector = reach.mul_(zeta / larger).nan_to_num_(nan=0.0) if zeta else torch.zeros_like(unit)
-    return on_sparse, on_vector if signal is not None else on_vector.add_(within(config.strength, sparse.dtype))
+        reach = (limit / guidance_norm.clamp_min_(tiny)).clamp_(max=within(larger, dtype))
+    on_sparse = along.div_(sparse_norm).mul_(reach).mul_(amount * ((1.0 - zeta) / larger)).nan_to_num_(nan=0.0)
+    if zeta == 0.0:
+        return on_sparse, strength if signal is None else 0.0
+    on_vector = reach.mul_(amount * (zeta / larger)).nan_to_num_(nan=0.0)
+    return on_sparse, on_vector.add_(strength) if signal is None else on_vector
 
 
-def blended_(unit: Tensor, *parts: tuple[Tensor, Tensor]) -> Tensor:
+def blended_(unit: Tensor, *parts: tuple[Tensor, Tensor | float]) -> Tensor:
     """``unit`` times the sum of vectors, each times its number, of about 4 at most; written over the first of them.
 
     Where all of these are finite no product leaves the range of the dtype; so nothing is NaN, but the sum may overflow.
     """
     (total, number), *others = parts
     most = torch.finfo(total.dtype).max / 4.0
-    total.mul_((number * unit).clamp_(-most, most))
+    total.mul_((unit * number).clamp_(-most, most))
     for vectors, number in others:
-        total.addcmul_(vectors, (number * unit).clamp_(-most, most))
+        total.addcmul_(vectors, (unit * number).clamp_(-most, most))
     return total
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .eager import Keys, chunks, mask_part, work_dtype
-from .entmax import scale_and_shift_
+from .entmax import logsumexp_of, scale_and_shift_
 
 _BIAS_ALIGNMENT = 16
 
@@ -40,7 +40,8 @@ def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float)
         for rows in row_slices:
             logits, unit = keys.logits(q[part][:, :, rows], mask_part(mask, part, rows))
             scaled, maximum = scale_and_shift_(logits, 1.0, unit)
-            result[part][:, :, rows] = scaled.exp_().sum(dim=-1).log_().add_(maximum.squeeze(-1))
+            total = scaled.exp_().sum(dim=-1, keepdim=True)
+            result[part][:, :, rows] = logsumexp_of(maximum, unit, total).squeeze(-1)
     return result
 
 

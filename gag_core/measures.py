@@ -17,7 +17,7 @@ from torch import Tensor
 from .attention import guided_attention
 from .config import GuidanceConfig, check_config
 from .eager import Keys, chunks, mask_part, scale_parts, size_of, work_dtype
-from .entmax import dense_weights_, scale_and_shift_, sparse_weights
+from .entmax import dense_weights_, logsumexp_of, scale_and_shift_, sparse_weights
 from .geometry import blended_, extrapolation
 from .hopfield import contraction, entropy, support_size
 
@@ -143,8 +143,8 @@ def measure(
     if joint_lse is None:
         mass = readable
     else:
-        lse = maximum.squeeze(3) + total.squeeze(3).log()
-        mass = (lse - joint_lse).exp().nan_to_num(nan=0.0).clamp_max(1.0).unsqueeze(3)
+        lse = logsumexp_of(maximum, unit, total)
+        mass = (lse - joint_lse.unsqueeze(3)).exp().nan_to_num(nan=0.0).clamp_max(1.0)
     each = (
         (rs < -_ROUNDING * (ss * dd).sqrt()).to(work).expand_as(readable),
         capped.to(work).expand_as(readable),
