@@ -14,7 +14,7 @@ from .config import GuidanceConfig, check_config
 from .geometry import to_dtype
 from .joint import attention_with_logsumexp, logsumexp_of_logits
 
-_ALL = slice(None), slice(None)
+_ALL = slice(None)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -52,12 +52,12 @@ def sparse_dense_attention(
     sparse, dense = _empty_output(q, v), _empty_output(q, v)
     tokens, dim, value_dim = k.shape[2], k.shape[3], v.shape[3]
     held, copied = 3 * tokens + 2 * value_dim, tokens * (dim + value_dim)
-    for part, row_slices in eager.chunks(q, held=held, copied=copied):
+    for part, places in eager.chunks(q, held=held, copied=copied):
         keys, values = eager.Keys.of(k[part], scale), eager.own_copy(v[part])
-        for rows in row_slices:
-            s, d, _ = eager.retrieve(q[part][:, :, rows], keys, values, alpha, eager.mask_part(mask, part, rows))
+        for place in places:
+            s, d, _ = eager.retrieve(q[place], keys, values, alpha, eager.mask_part(mask, place))
             # Weights may sum to a rounding error more than 1, which at the end of the range is infinity.
-            sparse[part][:, :, rows], dense[part][:, :, rows] = to_dtype(s, q.dtype), to_dtype(d, q.dtype)
+            sparse[place], dense[place] = to_dtype(s, q.dtype), to_dtype(d, q.dtype)
     return sparse, dense
 
 
@@ -166,7 +166,7 @@ def guided_joint_attention(
     for image in (slice(0, start), slice(stop, q.shape[2])):
         if image.start == image.stop:
             continue
-        image_mask = eager.mask_part(mask, _ALL, image)
+        image_mask = eager.mask_part(mask, (_ALL, _ALL, image))
         if lse is None:
             image_lse = logsumexp_of_logits(q[:, :, image], k, image_mask, scale)
         else:

@@ -26,20 +26,19 @@ _CHUNK = 3 << 23
 _COPIED_OF_CHUNK = 0.25
 # Products of as many keys as this, or a multiple, take a CPU a fifth less time than those of a few less.
 _PADDED_TO = 16
-# Keys smaller than this are not made larger: their unit, times anything else, would leave the range.
-_LEAST_KEY = 2.0**-64
 # The power of 2 just below the largest number of fp16, which fp32 has room for around: no other need be looked for.
 _LARGEST_FP16 = 2.0**15
 # Rule "anderson" holds more outputs than others, and more for each of its differences.
 _OUTPUTS_ANDERSON = 16
 _OUTPUTS_PER_DIFFERENCE = 8
 
-# A slice of the batch axis and one of the heads.
+# A slice of the batch axis and one of the heads; and one of the queries as well.
 Part = tuple[slice, slice]
+Place = tuple[slice, slice, slice]
 
 
-def chunks(q: Tensor, *, held: int, copied: int, whole_heads: bool = False) -> Iterator[tuple[Part, list[slice]]]:
-    """Parts of the batch and heads of ``q`` (``[B, H, N_q, D]``), with slices of the query axis to take of each.
+def chunks(q: Tensor, *, held: int, copied: int, whole_heads: bool = False) -> Iterator[tuple[Part, list[Place]]]:
+    """Parts of the batch and heads of ``q`` (``[B, H, N_q, D]``), with the places of some queries to take of each.
 
     Each is small enough to hold ``held`` numbers for each of its queries and heads, beside ``copied`` numbers for each
     head, of keys and values. ``whole_heads`` keeps the heads of a query together. Batch rows come one by one where they
@@ -61,7 +60,7 @@ def chunks(q: Tensor, *, held: int, copied: int, whole_heads: bool = False) -> I
     batch_at_once = max(1, int(1.1 * budget) // each) if at_once == heads else 1
     for batch_slice in _slices(batch, batch_at_once):
         for head_slice in _slices(heads, at_once):
-            yield (batch_slice, head_slice), row_slices
+            yield (batch_slice, head_slice), [(batch_slice, head_slice, rows_slice) for rows_slice in row_slices]
 
 
 def _slices(size: int, at_once: int) -> list[slice]:
@@ -70,12 +69,12 @@ def _slices(size: int, at_once: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def mask_part(mask: Tensor | None, part: Part, rows: slice) -> Tensor | None:
-    """A mask of rank 4 for a part and some of its queries."""
+def mask_part(mask: Tensor | None, place: Place) -> Tensor | None:
+    """A mask of rank 4 for some queries."""
     if mask is None:
         return None
-    index = zip((*part, rows), mask.shape, strict=False)
-    return mask[tuple(slice(None) if size == 1 else chosen for chosen, size in index)]
+    sizes = zip(place, mask.shape, strict=False)
+    return mask[tuple(slice(None) if size == 1 else chosen for chosen, size in sizes)]
 
 
 def work_dtype(q: Tensor) -> torch.dtype:
@@ -91,7 +90,8 @@ def own_copy(x: Tensor, pad: int = 0) -> Tensor:
     batch, heads, tokens, dim = x.shape
     copy = torch.empty((batch, heads, tokens + pad, dim), dtype=work_dtype(x), device=x.device)
     copy[:, :, :tokens] = x
-    copy[:, :, tokens:] = 0.0
+    if pad:
+        copy[:, :, tokens:] = 0.0
     return copy
 
 
@@ -101,15 +101,15 @@ def padding(tokens: int) -> int:
     return pad if _PADDED_TO * pad <= tokens else 0
 
 
-def size_of(x: Tensor, axes: tuple[int, ...], least: float = 0.0) -> Tensor:
-    """The power of 2 just below the largest absolute value over these axes, which are kept; at least ``least``, not 0.
+def size_of(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """A power of 2 that brings ``x``, of a work dtype, below 2 by division, which rounds nothing then; axes are kept.
 
-    So what is divided by it is at most 2 and not rounded. ``x`` is of a work dtype.
+    It is just below the norm over these axes, but at least 2^-64: what is smaller may stay so, and units as small,
+    times anything else, would leave the range. So it does not matter where squares underflow.
     """
-    largest = torch.maximum(x.amax(dim=axes, keepdim=True), -x.amin(dim=axes, keepdim=True))
-    exponent = largest.clamp_min_(max(least, torch.finfo(x.dtype).tiny)).log2_().floor_()
-    # The logarithm of what lies just below the end of the range is rounded up to it.
-    return exponent.clamp_(max=math.frexp(torch.finfo(x.dtype).max)[1] - 1).exp2_()
+    largest = 2.0 ** (math.frexp(torch.finfo(x.dtype).max)[1] - 1)
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    return norm.clamp_(2.0**-64, largest).log2_().floor_().exp2_()
 
 
 def scale_parts(scale: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -135,9 +135,12 @@ class Keys(NamedTuple):
         factor, unit = scale_parts(scale, wide.dtype)
         if k.dtype == torch.float16:  # which ends long before fp32 does
             return cls(wide.mul_(factor).transpose(-1, -2), unit, k.shape[2])
-        most, terms, size = torch.finfo(wide.dtype).max, 4.0 * k.shape[3], size_of(wide, (-2, -1), _LEAST_KEY)
+        most, terms, size = torch.finfo(wide.dtype).max, 4.0 * k.shape[3], size_of(wide, (-2, -1))
         wide.div_(size).mul_(factor / terms)
-        return cls(wide.transpose(-1, -2), (size * terms).clamp_(max=most).mul_(unit).clamp_(max=most), k.shape[2])
+        size.mul_(terms).clamp_(max=most)
+        if unit != 1.0:
+            size.mul_(unit).clamp_(max=most)
+        return cls(wide.transpose(-1, -2), size, k.shape[2])
 
     def logits(self, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """Logits ``[B, H, N_q, N_k + padding]`` in the work dtype, and the unit they are in.
@@ -148,7 +151,8 @@ class Keys(NamedTuple):
         q = q.to(self.transposed.dtype, memory_format=torch.contiguous_format) if q.dtype != work_dtype(q) else q
         padded = torch.matmul(q, self.transposed)
         logits = padded[..., : self.tokens]
-        padded[..., self.tokens :] = -torch.inf
+        if self.tokens < padded.shape[-1]:
+            padded[..., self.tokens :] = -torch.inf
         if mask is None:
             return padded, self.unit
         if mask.dtype == torch.bool:
@@ -351,7 +355,7 @@ def guide(
         copied += tokens * (3 * dim + value_dim)
     if q.dtype != work_dtype(q):
         held += dim
-    for part, row_slices in chunks(q, held=held, copied=copied, whole_heads=config.merge_heads):
+    for part, places in chunks(q, held=held, copied=copied, whole_heads=config.merge_heads):
         keys, values = Keys.of(k[part], scale, pad), own_copy(v[part], pad)
         if v.dtype == torch.float16:
             unit = values.new_full((1, 1, 1, 1), _LARGEST_FP16)
@@ -359,18 +363,18 @@ def guide(
             unit = size_of(values, (-3, -2, -1) if config.merge_heads else (-2, -1))
         values.div_(unit)
         space = KeySpace.of(k[part], values) if solved else None
-        for rows in row_slices:
+        for place in places:
             result = guided_chunk(
-                q[part][:, :, rows],
+                q[place],
                 keys,
                 values,
                 unit,
                 space,
                 config,
-                mask_part(mask, part, rows),
+                mask_part(mask, place),
                 scale,
-                None if base is None else base[part][:, :, rows],
-                None if joint_lse is None else joint_lse[part][:, :, rows],
+                None if base is None else base[place],
+                None if joint_lse is None else joint_lse[place],
             )
-            out[part][:, :, rows] = to_dtype(result, out.dtype)
+            out[place] = to_dtype(result, out.dtype)
             del result  # or it is held beside those of the next chunk

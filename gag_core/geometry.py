@@ -92,37 +92,40 @@ def extrapolation(
         signal: what the guidance vector is made of where that is not the discrepancy, the same.
 
     Returns:
-        a and b, ``[B, H or 1, N, 1]``, or one number where it is the same for all; finite. With a signal b is its
-        factor, and ``strength * (S - D)`` is added.
+        a and b, ``[B, H or 1, N, 1]``, or one number where it is the same for all; never NaN for finite vectors. With a
+        signal b is its factor, and ``strength * (S - D)`` is added.
 
     Source: arXiv 2603.02531 v2, eq. 12-13.
     """
     dtype, tiny, zeta = sparse.dtype, torch.finfo(sparse.dtype).tiny, config.orthogonal_scale
     amount, strength = within(config.strength * config.guidance_scale, dtype), within(config.strength, dtype)
+    plain = strength if signal is None else 0.0
     if config.rule == "pladis":
         return 0.0, amount
+    if amount == 0.0:
+        return 0.0, plain
     vector = discrepancy if signal is None else signal
     axes = _axes(config)
     sparse_norm = torch.linalg.vector_norm(sparse, dim=axes, keepdim=True).clamp_min_(tiny)
     along = (vector * sparse).sum(dim=axes, keepdim=True).div_(sparse_norm)
+    threshold = within(config.norm_threshold, dtype)
+    limit = sparse_norm * threshold if config.norm_mode == "relative" else threshold / unit
+    if zeta == 0.0:
+        # The guidance vector is r_par alone, as long as r reaches along S.
+        capped = along if math.isinf(config.norm_threshold) else torch.clamp(along, -limit, limit)
+        return capped.div_(sparse_norm).mul_(amount), plain
     # In units of the larger of zeta and 1 the guidance vector is in range whatever zeta is.
     larger = max(1.0, abs(zeta))
-    guidance_norm = along.abs()
-    if zeta != 0.0:
-        vector_norm = torch.linalg.vector_norm(vector, dim=axes, keepdim=True)
-        across = (vector_norm - guidance_norm).mul_(vector_norm + guidance_norm).clamp_min_(0.0).sqrt_()
-        guidance_norm = guidance_norm.div_(larger).square_().add_(across.mul_(zeta / larger).square_()).sqrt_()
+    norm = along.abs()
+    vector_norm = torch.linalg.vector_norm(vector, dim=axes, keepdim=True)
+    across = (vector_norm - norm).mul_(vector_norm + norm).clamp_min_(0.0).sqrt_()
+    norm = norm.div_(larger).square_().add_(across.mul_(zeta / larger).square_()).sqrt_().clamp_min_(tiny)
     if math.isinf(config.norm_threshold):
-        reach = torch.full_like(guidance_norm, within(larger, dtype))
+        reach = torch.full_like(norm, within(larger, dtype))
     else:
-        threshold = within(config.norm_threshold, dtype)
-        limit = sparse_norm * threshold if config.norm_mode == "relative" else threshold / unit
-        reach = (limit / guidance_norm.clamp_min_(tiny)).clamp_(max=within(larger, dtype))
+        reach = (limit / norm).clamp_(max=within(larger, dtype))
     on_sparse = along.div_(sparse_norm).mul_(reach).mul_(amount * ((1.0 - zeta) / larger)).nan_to_num_(nan=0.0)
-    if zeta == 0.0:
-        return on_sparse, strength if signal is None else 0.0
-    on_vector = reach.mul_(amount * (zeta / larger)).nan_to_num_(nan=0.0)
-    return on_sparse, on_vector.add_(strength) if signal is None else on_vector
+    return on_sparse, reach.mul_(amount * (zeta / larger)).nan_to_num_(nan=0.0).add_(plain)
 
 
 def blended_(unit: Tensor, *parts: tuple[Tensor, Tensor | float]) -> Tensor:

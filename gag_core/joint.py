@@ -35,13 +35,13 @@ def attention_with_logsumexp(
 def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """logsumexp over the keys, ``[B, H, N_q]`` in fp32 (fp64 for fp64); ``-inf`` where no key may be read."""
     result = torch.empty(q.shape[:3], dtype=work_dtype(q), device=q.device)
-    for part, row_slices in chunks(q, held=2 * k.shape[2], copied=k.shape[2] * k.shape[3]):
+    for part, places in chunks(q, held=2 * k.shape[2], copied=k.shape[2] * k.shape[3]):
         keys = Keys.of(k[part], scale)
-        for rows in row_slices:
-            logits, unit = keys.logits(q[part][:, :, rows], mask_part(mask, part, rows))
+        for place in places:
+            logits, unit = keys.logits(q[place], mask_part(mask, place))
             scaled, maximum = scale_and_shift_(logits, 1.0, unit)
             total = scaled.exp_().sum(dim=-1, keepdim=True)
-            result[part][:, :, rows] = logsumexp_of(maximum, unit, total).squeeze(-1)
+            result[place] = logsumexp_of(maximum, unit, total).squeeze(-1)
     return result
 
 

@@ -186,12 +186,12 @@ def word_shares(
     work = work_dtype(q)
     words = words.to(work)
     shares = torch.empty((q.shape[0], q.shape[2], words.shape[1]), dtype=work, device=q.device)
-    for part, row_slices in chunks(q, held=2 * k.shape[2], copied=k.shape[2] * k.shape[3], whole_heads=True):
+    for part, places in chunks(q, held=2 * k.shape[2], copied=k.shape[2] * k.shape[3], whole_heads=True):
         keys = Keys.of(k[part], scale)
-        for rows in row_slices:
-            logits, unit = keys.logits(q[part][:, :, rows], mask_part(mask, part, rows))
+        for place in places:
+            logits, unit = keys.logits(q[place], mask_part(mask, place))
             weights, _ = dense_weights_(scale_and_shift_(logits, 1.0, unit)[0], 1.0)
-            shares[part[0], rows] = torch.matmul(weights.mean(dim=1), words)
+            shares[place[0], place[2]] = torch.matmul(weights.mean(dim=1), words)
     return shares.transpose(1, 2)
 
 
