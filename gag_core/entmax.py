@@ -127,7 +127,7 @@ def _powers_above_threshold(scaled: Tensor, power: float) -> Tensor:
     for step in range(steps):
         last = step == steps - 1
         if last:
-            # Slightly lower, so that it does not lie above the root by rounding. A row of only -inf has none.
+            # Slightly lower, so that it does not lie above the root by rounding. A row of only -inf has no root: 0 / 0.
             threshold.sub_(info.eps / 2).nan_to_num_(nan=-1.0)
         torch.sub(scaled, threshold, out=above).relu_()
         if power == _SQUARE:
