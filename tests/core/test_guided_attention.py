@@ -265,6 +265,21 @@ def test_many_chunks_against_the_reference() -> None:
     assert_close(result, expected, error=2e-3)
 
 
+@pytest.mark.parametrize("name", ["gentle", "orthogonal-merged", "sparsemax-half"])
+@pytest.mark.parametrize("mask", ["bool-per-head", "bool-per-key", "additive"])
+def test_heads_in_parts_against_the_reference(mask: str, name: str) -> None:
+    """With so many keys each head is a part by itself, unless heads are merged."""
+    shape = Shape(2, 3, 20, 700, 64)
+    q, k, v = cases.qkv(shape)
+    parts = list(eager.chunks(q, held=2 * shape.keys, copied=2 * shape.keys * shape.dim))
+    assert len(parts) == shape.batch * shape.heads
+    tensor = cases.MASKS[mask](shape)
+    base = cases.random(*q.shape, seed=20)
+    result = guided_attention(q, k, v, CONFIGS[name], mask=tensor, base=base)
+    expected = reference.guided_attention(q, k, v, CONFIGS[name], mask=tensor, base=base)
+    assert_close(result, expected, error=5e-5)
+
+
 # --- inputs and extremes ------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ import cases
 import reference
 from cases import LAYOUTS, MASKS, Shape
 from gag_core import GuidanceConfig, guided_attention, guided_joint_attention
+from gag_core.eager import chunks
+from gag_core.joint import logsumexp_of_logits
 from properties import PROPERTY, SEEDS
 from tolerances import DTYPES, ROUNDING, assert_close
 from work import WorkCounter
@@ -399,3 +401,15 @@ def test_any_call(tokens: int, start: int, length: int, seed: int, name: str, wi
     out = guided_joint_attention(q, k, v, text, CONFIGS[name], base=base, mask=mask)
     expected = reference.guided_joint_attention(q, k, v, text, CONFIGS[name], base=base, mask=mask)
     assert_close(out, expected, error=5e-3)
+
+
+@pytest.mark.parametrize("mask", [None, "bool-per-head", "additive-inf"])
+def test_the_logsumexp_of_heads_in_parts(mask: str | None) -> None:
+    """With so many keys each head of a batch row is a part by itself."""
+    shape = Shape(2, 3, 20, 700, 128)
+    q, k, _ = cases.qkv(shape)
+    assert len(list(chunks(q, held=2 * shape.keys, copied=shape.keys * shape.dim))) == shape.batch * shape.heads
+    tensor = None if mask is None else MASKS[mask](shape)
+    logits = reference.attention_logits(q, k, tensor)
+    result = logsumexp_of_logits(q, k, tensor, shape.dim**-0.5)
+    torch.testing.assert_close(result.double(), logits.logsumexp(dim=-1), atol=2e-5, rtol=1e-6)

@@ -16,6 +16,7 @@ import cases
 import measures_reference
 import reference
 from gag_core import GuidanceConfig, combine, guided_attention, sparse_dense_attention
+from gag_core.eager import chunks
 from gag_core.measures import MEASURES, measure, sample_queries, word_shares
 from properties import ALPHAS, SEEDS, Call, calls, examples
 
@@ -182,6 +183,18 @@ def test_word_shares_equal_the_reference() -> None:
     for mask in (None, cases.bool_some_rows_empty(shape)):
         out = word_shares(q, k, columns, mask=mask)
         torch.testing.assert_close(out.double(), measures_reference.word_shares(q, k, words, mask), atol=2e-6, rtol=0)
+
+
+def test_word_shares_of_batch_rows_in_parts_equal_the_reference() -> None:
+    shape = cases.Shape(3, 4, 700, 77, 16)
+    q, k, _ = cases.qkv(shape, seed=12)
+    assert len(list(chunks(q, held=2 * 77, copied=77 * 16, whole_heads=True))) == shape.batch
+    mask, words = cases.bool_per_key(shape), [(1,), (2, 3), (76, 0)]
+    columns = torch.zeros(77, 3)
+    for place, word in enumerate(words):
+        columns[list(word), place] = 1.0
+    out = word_shares(q, k, columns, mask=mask)
+    torch.testing.assert_close(out.double(), measures_reference.word_shares(q, k, words, mask), atol=2e-6, rtol=0)
 
 
 def test_word_shares_of_all_tokens_are_one() -> None:
