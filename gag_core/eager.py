@@ -114,7 +114,7 @@ def size_of(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 def scale_parts(scale: float, dtype: torch.dtype) -> tuple[float, float]:
     """Two numbers whose product is ``scale``, as far as the dtype reaches: one of -1 to 1, and one of at least 1."""
-    return math.copysign(min(abs(scale), 1.0), scale), min(max(abs(scale), 1.0), torch.finfo(dtype).max)
+    return math.copysign(min(abs(scale), 1.0), scale), within(max(abs(scale), 1.0), dtype)
 
 
 class Keys(NamedTuple):
@@ -181,27 +181,37 @@ def retrieve(
 
 
 class KeySpace(NamedTuple):
-    """The keys as patterns: from their mean, in a unit in which they are at most 2, of the work dtype.
+    """The keys as patterns: in a unit in which keys are at most 2, from their mean, of the work dtype.
 
     ``memory`` is ``[B, H, N_k, D + 1 + D_v]``: of each key its pattern, the square of that and its value, so that one
-    product with weights reads all three. ``unit`` is ``[B, H, 1, 1]``, ``keys`` are the patterns as keys.
+    product with weights reads all three. ``unit`` is ``[B, H, 1, 1]``, ``keys`` are the patterns as keys, ``scale`` is
+    the factor of the logits.
     """
 
     memory: Tensor
     unit: Tensor
     keys: Keys
+    scale: float
     dim: int
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor) -> KeySpace:
-        """From keys, and values of the work dtype."""
+    def of(cls, k: Tensor, v: Tensor, scale: float) -> KeySpace:
+        """From keys, values of the work dtype, and the factor of the logits."""
         patterns = own_copy(k)
         unit = size_of(patterns, (-2, -1))
         patterns /= unit
         # Attention does not see an offset that all keys share, but differences of read keys would be rounded to it.
         patterns -= patterns.mean(dim=-2, keepdim=True)
         squares = patterns.square().sum(dim=-1, keepdim=True)
-        return cls(torch.cat((patterns, squares, v), dim=-1), unit, Keys.of(patterns, 1.0), k.shape[3])
+        return cls(torch.cat((patterns, squares, v), dim=-1), unit, Keys.of(patterns, 1.0), scale, k.shape[3])
+
+    def state(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions ``[B, H, N, D]`` of queries, and what makes their logits of these and the patterns, ``1``."""
+        dtype = self.memory.dtype
+        factor, scale_unit = scale_parts(self.scale, dtype)
+        direction, length = anderson.unit(q.to(dtype) * factor)
+        length = length.mul_(scale_unit).unsqueeze(-1).mul_(self.unit)
+        return direction, length.clamp_(max=torch.finfo(dtype).max)
 
     def read(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pattern, square and value that weights ``[B, H, N, N_k]`` read, ``[B, H, N, D]``, ``1`` and ``D_v``."""
@@ -210,7 +220,7 @@ class KeySpace(NamedTuple):
 
 
 def retrieve_with_coefficients(
-    q: Tensor, keys: Keys, space: KeySpace, config: GuidanceConfig, mask: Tensor | None, scale: float
+    q: Tensor, keys: Keys, space: KeySpace, config: GuidanceConfig, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What :func:`retrieve` gives, and the guidance signal ``[B, H, N_q, D_v]`` of rule "anderson", of one chunk.
 
@@ -243,7 +253,7 @@ def retrieve_with_coefficients(
     query always.
 
     Args:
-        q, config, mask, scale: as in :func:`guide`.
+        q, config, mask: as in :func:`guide`.
         keys, space: :meth:`Keys.of` and :meth:`KeySpace.of` its keys.
 
     Source: arXiv 2603.02531 v1 (attention extrapolation as Anderson acceleration of depth 1); that the coefficient is
@@ -257,10 +267,7 @@ def retrieve_with_coefficients(
     d, square, dense = space.read(weights)
     del logits, scaled, weights
     radius = (square - d.square().sum(dim=-1, keepdim=True)).clamp_min_(0.0).sqrt_()
-    factor, scale_unit = scale_parts(scale, d.dtype)
-    query, length = anderson.unit(q.to(d.dtype) * factor)
-    # What makes logits of a direction and the patterns.
-    length = length.mul_(scale_unit).unsqueeze(-1).mul_(space.unit).clamp_(max=torch.finfo(d.dtype).max)
+    query, length = space.state(q)
     image = s - d
     f = image - query * radius
     differences, read_outs = [image], [sparse - dense]
@@ -287,7 +294,6 @@ def guided_chunk(
     space: KeySpace | None,
     config: GuidanceConfig,
     mask: Tensor | None,
-    scale: float,
     base: Tensor | None,
     joint_lse: Tensor | None,
 ) -> Tensor:
@@ -303,22 +309,20 @@ def guided_chunk(
         sparse, dense, lse = retrieve(q, keys, v, alpha, mask, with_logsumexp=joint_lse is not None)
         discrepancy = torch.sub(sparse, dense, out=dense)
     else:
-        sparse, dense, lse, signal = retrieve_with_coefficients(q, keys, space, config, mask, scale)
+        sparse, dense, lse, signal = retrieve_with_coefficients(q, keys, space, config, mask)
         discrepancy = sparse - dense
-    on_sparse, on_discrepancy = extrapolation(sparse, discrepancy, unit, config, signal)
-    on_signal = on_discrepancy
+    on_sparse, on_vector = extrapolation(sparse, discrepancy, unit, config, signal)
+    vectors, numbers = [sparse, discrepancy], [on_sparse, on_vector]
     if signal is not None:
-        on_discrepancy = within(config.strength, unit.dtype)
+        vectors, numbers = [*vectors, signal], [on_sparse, within(config.strength, unit.dtype), on_vector]
     if lse is not None and joint_lse is not None:
         # A row that may read nothing at all has -inf - -inf here: no text, so no mass.
         mass = (lse - joint_lse.unsqueeze(-1).to(lse.dtype)).exp_().nan_to_num_(nan=0.0).clamp_(max=1.0)
-        on_sparse, on_discrepancy, on_signal = mass * on_sparse, mass * on_discrepancy, mass * on_signal
-    if base is None:  # the dense read-out
-        on_sparse, on_discrepancy = on_sparse + 1.0, on_discrepancy - 1.0
-    parts = [(sparse, on_sparse), (discrepancy, on_discrepancy)]
-    if signal is not None:
-        parts.append((signal, on_signal))
-    result = blended_(unit, *parts)
+        numbers = [mass * number for number in numbers]
+    if base is None:  # the dense read-out, S - (S - D)
+        numbers[0] += 1.0
+        numbers[1] -= 1.0
+    result = blended_(unit, *zip(vectors, numbers, strict=True))
     return result if base is None else result.add_(base)
 
 
@@ -362,7 +366,7 @@ def guide(
         else:
             unit = size_of(values, (-3, -2, -1) if config.merge_heads else (-2, -1))
         values.div_(unit)
-        space = KeySpace.of(k[part], values) if solved else None
+        space = KeySpace.of(k[part], values, scale) if solved else None
         for place in places:
             result = guided_chunk(
                 q[place],
@@ -372,7 +376,6 @@ def guide(
                 space,
                 config,
                 mask_part(mask, place),
-                scale,
                 None if base is None else base[place],
                 None if joint_lse is None else joint_lse[place],
             )

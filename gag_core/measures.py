@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention import guided_attention
 from .config import GuidanceConfig, check_config
-from .eager import Keys, chunks, mask_part, scale_parts, size_of, work_dtype
+from .eager import Keys, KeySpace, chunks, mask_part, size_of, work_dtype
 from .entmax import dense_weights_, logsumexp_of, scale_and_shift_, sparse_weights
 from .geometry import blended_, extrapolation
 from .hopfield import contraction, entropy, support_size
@@ -197,22 +197,16 @@ def word_shares(
 
 def _contraction(q: Tensor, k: Tensor, dense_p: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """``|T(T(x)) - T(x)| / |T(x) - x|`` of each query, ``[B, H, N_q, 1]``; ``dense_p`` are its weights."""
-    unit = size_of(k, (2, 3))
-    patterns = k / unit
-    patterns = patterns - patterns.mean(dim=2, keepdim=True)
-    image = torch.matmul(dense_p, patterns)
-    radius = torch.matmul(dense_p, patterns.square().sum(dim=3, keepdim=True)).sqrt()
-    factor, scale_unit = scale_parts(scale, k.dtype)
-    query = q.to(k.dtype) * factor
-    size = query.abs().amax(dim=3, keepdim=True).clamp_min(_tiny(k))
-    query = query / size
-    norm = torch.linalg.vector_norm(query, dim=3, keepdim=True).clamp_min(_tiny(k))
-    # Patterns are at most 2 in each dimension, so that their products times this do not overflow.
-    most = torch.finfo(k.dtype).max / (16 * k.shape[3])
-    beta = _quotient(size * norm * scale_unit * unit, radius).nan_to_num_(nan=0.0).clamp_(max=most)
-    logits, logits_unit = Keys.of(patterns, 1.0).logits(image * beta, mask)
-    again = torch.matmul(dense_weights_(scale_and_shift_(logits, 1.0, logits_unit)[0], 1.0)[0], patterns)
-    return contraction(query / norm * radius, image, image, again).unsqueeze(3)
+    space = KeySpace.of(k, k[..., :0], scale)
+    image, square, _ = space.read(dense_p)
+    radius = square.sqrt()
+    query, length = space.state(q)
+    # An image is at most 4 in each dimension.
+    most = torch.finfo(k.dtype).max / 4.0
+    beta = _quotient(length, radius).nan_to_num_(nan=0.0).clamp_(max=most)
+    logits, unit = space.keys.logits(image * beta, mask)
+    again, _, _ = space.read(dense_weights_(scale_and_shift_(logits, 1.0, unit)[0], 1.0)[0])
+    return contraction(query * radius, image, image, again).unsqueeze(3)
 
 
 def _tiny(tensor: Tensor) -> float:

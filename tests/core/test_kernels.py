@@ -37,6 +37,7 @@ pytestmark = [
 ]
 
 DEVICE = torch.device(os.environ.get("GAG_TEST_DEVICE", "cpu"))
+# On a card they are left out: they are of the interpreter alone, or start the run on the card. Other runs have them all.
 interpreted_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="of the interpreter, or of what a CPU does")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -307,6 +308,7 @@ def test_any_call(seed: int, queries: int, keys: int, dim: int, dtype: torch.dty
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels are chosen for CPU tensors as they are for a card's."""
+    # A run on a card (GAG_TEST_DEVICE) has no interpreter, which alone takes CPU tensors; every other run has it.
     if DEVICE.type != "cpu":
         pytest.skip("the interpreter is off")
     monkeypatch.setattr(fused, "_runs_on", lambda device: True)
@@ -429,6 +431,7 @@ def test_tiles(length: int, largest: int, widths: list[int]) -> None:
     assert [first for first, _ in found] == [sum(widths[:i]) for i in range(len(widths))]
 
 
+# Skipped where there is no such card: nothing can stand for one, and the interpreter runs the same tests there.
 @interpreted_only
 @pytest.mark.skipif(
     not torch.cuda.is_available() or not fused._runs_on(torch.device("cuda")), reason="no card that the kernels run on"
