@@ -37,7 +37,7 @@ pytestmark = [
 ]
 
 DEVICE = torch.device(os.environ.get("GAG_TEST_DEVICE", "cpu"))
-# On a card they are left out: they are of the interpreter alone, or start the run on the card. Other runs have them all.
+# On a card they are left out: they are of the interpreter alone, or start the run on a card. Other runs have them.
 interpreted_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="of the interpreter, or of what a CPU does")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
