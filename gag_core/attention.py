@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import eager, fused
 from .config import GuidanceConfig, check_config
-from .geometry import to_dtype
+from .geometry import write
 from .joint import attention_with_logsumexp, logsumexp_of_logits
 
 _ALL = slice(None)
@@ -56,8 +56,8 @@ def sparse_dense_attention(
         keys, values = eager.Keys.of(k[part], scale), eager.own_copy(v[part])
         for place in places:
             s, d, _ = eager.retrieve(q[place], keys, values, alpha, eager.mask_part(mask, place))
-            # Weights may sum to a rounding error more than 1, which at the end of the range is infinity.
-            sparse[place], dense[place] = to_dtype(s, q.dtype), to_dtype(d, q.dtype)
+            write(sparse[place], s)
+            write(dense[place], d)
     return sparse, dense
 
 

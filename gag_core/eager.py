@@ -13,7 +13,7 @@ from torch import Tensor
 from . import anderson
 from .config import GuidanceConfig
 from .entmax import dense_weights_, logsumexp_of, scale_and_shift_, sparse_weights
-from .geometry import blended_, extrapolation, to_dtype, within
+from .geometry import blended_, extrapolation, within, write
 
 # How many numbers may be held for a chunk of queries. On a CPU that should stay near the size of the caches and, with
 # copies of keys and values, below twice the output's own; elsewhere launching many small kernels costs more than that.
@@ -379,5 +379,5 @@ def guide(
                 None if base is None else base[place],
                 None if joint_lse is None else joint_lse[place],
             )
-            out[place] = to_dtype(result, out.dtype)
+            write(out[place], result)
             del result  # or it is held beside those of the next chunk

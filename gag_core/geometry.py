@@ -72,7 +72,8 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
     sparse = sparse / unit
     discrepancy = sparse - dense / unit
     on_sparse, on_discrepancy = extrapolation(sparse, discrepancy, unit, config)
-    return to_dtype(blended_(unit, (sparse, on_sparse + 1.0), (discrepancy, on_discrepancy - 1.0)), dtype)
+    blended = blended_(unit, (sparse, on_sparse + 1.0), (discrepancy, on_discrepancy - 1.0))
+    return write(blended if dtype == work else torch.empty_like(blended, dtype=dtype), blended)
 
 
 def extrapolation(
@@ -137,7 +138,8 @@ def blended_(unit: Tensor, *parts: tuple[Tensor, Tensor | float]) -> Tensor:
     most = torch.finfo(total.dtype).max / 4.0
     total.mul_((unit * number).clamp_(-most, most))
     for vectors, number in others:
-        total.addcmul_(vectors, (unit * number).clamp_(-most, most))
+        if isinstance(number, Tensor) or number:
+            total.addcmul_(vectors, (unit * number).clamp_(-most, most))
     return total
 
 
@@ -152,7 +154,12 @@ def within(number: float, dtype: torch.dtype) -> float:
     return min(max(number, -most), most)
 
 
-def to_dtype(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a tensor that nobody else holds, saturating where the dtype ends: an extrapolation may leave its range."""
-    limit = torch.finfo(dtype).max
-    return wide.clamp_(-limit, limit).to(dtype)
+def write(out: Tensor, wide: Tensor) -> Tensor:
+    """Write to ``out``, and return it, a tensor that nobody else holds, saturating where the dtype of ``out`` ends.
+
+    An extrapolation may leave that range, and rounding may: weights may sum to a little more than 1.
+    """
+    limit = torch.finfo(out.dtype).max
+    if out.dtype == wide.dtype:  # in one pass
+        return torch.clamp(wide, -limit, limit, out=out)
+    return out.copy_(wide.clamp_(-limit, limit))

@@ -103,7 +103,7 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     assert_matches(q, k, v, GENTLE, base=arrange(base))
 
 
-@pytest.mark.parametrize("scale", [0.01, 0.5, 1.0], ids="scale={}".format)
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 0.01, 0.5, 1.0], ids="scale={}".format)
 def test_scale(scale: float) -> None:
     assert_matches(*cases.qkv(SMALL), GENTLE, scale=scale)
 

@@ -67,11 +67,22 @@ def test_keys_expanded_over_the_batch() -> None:
     assert_matches(q, k[:1].expand(3, -1, -1, -1), v[:1].expand(3, -1, -1, -1))
 
 
-@pytest.mark.parametrize("scale", [0.01, 0.125, 1.0, 2.0], ids="scale={}".format)
+@pytest.mark.parametrize("scale", [-0.5, -0.0, 0.0, 0.01, 0.125, 1.0, 2.0], ids="scale={}".format)
 def test_scale(scale: float) -> None:
     q, k, v = cases.qkv(MASKED)
     assert_matches(q, k, v, scale=scale)
     assert_matches(q, k, v, scale=scale, mask=cases.additive_bias(MASKED))
+
+
+@pytest.mark.parametrize("sizes", [(1e15, 1e15), (1e30, 1e-4), (1e-15, 1e-15), (1e-4, 1e-30)], ids="sizes={}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scale_may_make_up_for_the_size_of_queries_and_keys(dtype: torch.dtype, sizes: tuple[float, float]) -> None:
+    """Neither number alone, nor the scale, says that logits are large or small."""
+    q, k, v = cases.qkv(MASKED, dtype=dtype)
+    q, k = q * sizes[0], k * sizes[1]
+    scale = 0.25 / sizes[0] / sizes[1]
+    assert_matches(q, k, v, scale=scale)
+    assert_matches(q, k, v, scale=-scale, mask=cases.additive_bias(MASKED))
 
 
 def test_default_scale_is_one_over_the_root_of_the_dimension() -> None:
