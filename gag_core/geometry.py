@@ -160,6 +160,4 @@ def write(out: Tensor, wide: Tensor) -> Tensor:
     An extrapolation may leave that range, and rounding may: weights may sum to a little more than 1.
     """
     limit = torch.finfo(out.dtype).max
-    if out.dtype == wide.dtype:  # in one pass
-        return torch.clamp(wide, -limit, limit, out=out)
     return out.copy_(wide.clamp_(-limit, limit))

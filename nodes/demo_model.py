@@ -12,6 +12,7 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import torch
@@ -54,36 +55,49 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
         return (latent / 4.0 + 0.25) * 2.0 - 1.0
 
 
-class _Settings(comfy.supported_models_base.BASE):
+class _UNetSettings(comfy.supported_models_base.BASE):
+    unet_config = UNET_CONFIG
     unet_extra_config: ClassVar[dict[str, Any]] = {}
     latent_format = PixelLatent
 
 
-class _UNetSettings(_Settings):
-    unet_config = UNET_CONFIG
-
-
-class _TransformerSettings(_Settings):
+class _TransformerSettings(comfy.supported_models.Flux):  # which knows that later hosts call some weights otherwise
     unet_config = TRANSFORMER_CONFIG
+    latent_format = PixelLatent
     sampling_settings: ClassVar[dict[str, Any]] = {"shift": 0.0}  # of log odds: none
 
 
-def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
-    """The host's ModelPatcher of ``unet`` or ``mmdit``, in fp32, with the weights whose keys have that prefix."""
+def without_weights(name: str) -> Any:
+    """The host's model of ``unet`` or ``mmdit``, in fp32; its weights are what memory happens to hold."""
     device = comfy.model_management.unet_offload_device()
     if name == "unet":
         settings = _UNetSettings(UNET_CONFIG)
         settings.set_inference_dtype(torch.float32, None)
-        model = comfy.model_base.BaseModel(
+        return comfy.model_base.BaseModel(
             settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device, unet_model=PixelUNet
         )
-    else:
-        # Later hosts want to be told where text has a place; as in Flux.1, nowhere.
-        later: dict[str, Any] = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
-        settings = _TransformerSettings({**TRANSFORMER_CONFIG, **later})
-        settings.set_inference_dtype(torch.float32, None)
-        model = comfy.model_base.Flux(settings, model_type=comfy.model_base.ModelType.FLUX, device=device)
-    model.load_model_weights(dict(weights), f"{name}.")
+    # Later hosts want to be told where text has a place; as in Flux.1, nowhere.
+    later: dict[str, Any] = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    settings = _TransformerSettings({**TRANSFORMER_CONFIG, **later})
+    settings.set_inference_dtype(torch.float32, None)
+    return comfy.model_base.Flux(settings, model_type=comfy.model_base.ModelType.FLUX, device=device)
+
+
+def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
+    """The host's ModelPatcher of ``unet`` or ``mmdit``, in fp32, with the weights whose keys have that prefix.
+
+    Raises:
+        ValueError: these are not all the weights that the host's class has, or are more.
+    """
+    model, prefix = without_weights(name), f"{name}."
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    # The host would but log them.
+    if other := model.model_config.process_unet_state_dict(own).keys() ^ model.diffusion_model.state_dict().keys():
+        raise ValueError(
+            f"This ComfyUI's {type(model.diffusion_model).__name__} has other weights than the demo model, "
+            f"{len(other)} of them, as {min(other)}: update the GAG pack, or use another kind of demo model."
+        )
+    model.load_model_weights(dict(weights), prefix)
     return comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import comfy.utils
 import pytest
 import torch
 from torch import Tensor
@@ -107,6 +108,23 @@ def test_other_weights_than_ours_are_refused(tmp_path: Path, monkeypatch: pytest
     copy.write_bytes(data)
     with pytest.raises(ValueError, match=rf"assets/{copy.name} is not the file that came with the pack .*install the"):
         host.run_node("GAGDemoLoader")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+@pytest.mark.parametrize("name", ["unet", "mmdit"])
+def test_weights_that_the_hosts_class_does_not_have_just_so_are_refused(name: str, change: str) -> None:
+    """The host would but log them, and draw with what memory happens to hold."""
+    file = demo_model.WEIGHTS["standard" if name == "unet" else "transformer"]
+    weights = comfy.utils.load_torch_file(str(demo_model.ASSETS / file))
+    loaded = demo_model.load_in_host(name, weights).model.diffusion_model
+    key = next(key for key in weights if key.startswith(f"{name}."))
+    if change == "missing":
+        del weights[key]
+    else:
+        weights[f"{name}.unknown"] = weights[key]
+    said = rf"ComfyUI's {type(loaded).__name__} has other weights than the demo model, 1 of them, as .*: update the GAG"
+    with pytest.raises(ValueError, match=said):
+        demo_model.load_in_host(name, weights)
 
 
 def test_words_it_does_not_know_are_named() -> None:

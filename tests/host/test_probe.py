@@ -445,6 +445,7 @@ def traceable_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         if hasattr(module, "optimized_attention"):
             monkeypatch.setattr(module, "optimized_attention", host_attention.attention_pytorch)
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 @pytest.mark.usefixtures("traceable_attention")

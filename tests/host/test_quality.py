@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,11 @@ SHARPER = Method("control", temperature=0.5)
 
 def _weights(folder: Path, name: str) -> Path:
     """An export with random weights."""
-    logging.disable()  # the host's long list of what is missing, which is all of it
-    patcher = sampling.patcher_of(name, {})
-    logging.disable(logging.NOTSET)
-    host.fill(patcher.model.diffusion_model, 3)
+    diffusion_model = host.pack_module("nodes.demo_model").without_weights(name).diffusion_model
+    host.fill(diffusion_model, 3)
     torch.manual_seed(3)
     encoder = sampling.training("text").new_encoder()
-    tensors = {f"{name}.{key}": value for key, value in patcher.model.diffusion_model.state_dict().items()}
+    tensors = {f"{name}.{key}": value for key, value in diffusion_model.state_dict().items()}
     tensors.update({f"text.{key}": value for key, value in encoder.state_dict().items()})
     path = folder / f"{name}.safetensors"
     safetensors.torch.save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path)

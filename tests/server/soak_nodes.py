@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import FluxParams
 
 _WIDTH = 64
 _FLUX = {
@@ -32,6 +33,8 @@ _FLUX = {
     "depth": 2,
     "depth_single_blocks": 2,
     "guidance_embed": True,
+    # Later hosts want to be told where text has a place.
+    **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}),
 }
 _WAN = {
     "image_model": "wan2.1",

@@ -67,7 +67,6 @@ def test_comfyui_samples_the_same_picture_as_the_plain_loop(name: schedules.Name
 def test_the_transformer_equals_the_hosts_class() -> None:
     model = _filled("mmdit")
     host = host_models.load_in_host("mmdit", {f"mmdit.{key}": value for key, value in model.state_dict().items()})
-    assert set(host.model.diffusion_model.state_dict()) == set(model.state_dict())
     x, context = torch.randn(2, 3, 32, 32), torch.randn(2, 77, text.WIDTH)
     levels = torch.tensor([0.2, 0.9])
     with torch.no_grad():
