@@ -67,6 +67,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     aten = torch.ops.aten
     try:
         if q.device.type == "cpu":
+            if bias is not None and bias.shape[-1] == 1:
+                # Older torch, as 2.4, reads a number for each key all the same, beyond the end.
+                bias = bias.expand(*bias.shape[:-1], k.shape[2]).contiguous()
             out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=bias, scale=scale
             )
