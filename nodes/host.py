@@ -236,16 +236,6 @@ def _period(context: Tensor) -> int:
     return tokens
 
 
-def compiled_carelessly(guider: Any) -> bool:
-    """Whether torch.compile may have been told not to look at the transformer options, as newer TorchCompileModel do.
-
-    What was compiled in one model call is then also run in calls with other patches. Which options it was given cannot
-    be seen afterwards, because torch takes this one out of them; older nodes give none.
-    """
-    settings = guider.model_options.get("torch_compile_kwargs") or {}
-    return settings.get("options") is not None
-
-
 class Steps:
     """Where in its run a model call is.
 

@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .block_attention import GuidedBlocks
+from .compiling import CarelessCompile
 from .cross_attention import GuidedUNet
-from .host import PositivePrompt, compiled_carelessly, followed, guided_rows, log, sigma_range
+from .host import PositivePrompt, followed, guided_rows, log, sigma_range
 from .live import GuidedRecording, listening
 from .recording import CallRecording, Probe, Recording
 from .run import Run
@@ -41,18 +41,14 @@ class GAGPatch:
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Count what one run does, and say it at the end."""
-        run = Run(PositivePrompt.of_guider(executor.class_obj), compiled_carelessly(executor.class_obj))
-        if run.uncompiled:
-            log.warning(
-                "GAG: this TorchCompileModel compiles without regard to patches, so the model calls in which %s run "
-                "uncompiled; the picture is right.",
-                "GAG acts or GAG Probe measures" if self.probes else "GAG acts",
-            )
+        guider = executor.class_obj
+        who = "GAG acts or GAG Probe measures" if self.probes else "GAG acts"
+        run = Run(PositivePrompt.of_guider(guider), CarelessCompile.of(guider, who))
         run.steps, args, kwargs = followed(args, kwargs)
         for guidance in self.guidances:
             _say_if_stretched(guidance, run.steps.count)
         # The guider's options are a copy that the host makes for this run and drops after it.
-        executor.class_obj.model_options.setdefault("transformer_options", {})[KEY] = run
+        guider.model_options.setdefault("transformer_options", {})[KEY] = run
         if self.probes:
             run.recording = Recording(tuple(dict.fromkeys(word for probe in self.probes for word in probe.words)))
         result = executor(*args, **kwargs)
@@ -101,8 +97,14 @@ class GAGPatch:
         else:
             patches = GuidedBlocks(acting, run, text, options, recording)
             watching = patches.watching(executor.class_obj.diffusion_model)
-        with watching, torch.compiler.set_stance("force_eager") if run.uncompiled else nullcontext():
-            out = executor(x, t, c_concat, c_crossattn, control, patches.installed(options), **kwargs)
+        options = patches.installed(options)
+        kept_out: AbstractContextManager[None] = nullcontext()
+        if run.careless is not None:
+            kept_out = run.careless.kept_out()
+            if recording is None:  # or opening a chart would mean to wait until it is compiled anew
+                options = run.careless.installed(options, executor.class_obj, KEY)
+        with watching, kept_out:
+            out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if guidance is not None:
             run.count_call(guidance, patches.reached)
             if charted and recording is not None:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from .compiling import CarelessCompile
 from .families import Layer
 from .host import PositivePrompt, Steps, log, prompt_kinds, show_on_node
 from .live import Chart, tell_report
@@ -19,7 +20,7 @@ class Run:
     """Counts of one sampling run, by guidance; and what was found out once and holds for all of it."""
 
     positive: PositivePrompt | None = None
-    uncompiled: bool = False
+    careless: CarelessCompile | None = None
     model_calls: int = 0
     in_range: Counter[Guidance] = field(default_factory=Counter)
     overruled: Counter[Guidance] = field(default_factory=Counter)

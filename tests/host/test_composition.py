@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 from collections import Counter
@@ -482,6 +483,7 @@ def traceable_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         if hasattr(module, "optimized_attention"):
             monkeypatch.setattr(module, "optimized_attention", host_attention.attention_pytorch)
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def guided_at_first(model: Any) -> Any:
@@ -499,6 +501,8 @@ def build_shallow(name: str) -> Any:
         },
         "flux": {"depth": 1, "depth_single_blocks": 1},
     }
+    if name not in shallow:
+        return companions.build(name)
     class_name, config = host.CONFIGS[name]
     return host.build(class_name, {**config, **shallow[name]})
 
@@ -548,23 +552,97 @@ def test_torch_compile_with_other_blocks_later(order: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+def compiled_carelessly(model: Any, **settings: Any) -> Any:
+    """By the way of newer TorchCompileModel nodes, which would run what was compiled in one call in all others."""
+    model = model.clone()
+    options: Any = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
+    set_torch_compile_wrapper(model, backend="eager", options=options, **settings)
+    return model
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 @rows("TorchCompileModel of newer ComfyUIs")
+@pytest.mark.parametrize("name", ["sd15", "flux", "wan-t2v"])
 @pytest.mark.usefixtures("traceable_attention")
-def test_torch_compile_that_does_not_look_at_patches(order: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It would run what it compiled in one call in all others, guided or not."""
-
-    def compiled(model: Any) -> Any:
-        model = model.clone()
-        options: Any = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
-        set_torch_compile_wrapper(model, backend="eager", options=options)
-        return model
-
-    expected = companions.sample(guided_at_first(companions.build("wan-t2v")), "wan-t2v")
-    model = in_order(order, companions.build("wan-t2v"), compiled, guided_at_first)
+def test_torch_compile_that_does_not_look_at_patches(name: str, order: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Guided calls are compiled by themselves, once."""
+    caplog.set_level("INFO", logger="comfyui-gag")
+    expected = companions.sample(guided_at_first(build_shallow(name)), name)
+    model = in_order(order, build_shallow(name), compiled_carelessly, guided_at_first)
     for _ in range(2):
-        assert torch.equal(companions.sample(model, "wan-t2v"), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert "the model calls in which GAG acts run uncompiled" in caplog.text
+        assert torch.equal(companions.sample(model, name), expected)
+        assert graphs() == 2
+    assert caplog.text.count("the model calls in which GAG acts are compiled by themselves") == 2, "once in each run"
+    assert "uncompiled" not in caplog.text
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@rows("TorchCompileModel of newer ComfyUIs")
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("wan-t2v", ["diffusion_model.blocks.0", "diffusion_model.blocks.1"]), ("sd3", ["diffusion_model"])],
+    ids=["some blocks", "a model without a way in"],
+)
+@pytest.mark.usefixtures("traceable_attention")
+def test_guided_calls_that_cannot_be_compiled_by_themselves(
+    name: str, keys: list[str], order: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """How blocks were compiled only that node knows; and not every model of the host calls wrappers."""
+    expected = companions.sample(guided_at_first(companions.build(name)), name)
+    compiled = partial(compiled_carelessly, keys=keys)
+    model = in_order(order, companions.build(name), compiled, guided_at_first)
+    for _ in range(2):
+        assert torch.equal(companions.sample(model, name), expected)
+    assert graphs() > 0
+    assert caplog.text.count("the model calls in which GAG acts run uncompiled; the picture is right.") == 2
+
+
+@pytest.mark.parametrize("order", [FIRST, LAST])
+@pytest.mark.usefixtures("traceable_attention")
+def test_trying_numbers_does_not_mean_to_wait_for_each(order: str) -> None:
+    """Both nodes are run anew when a setting of the first one changes, and the model stays."""
+    model = companions.build("wan-t2v")
+
+    def sampled(strength: float) -> Tensor:
+        def gentle(model: Any) -> Any:
+            return guided(model, preset="gentle", strength=strength, end_percent=0.1)
+
+        return companions.sample(in_order(order, model, compiled_carelessly, gentle), "wan-t2v")
+
+    for strength in (0.25, 0.5):
+        sampled(strength)
+    count = graphs()
+    assert count <= 3, "one without guidance, one for the first number, one for others"
+    outs = [sampled(strength) for strength in (0.75, 0.9, 0.25, 0.3)]
+    assert graphs() == count
+    torch.compiler.reset()
+    expected = companions.sample(guided(model, preset="gentle", strength=0.3, end_percent=0.1), "wan-t2v")
+    assert_close(outs[-1], expected, error=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.usefixtures("traceable_attention")
+def test_each_model_is_compiled_by_itself() -> None:
+    """Torch would run code uncompiled that it has compiled too often, for whatever model."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for count in (2, 3):  # that of the host is the same for both, and compiled for the first one only
+            companions.sample(guided_at_first(compiled_carelessly(companions.build("wan-t2v"))), "wan-t2v")
+            assert graphs() == count
+
+
+@pytest.mark.usefixtures("traceable_attention")
+def test_what_was_compiled_goes_with_the_model() -> None:
+    functions = host.pack_module("nodes.compiling")._functions
+    gc.collect()
+    before = len(functions)
+    model = guided(compiled_carelessly(companions.build("wan-t2v")))
+    companions.sample(model, "wan-t2v")
+    assert len(functions) == before + 1
+    del model
+    gc.collect()
+    assert len(functions) == before
 
 
 @rows("batches split by memory")

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.ldm.modules.attention as host_attention
 import pytest
 import torch
+import torch._dynamo.utils
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor
 
 import host_process as host
@@ -104,6 +108,25 @@ def test_the_numbers_are_the_probes_and_the_picture_is_the_same(
         # With a probe beside it the same samples are used by both.
         assert both.points()[step] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
     assert any(values[0] > 0.0 for values in points.values())
+
+
+def test_opening_a_chart_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [module for path, module in sys.modules.items() if path.startswith("comfy.ldm.")]:
+        if hasattr(module, "optimized_attention"):  # which cannot be traced on a CPU
+            monkeypatch.setattr(module, "optimized_attention", host_attention.attention_pytorch)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = guided(build("wan-t2v"), start_percent=0.0)
+    options: Any = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
+    set_torch_compile_wrapper(model, backend="eager", options=options)
+    Server(monkeypatch)
+    plain = sample(model, "wan-t2v")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    server = Server(monkeypatch, NODE)
+    assert torch.equal(sample(model, "wan-t2v"), plain)
+    assert server.points()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("nodes", [(), ("8",)], ids=["nobody", "another node"])

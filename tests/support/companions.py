@@ -431,7 +431,8 @@ COMPANIONS = (
     ),
     Companion(
         "TorchCompileModel of newer ComfyUIs",
-        "It compiles without regard to patches, so the steps in which GAG acts run uncompiled; the log says so.",
+        "It compiles without regard to patches, so the steps in which GAG acts are compiled by themselves, or run "
+        "uncompiled where there is no way to do so; the log says which.",
     ),
     Companion(
         "ModelMergeSimple",
