@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
 
-import comfy.ldm.modules.attention as host_attention
 import comfy.samplers
 import pytest
 import torch
@@ -474,16 +472,6 @@ def test_positive_only_with_guiders_of_three_prompts(order: str) -> None:
     model = guided_positive(host.build_model("sd15"))
     for guider, _ in guiders(model):
         check_only_positive_is_guided(model, partial(run_guider, guider), host.conditioning("sd15", 10))
-
-
-@pytest.fixture
-def traceable_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's attention for CPUs asks for free memory in every call, which cannot be traced; that for GPUs can."""
-    for module in [module for path, module in sys.modules.items() if path.startswith("comfy.ldm.")]:
-        if hasattr(module, "optimized_attention"):
-            monkeypatch.setattr(module, "optimized_attention", host_attention.attention_pytorch)
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 def guided_at_first(model: Any) -> Any:

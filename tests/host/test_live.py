@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import comfy.ldm.modules.attention as host_attention
 import pytest
 import torch
 import torch._dynamo.utils
@@ -110,12 +108,8 @@ def test_the_numbers_are_the_probes_and_the_picture_is_the_same(
     assert any(values[0] > 0.0 for values in points.values())
 
 
+@pytest.mark.usefixtures("traceable_attention")
 def test_opening_a_chart_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [module for path, module in sys.modules.items() if path.startswith("comfy.ldm.")]:
-        if hasattr(module, "optimized_attention"):  # which cannot be traced on a CPU
-            monkeypatch.setattr(module, "optimized_attention", host_attention.attention_pytorch)
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
     model = guided(build("wan-t2v"), start_percent=0.0)
     options: Any = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
     set_torch_compile_wrapper(model, backend="eager", options=options)

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
 import pytest
 import torch
@@ -436,16 +435,6 @@ def test_prompts_that_are_run_one_by_one_are_put_together(monkeypatch: pytest.Mo
     assert (together.calls, probe.result.calls) == (1, 2)
     torch.testing.assert_close(probe.result.values, together.values, rtol=1e-3, atol=0.01)
     assert torch.equal(probe.result.guided, together.guided)
-
-
-@pytest.fixture
-def traceable_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's attention for CPUs asks for free memory in every call, which cannot be traced; that for GPUs can."""
-    for module in [module for path, module in sys.modules.items() if path.startswith("comfy.ldm.")]:
-        if hasattr(module, "optimized_attention"):
-            monkeypatch.setattr(module, "optimized_attention", host_attention.attention_pytorch)
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 @pytest.mark.usefixtures("traceable_attention")

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import comfy.ldm.modules.attention as host_attention
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
@@ -640,13 +639,9 @@ def test_verbose_tells_the_schedule(caplog: pytest.LogCaptureFixture) -> None:
 # --- compiled models ----------------------------------------------------------------------------------------------
 
 
-def test_a_compiled_model_is_not_compiled_anew_for_every_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("traceable_attention")
+def test_a_compiled_model_is_not_compiled_anew_for_every_strength() -> None:
     """Torch takes a number that changes for a variable: one graph for the first strength, one for all others."""
-    for module in [module for path, module in sys.modules.items() if path.startswith("comfy.ldm.")]:
-        if hasattr(module, "optimized_attention"):
-            monkeypatch.setattr(module, "optimized_attention", host_attention.attention_pytorch)
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
     class_name, config = host.CONFIGS["flux"]
 
     def shallow() -> Any:
