@@ -307,8 +307,8 @@ def to_api(workflow: Json, object_info: Json) -> Json:
 
 _MUTED, _BYPASSED = 2, 4
 _FRONTEND_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
-# Of the last, only options without inputs of their own are read.
-_WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+_DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # whose options may have inputs of their own
+_WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", _DYNAMIC}
 _CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 _UPLOADS = {"image_upload", "video_upload", "audio_upload"}
 _UPLOAD_WORDS = {"image", "video", "audio"}
@@ -316,13 +316,14 @@ _UPLOAD_WORDS = {"image", "video", "audio"}
 
 def _widget_values(node: Json, info: Json) -> Json:
     """The values of a node's widgets by name. A saved workflow has them in the order of the widgets, without names."""
-    specs = [(name, spec) for group in ("required", "optional") for name, spec in info["input"].get(group, {}).items()]
+    specs = _specs(info["input"])
     saved = node.get("widgets_values") or []
     if isinstance(saved, dict):
         return {name: saved[name] for name, _ in specs if name in saved}
     values: Json = {}
     rest = list(saved)
-    for name, spec in specs:
+    while specs:
+        name, spec = specs.pop(0)
         kind, options = spec[0], spec[1] if len(spec) > 1 else {}
         if not (isinstance(kind, list) or kind in _WIDGET_TYPES) or options.get("forceInput"):
             continue
@@ -330,11 +331,20 @@ def _widget_values(node: Json, info: Json) -> Json:
             values[name] = rest.pop(0)
         elif "default" in options:  # the workflow is older than this widget
             values[name] = options["default"]
+        elif kind == _DYNAMIC:
+            values[name] = options["options"][0]["key"]
+        if kind == _DYNAMIC:
+            chosen = [option["inputs"] for option in options["options"] if option["key"] == values[name]]
+            specs = [(f"{name}.{own}", spec) for inputs in chosen for own, spec in _specs(inputs)] + specs
         # Some widgets are followed by one that the front end adds and the server never sees.
         controlled = options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed"))
         if rest and ((controlled and rest[0] in _CONTROLS) or (_UPLOADS & set(options) and rest[0] in _UPLOAD_WORDS)):
             rest.pop(0)
     return values
+
+
+def _specs(inputs: Json) -> list[tuple[str, Any]]:
+    return [item for group in ("required", "optional") for item in inputs.get(group, {}).items()]
 
 
 def _bypass(node: Json, slot: int) -> int | None:

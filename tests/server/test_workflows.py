@@ -164,6 +164,7 @@ def test_fits_the_nodes_of_the_server(path: Path, server: ComfyServer, object_in
     for node_id, node in prompt.items():
         info = object_info[node["class_type"]]
         specs = _specs(info)
+        specs |= _specs_of_options(node["inputs"], specs)
         assert set(info["input"].get("required", {})) <= set(node["inputs"]) <= set(specs)
         for name, value in node["inputs"].items():
             where = f"{node['class_type']} ({node_id}): {name}"
@@ -303,6 +304,18 @@ def _sockets(node: Json) -> list[str]:
 def _specs(info: Json) -> dict[str, list[Any]]:
     """The inputs of a node type by name: [type or options, {settings}]."""
     return {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+
+
+def _specs_of_options(values: Json, specs: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The inputs that chosen options have of their own, by the names that the server knows them by."""
+    return {
+        f"{name}.{own}": inner
+        for name, spec in specs.items()
+        if spec[0] == "COMFY_DYNAMICCOMBO_V3"
+        for option in spec[1]["options"]
+        if option["key"] == values.get(name)
+        for own, inner in _specs({"input": option["inputs"]}).items()
+    }
 
 
 def _options(spec: list[Any]) -> list[Any] | None:
