@@ -41,10 +41,11 @@ class CarelessCompile:
         """Of a guider whose model may have been compiled so.
 
         Which options torch was given cannot be seen afterwards, because it takes this one out of them; older nodes
-        give none.
+        give none. Nor does an older torch know it, or stances.
         """
         settings = guider.model_options.get("torch_compile_kwargs") or {}
-        return cls(settings, who) if settings.get("options") is not None else None
+        may_be = settings.get("options") is not None and hasattr(torch.compiler, "set_stance")
+        return cls(settings, who) if may_be else None
 
     @contextmanager
     def kept_out(self) -> Iterator[None]:

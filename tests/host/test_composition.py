@@ -588,6 +588,21 @@ def test_guided_calls_that_cannot_be_compiled_by_themselves(
     assert caplog.text.count("the model calls in which GAG acts run uncompiled; the picture is right.") == 2
 
 
+@pytest.mark.usefixtures("traceable_attention")
+def test_torch_without_stances_looks_at_patches(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Up to torch 2.5, which does not know that option either: others are no reason to keep guided calls apart."""
+    monkeypatch.delattr(torch.compiler, "set_stance")
+    caplog.set_level("INFO", logger="comfyui-gag")
+    expected = companions.sample(guided_at_first(companions.build("wan-t2v")), "wan-t2v")
+    model = guided_at_first(companions.build("wan-t2v"))
+    set_torch_compile_wrapper(model, backend="eager", options={"max_autotune": "0"})
+    assert torch.equal(companions.sample(model, "wan-t2v"), expected)
+    assert graphs() == 2
+    assert "TorchCompileModel" not in caplog.text
+
+
 @pytest.mark.parametrize("order", [FIRST, LAST])
 @pytest.mark.usefixtures("traceable_attention")
 def test_trying_numbers_does_not_mean_to_wait_for_each(order: str) -> None:
