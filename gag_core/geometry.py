@@ -113,7 +113,7 @@ def extrapolation(
     limit = sparse_norm * threshold if config.norm_mode == "relative" else threshold / unit
     if zeta == 0.0:
         # The guidance vector is r_par alone, as long as r reaches along S.
-        capped = along if math.isinf(config.norm_threshold) else torch.clamp(along, -limit, limit)
+        capped = along if config.norm_threshold == math.inf else torch.clamp(along, -limit, limit)
         return capped.div_(sparse_norm).mul_(amount), plain
     # In units of the larger of zeta and 1 the guidance vector is in range whatever zeta is.
     larger = max(1.0, abs(zeta))
@@ -121,7 +121,7 @@ def extrapolation(
     vector_norm = torch.linalg.vector_norm(vector, dim=axes, keepdim=True)
     across = (vector_norm - norm).mul_(vector_norm + norm).clamp_min_(0.0).sqrt_()
     norm = norm.div_(larger).square_().add_(across.mul_(zeta / larger).square_()).sqrt_().clamp_min_(tiny)
-    if math.isinf(config.norm_threshold):
+    if config.norm_threshold == math.inf:
         reach = torch.full_like(norm, within(larger, dtype))
     else:
         reach = (limit / norm).clamp_(max=within(larger, dtype))

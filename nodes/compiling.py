@@ -27,7 +27,7 @@ _functions: WeakKeyDictionary[Module, dict[str, Callable[..., Any]]] = WeakKeyDi
 class CarelessCompile:
     """A model that is compiled without regard to patches, in one run.
 
-    ``settings`` is how; ``who`` acts in the calls that are not to be run so, for messages.
+    ``settings`` is how; ``who`` acts in the calls that are not to be run so, for the message that they run uncompiled.
     """
 
     def __init__(self, settings: dict[str, Any], who: str) -> None:
@@ -74,9 +74,8 @@ class CarelessCompile:
             self.compiled_calls += 1
             if self.compiled_calls == 1:
                 log.info(
-                    "GAG: this TorchCompileModel compiles without regard to patches, so the model calls in which %s "
-                    "are compiled by themselves.",
-                    self.who,
+                    "GAG: this TorchCompileModel compiles without regard to patches, so the model calls in which GAG "
+                    "acts are compiled by themselves."
                 )
             with torch.compiler.set_stance("default"):
                 return self._function(whole._orig_mod)(executor, *args, **kwargs)

@@ -89,15 +89,15 @@ def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
     Raises:
         ValueError: these are not all the weights that the host's class has, or are more.
     """
-    model, prefix = without_weights(name), f"{name}."
-    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    model = without_weights(name)
+    own = comfy.utils.state_dict_prefix_replace(dict(weights), {f"{name}.": ""}, filter_keys=True)
     # The host would but log them.
     if other := model.model_config.process_unet_state_dict(own).keys() ^ model.diffusion_model.state_dict().keys():
         raise ValueError(
             f"This ComfyUI's {type(model.diffusion_model).__name__} has other weights than the demo model, "
             f"{len(other)} of them, as {min(other)}: update the GAG pack, or use another kind of demo model."
         )
-    model.load_model_weights(dict(weights), prefix)
+    model.load_model_weights(own)
     return comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

@@ -20,7 +20,16 @@ from torch import Tensor
 import companions
 import host_process as host
 import reference
-from companions import COMPANIONS, FIRST, LAST, Companion, ForeignAttention, ImageAdapter, extra
+from companions import (
+    COMPANIONS,
+    FIRST,
+    LAST,
+    Companion,
+    ForeignAttention,
+    ImageAdapter,
+    compiled_carelessly,
+    extra,
+)
 from recorder import Call, recording
 from tolerances import assert_close
 
@@ -537,15 +546,7 @@ def test_torch_compile_with_other_blocks_later(order: str) -> None:
     expected = companions.sample(guided_in_turns(companions.build("wan-t2v")), "wan-t2v")
     model = in_order(order, companions.build("wan-t2v"), compiled, guided_in_turns)
     assert torch.equal(companions.sample(model, "wan-t2v"), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-
-
-def compiled_carelessly(model: Any, **settings: Any) -> Any:
-    """By the way of newer TorchCompileModel nodes, which would run what was compiled in one call in all others."""
-    model = model.clone()
-    options: Any = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
-    set_torch_compile_wrapper(model, backend="eager", options=options, **settings)
-    return model
+    assert graphs() > 0
 
 
 def graphs() -> int:
@@ -571,8 +572,13 @@ def test_torch_compile_that_does_not_look_at_patches(name: str, order: str, capl
 @rows("TorchCompileModel of newer ComfyUIs")
 @pytest.mark.parametrize(
     ("name", "keys"),
-    [("wan-t2v", ["diffusion_model.blocks.0", "diffusion_model.blocks.1"]), ("sd3", ["diffusion_model"])],
-    ids=["some blocks", "a model without a way in"],
+    [
+        ("wan-t2v", ["diffusion_model.blocks.0", "diffusion_model.blocks.1"]),
+        ("sd3", ["diffusion_model"]),
+        ("sd3.5-medium", ["diffusion_model"]),
+        ("mochi", ["diffusion_model"]),
+    ],
+    ids=["some blocks", "sd3", "sd3.5-medium", "mochi"],
 )
 @pytest.mark.usefixtures("traceable_attention")
 def test_guided_calls_that_cannot_be_compiled_by_themselves(
@@ -604,25 +610,27 @@ def test_torch_without_stances_looks_at_patches(
 
 
 @pytest.mark.parametrize("order", [FIRST, LAST])
+@pytest.mark.parametrize("name", ["strength", "guidance_scale", "norm_threshold"])
 @pytest.mark.usefixtures("traceable_attention")
-def test_trying_numbers_does_not_mean_to_wait_for_each(order: str) -> None:
+def test_trying_numbers_does_not_mean_to_wait_for_each(name: str, order: str) -> None:
     """Both nodes are run anew when a setting of the first one changes, and the model stays."""
     model = companions.build("wan-t2v")
 
-    def sampled(strength: float) -> Tensor:
-        def gentle(model: Any) -> Any:
-            return guided(model, preset="gentle", strength=strength, end_percent=0.1)
+    def guided_by(number: float) -> Callable[[Any], Any]:
+        gentle = {"strength": 0.25, "guidance_scale": 2.0, "norm_threshold": 0.1, "norm_mode": "relative"}
+        return lambda model: host.run_advanced(model=model, end_percent=0.1, **{**gentle, name: number})[0]
 
-        return companions.sample(in_order(order, model, compiled_carelessly, gentle), "wan-t2v")
+    def sampled(number: float) -> Tensor:
+        return companions.sample(in_order(order, model, compiled_carelessly, guided_by(number)), "wan-t2v")
 
-    for strength in (0.25, 0.5):
-        sampled(strength)
+    for number in (0.25, 0.5):
+        sampled(number)
     count = graphs()
     assert count <= 3, "one without guidance, one for the first number, one for others"
-    outs = [sampled(strength) for strength in (0.75, 0.9, 0.25, 0.3)]
+    outs = [sampled(number) for number in (0.75, 0.9, 0.25, 0.3)]
     assert graphs() == count
     torch.compiler.reset()
-    expected = companions.sample(guided(model, preset="gentle", strength=0.3, end_percent=0.1), "wan-t2v")
+    expected = companions.sample(guided_by(0.3)(model), "wan-t2v")
     assert_close(outs[-1], expected, error=1e-5 * float(expected.abs().max()))
 
 

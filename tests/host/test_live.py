@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.utils
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor
 
 import host_process as host
@@ -110,9 +109,9 @@ def test_the_numbers_are_the_probes_and_the_picture_is_the_same(
 
 @pytest.mark.usefixtures("traceable_attention")
 def test_opening_a_chart_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = guided(build("wan-t2v"), start_percent=0.0)
-    options: Any = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
-    set_torch_compile_wrapper(model, backend="eager", options=options)
+    import companions
+
+    model = companions.compiled_carelessly(guided(build("wan-t2v"), start_percent=0.0))
     Server(monkeypatch)
     plain = sample(model, "wan-t2v")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

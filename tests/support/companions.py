@@ -21,6 +21,7 @@ import comfy.ops
 import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor
 
 import host_process as host
@@ -184,6 +185,14 @@ def normalized_guidance(model: Model) -> Model:
 
     model.set_model_attn1_output_patch(mix)
     model.set_model_sampler_post_cfg_function(lambda args: args["denoised"], disable_cfg1_optimization=True)
+    return model
+
+
+def compiled_carelessly(model: Model, **settings: Any) -> Model:
+    """By the way of newer TorchCompileModel nodes, which would run what was compiled in one call in all others."""
+    model = model.clone()
+    options: Any = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
+    set_torch_compile_wrapper(model, backend="eager", options=options, **settings)
     return model
 
 
