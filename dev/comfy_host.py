@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which ComfyUI, and which Python, development runs with. Standard library only: it runs before anything is installed.
+"""The ComfyUI and the Python that development uses.
 
-A ComfyUI that the user already has comes first: the one that ``COMFYUI_PATH`` names, or the one whose ``custom_nodes/``
-this repository lies in. Otherwise it is the one that ``dev.py`` puts into ``.cache/``.
+A ComfyUI of the user's comes first: the one that ``COMFYUI_PATH`` names, or the one whose ``custom_nodes/`` contains
+this repository. Otherwise it is the one that ``dev.py`` puts into ``.cache/``. This module uses the standard library
+only, because it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
-# The ComfyUI that dev.py brings, which everything is tested in.
+# Version of the ComfyUI that dev.py installs, in which everything is tested.
 PINNED = "0.3.75"
 CACHED_HOST = CACHE / f"comfyui-{PINNED}"
 VENV = CACHE / "venv"
-# The command lines of the Comfy Registry and of ComfyUI-Manager, apart: they need other packages than ComfyUI.
+# Environment of the command lines of the Comfy Registry and of ComfyUI-Manager, which need other packages than ComfyUI.
 VENV_REGISTRY = CACHE / "venv-registry"
-# What pytest said in the last full run.
+# Results of the last full run of pytest.
 TEST_RESULTS = CACHE / "tests.xml"
 
 
 class HostError(Exception):
-    """Says in one sentence what is wrong with the set-up; shown to the user as it is."""
+    """The set-up is wrong. The message is one sentence, shown to the user as it is."""
 
 
 def users_host() -> Path | None:
-    """The ComfyUI that the user already has, if any."""
+    """Return the user's own ComfyUI, or None."""
     if named := os.environ.get("COMFYUI_PATH"):
         host = Path(named).expanduser().resolve()
         if not _is_host(host):
@@ -42,7 +43,7 @@ def users_host() -> Path | None:
 
 
 def find_host() -> Path:
-    """The folder of the ComfyUI to use."""
+    """Return the folder of the ComfyUI to use."""
     host = users_host() or CACHED_HOST
     if not _is_host(host):
         raise HostError("There is no ComfyUI yet: run `python dev.py setup`.")
@@ -50,38 +51,38 @@ def find_host() -> Path:
 
 
 def python_in(venv: Path) -> Path:
-    """Where a virtual environment keeps its Python."""
+    """Return the path of a virtual environment's Python."""
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def users_python(host: Path) -> Path | None:
-    """The Python that the user's ComfyUI runs with, if it can be told."""
+    """Return the Python of the user's ComfyUI, or None if it was not found."""
     if named := os.environ.get("COMFYUI_PYTHON"):
         python = Path(named).expanduser().absolute()
         if not python.is_file():
             raise HostError(f"COMFYUI_PYTHON is {named}, but there is no such file.")
         return python
-    portable = host.parent / "python_embeded" / "python.exe"  # spelled so by ComfyUI's own Windows package
+    portable = host.parent / "python_embeded" / "python.exe"  # the spelling of ComfyUI's Windows package
     candidates = [Path(sys.executable), python_in(host / ".venv"), python_in(host / "venv"), portable]
     return next((path for path in candidates if path.is_file() and not missing_modules(path, "torch", "aiohttp")), None)
 
 
 def python_version(python: Path) -> tuple[int, int]:
-    """Major and minor version of a Python."""
+    """Return major and minor version of a Python."""
     answer = subprocess.run([python, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
     major, minor = answer.stdout.split()
     return int(major), int(minor)
 
 
 def missing_modules(python: Path, *modules: str) -> list[str]:
-    """Those of the modules that a Python does not have (it is only asked where they are; nothing is imported)."""
+    """Return the modules that a Python does not have. They are looked up, not imported."""
     code = "import importlib.util, sys; print(*(m for m in sys.argv[1:] if importlib.util.find_spec(m) is None))"
     answer = subprocess.run([python, "-c", code, *modules], capture_output=True, text=True)
     return answer.stdout.split() if answer.returncode == 0 else list(modules)
 
 
 def install_pack(custom_nodes: Path, pack: Path = ROOT) -> Path:
-    """Put a node pack into a folder as ``gag``: as a link, or as a copy where links are not allowed."""
+    """Install a node pack in a folder as ``gag``: as a link, or as a copy where links are not allowed."""
     target = custom_nodes / "gag"
     if target.is_symlink():
         if target.exists() and target.samefile(pack):

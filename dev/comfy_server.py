@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A real ComfyUI server as a context manager, with the pack installed, and its HTTP API in plain calls."""
+"""A ComfyUI server with the pack installed, as a context manager with methods for its HTTP API."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ START_TIMEOUT = 180.0
 FINAL = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
 TEXT_EVENT = 3  # the binary websocket message that carries a node's progress text
 
-# urllib would send even local requests through a proxy that the user has set up.
+# Without this, urllib would send even local requests through a proxy of the user's.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 class ComfyError(Exception):
-    """The server could not be started or reached, or did not accept what it was sent."""
+    """The server could not be started or reached, or refused a request."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What became of one queued prompt."""
+    """Result of one queued prompt."""
 
     prompt_id: str
     status: str
     """``success``, ``error`` or ``interrupted``."""
     error: str
-    """Which node failed and why; empty unless ``status`` is ``error``."""
+    """Failed node and reason; empty unless ``status`` is ``error``."""
     outputs: Json
-    """Node id to what the node put out, as in the server's history."""
+    """Outputs by node id, as in the server's history."""
     messages: list[Message]
-    """All that came over the websocket: (type, data); ("progress_text", {node, text}); ("binary", bytes)."""
+    """All messages of the websocket: (type, data); ("progress_text", {node, text}); ("binary", bytes)."""
 
 
 def prepare_base(base: Path, pack: Path = ROOT) -> None:
-    """Make the folders that a server works in, apart from the user's own, and install the pack there."""
+    """Make the folders of a server, separate from the user's own, and install the pack there."""
     for name in ("models", "custom_nodes", "input", "output", "user", "temp"):
         (base / name).mkdir(parents=True, exist_ok=True)
     install_pack(base / "custom_nodes", pack)
 
 
 def server_command(base: Path, port: int, *, cpu: bool = False) -> list[str]:
-    """The command line of a server on this machine only; ``cpu`` is implied where torch finds nothing better."""
+    """Return the command line of a server for this machine only. Without an accelerator it runs on the CPU."""
     command = [sys.executable, str(find_host() / "main.py"), "--listen", "127.0.0.1", "--port", str(port)]
     command += ["--base-directory", str(base), "--disable-auto-launch", "--disable-api-nodes"]
     command += ["--database-url", "sqlite:///:memory:"]
@@ -73,7 +73,7 @@ def server_command(base: Path, port: int, *, cpu: bool = False) -> list[str]:
 
 
 def free_port() -> int:
-    """A port on 127.0.0.1 that nobody uses at the moment."""
+    """Return a port of 127.0.0.1 that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -82,8 +82,8 @@ def free_port() -> int:
 class ComfyServer:
     """A running server: ``with ComfyServer(cpu=True) as server: server.run(prompt)``.
 
-    ``base`` is the folder it works in; what already lies there (models, further packs in ``custom_nodes``) is used.
-    Without one it is a temporary folder. ``node_files`` are Python files with further nodes to be loaded.
+    ``base`` is the folder it works in, with its models and further packs in ``custom_nodes``; by default it is a
+    temporary folder. ``node_files`` are Python files with further nodes to load.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class ComfyServer:
 
     @property
     def url(self) -> str:
-        """The server's address."""
+        """Return the server's address."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        """The server's process."""
+        """Return the server's process id."""
         assert self._process is not None
         return self._process.pid
 
@@ -117,7 +117,7 @@ class ComfyServer:
                 self._process = subprocess.Popen(
                     server_command(self.base, self.port, cpu=self._cpu),
                     cwd=self.base,
-                    # The demo model is so small that threads cost more than they bring, by far so on a busy machine.
+                    # The demo model is so small that threads make it slower, above all on a busy machine.
                     env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -135,15 +135,15 @@ class ComfyServer:
         self._stop()
 
     def object_info(self) -> Json:
-        """What the server says of every node type it has."""
+        """Return the server's description of every node type."""
         return self._json("/object_info")
 
     def version(self) -> str:
-        """The server's release of ComfyUI."""
+        """Return the server's version of ComfyUI."""
         return str(self._json("/system_stats")["system"]["comfyui_version"])
 
     def queue(self, prompt: Json, workflow: Json | None = None, client_id: str | None = None) -> str:
-        """Queue a prompt in API format and return its id. ``workflow`` is embedded in the pictures that are saved."""
+        """Queue a prompt in API format and return its id. Saved pictures contain ``workflow``."""
         body: Json = {"prompt": prompt}
         if client_id is not None:
             body["client_id"] = client_id
@@ -158,20 +158,20 @@ class ComfyServer:
         on_progress: Callable[[str, Any], None] | None = None,
         timeout: float = 600,
     ) -> RunResult:
-        """Queue a prompt and wait until it is done. ``on_progress`` gets every message as (type, data)."""
+        """Queue a prompt and wait for its result. ``on_progress`` gets every message as (type, data)."""
         try:
             return asyncio.run(asyncio.wait_for(self._run(prompt, workflow, on_progress), timeout))
         except (asyncio.TimeoutError, aiohttp.ClientError) as error:
-            what = f"no result within {timeout:g} s" if isinstance(error, asyncio.TimeoutError) else str(error)
-            raise ComfyError(f"The run in ComfyUI failed: {what}. {self._log_tail()}") from error
+            reason = f"no result within {timeout:g} s" if isinstance(error, asyncio.TimeoutError) else str(error)
+            raise ComfyError(f"The run in ComfyUI failed: {reason}. {self._log_tail()}") from error
 
     def images(self, result: RunResult) -> list[bytes]:
-        """The files of all pictures that a run put out, in the order of its nodes."""
+        """Return the files of all pictures of a run, in the order of its nodes."""
         pictures = [picture for output in result.outputs.values() for picture in output.get("images", [])]
         return [self._request("/view?" + urllib.parse.urlencode(picture)) for picture in pictures]
 
     def upload_image(self, name: str, data: bytes) -> str:
-        """Upload a picture into the server's input folder. Returns the name to give to LoadImage."""
+        """Upload a picture into the server's input folder. Return its name for LoadImage."""
         boundary = uuid.uuid4().hex
         head = f'Content-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: image/png'
         body = f"--{boundary}\r\n{head}\r\n\r\n".encode() + data + f"\r\n--{boundary}--\r\n".encode()
@@ -179,7 +179,7 @@ class ComfyServer:
         return str(json.loads(answer)["name"])
 
     def settings(self, values: Json) -> None:
-        """Change settings of the front end, as its user would."""
+        """Change settings of the front end."""
         self._request("/settings", json.dumps(values).encode())
 
     def interrupt(self) -> None:
@@ -187,7 +187,7 @@ class ComfyServer:
         self._request("/interrupt", b"{}")
 
     def log(self) -> str:
-        """All that the server printed so far."""
+        """Return the output of the server so far."""
         return self._log_file.read_text(encoding="utf-8", errors="replace") if self._log_file.exists() else ""
 
     @property
@@ -243,7 +243,7 @@ class ComfyServer:
         messages: list[Message] = []
         address = f"{self.url}/ws?clientId={client_id}"
         async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as connection:
-            # Queued only now that the connection stands, so that no message is missed.
+            # The prompt is queued after the connection is open, so that no message is missed.
             prompt_id = await asyncio.to_thread(self.queue, prompt, workflow, client_id)
             async for raw in connection:
                 kind, data = _decode(raw)
@@ -257,7 +257,7 @@ class ComfyServer:
         raise ComfyError(f"ComfyUI closed the connection. {self._log_tail()}")
 
     async def _outputs(self, prompt_id: str) -> Json:
-        """The history's entry, which the server writes just after it sent its last message."""
+        """Return the outputs in the history, which the server writes just after its last message."""
         while True:
             history = await asyncio.to_thread(self._json, f"/history/{prompt_id}")
             if prompt_id in history:
@@ -267,7 +267,7 @@ class ComfyServer:
 
 
 def to_api(workflow: Json, object_info: Json) -> Json:
-    """Turn a workflow as the front end saves it (version 0.4, no subgraphs) into the API format that can be queued."""
+    """Convert a saved workflow (version 0.4, no subgraphs) to the API format, which can be queued."""
     if not isinstance(workflow.get("nodes"), list):
         raise ComfyError("This is not a workflow as ComfyUI's front end saves it: it has no list of nodes.")
     nodes = {node["id"]: node for node in workflow["nodes"]}
@@ -277,7 +277,7 @@ def to_api(workflow: Json, object_info: Json) -> Json:
         raise ComfyError(f"This ComfyUI does not have the node types {', '.join(missing)}.")
 
     def source(link_id: int | None) -> list[Any] | None:
-        """The output that a link brings, seen through bypassed nodes; none if it was muted or is not connected."""
+        """Return the output at the start of a link, through bypassed nodes; None if it is muted or not connected."""
         while link_id is not None:
             node_id, slot = links[link_id]
             node = nodes[node_id]
@@ -307,7 +307,7 @@ def to_api(workflow: Json, object_info: Json) -> Json:
 
 _MUTED, _BYPASSED = 2, 4
 _FRONTEND_ONLY = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
-_DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # whose options may have inputs of their own
+_DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # its options may have inputs of their own
 _WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", _DYNAMIC}
 _CONTROLS = {"fixed", "increment", "decrement", "randomize"}
 _UPLOADS = {"image_upload", "video_upload", "audio_upload"}
@@ -315,7 +315,7 @@ _UPLOAD_WORDS = {"image", "video", "audio"}
 
 
 def _widget_values(node: Json, info: Json) -> Json:
-    """The values of a node's widgets by name. A saved workflow has them in the order of the widgets, without names."""
+    """Return the values of a node's widgets by name. A saved workflow has them in order, without names."""
     specs = _specs(info["input"])
     saved = node.get("widgets_values") or []
     if isinstance(saved, dict):
@@ -336,7 +336,7 @@ def _widget_values(node: Json, info: Json) -> Json:
         if kind == _DYNAMIC:
             chosen = [option["inputs"] for option in options["options"] if option["key"] == values[name]]
             specs = [(f"{name}.{own}", spec) for inputs in chosen for own, spec in _specs(inputs)] + specs
-        # Some widgets are followed by one that the front end adds and the server never sees.
+        # After some widgets the front end adds one of its own, whose value is saved too.
         controlled = options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed"))
         if rest and ((controlled and rest[0] in _CONTROLS) or (_UPLOADS & set(options) and rest[0] in _UPLOAD_WORDS)):
             rest.pop(0)
@@ -348,7 +348,7 @@ def _specs(inputs: Json) -> list[tuple[str, Any]]:
 
 
 def _bypass(node: Json, slot: int) -> int | None:
-    """The link that a bypassed node hands on to one of its outputs: of the same type, preferably in the same place."""
+    """Return the link that a bypassed node passes to an output: of the same type, if possible in the same slot."""
     kind = node["outputs"][slot]["type"]
     inputs = node.get("inputs", [])
     for entry in inputs[slot : slot + 1] + inputs:
@@ -359,7 +359,7 @@ def _bypass(node: Json, slot: int) -> int | None:
 
 
 def _decode(raw: Any) -> Message:
-    """A websocket message as (type, data)."""
+    """Return a websocket message as (type, data)."""
     if raw.type is aiohttp.WSMsgType.TEXT:
         message = json.loads(raw.data)
         return message["type"], message.get("data", {})
@@ -377,19 +377,19 @@ def _failure(data: Json) -> str:
 
 
 def _refusal(path: str, body: bytes) -> str:
-    """The server's answer to a request that it refuses, in words."""
+    """Return the server's reason for refusing a request, in words."""
     try:
         answer = json.loads(body)
         lines = [f"{answer['error']['message']} {answer['error'].get('details', '')}".strip()]
         for node_id, node in (answer.get("node_errors") or {}).items():
-            what = "; ".join(f"{error['message']}: {error.get('details', '')}" for error in node["errors"])
-            lines.append(f"{node['class_type']} (node {node_id}): {what}")
+            errors = "; ".join(f"{error['message']}: {error.get('details', '')}" for error in node["errors"])
+            lines.append(f"{node['class_type']} (node {node_id}): {errors}")
         return "ComfyUI did not accept the workflow: " + "\n".join(lines)
     except (ValueError, KeyError, TypeError):
         return f"ComfyUI did not accept {path.split('?')[0]}: {body.decode(errors='replace')[:500]}"
 
 
 def _has_accelerator() -> bool:
-    import torch  # takes seconds, and a server with cpu=True does not need to know
+    import torch  # takes seconds, which a server with cpu=True does not need
 
     return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()

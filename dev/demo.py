@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""``python dev.py demo``: pictures that a real ComfyUI server makes without and with GAG, side by side in a PNG."""
+"""``python dev.py demo``: write a PNG that compares pictures without and with GAG, made by a real ComfyUI server."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import copy
 import io
 import itertools
 import json
-import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from comfy_host import CACHE, ROOT, HostError
 from comfy_server import ComfyError, ComfyServer, Json, to_api
@@ -26,19 +26,17 @@ PROMPTS = [
     "a green square below a yellow circle",
 ]
 GUIDANCE = ("GAGuidance", "GAGuidanceAdvanced")
-_WHOLE = {"strength": 1.0, "start_percent": 0.0}
-
-SMALLEST = 192  # pixels that the shorter side of a picture is enlarged to
-LABEL_WIDTH = 200
-BACKGROUND, INK = (232, 232, 232), (32, 32, 32)
+SAVING = ("SaveImage", "PreviewImage")
+GRID = "-grid"  # end of the ids of the grids that in_grids adds
+FULL_STRENGTH = {"strength": 1.0, "start_percent": 0.0}
 
 
 class DemoError(Exception):
-    """Says in one sentence why there is no picture."""
+    """There is no picture; the message says why in one sentence."""
 
 
 def main() -> int:
-    """Run the demo and report the outcome as an exit code."""
+    """Run the demo and return an exit code."""
     parser = argparse.ArgumentParser(prog="python dev.py demo", description="Compare pictures with GAG off and on.")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="one row each")
     parser.add_argument("--presets", nargs="+", metavar="NAME", help="one column each (default: all, and controls)")
@@ -59,7 +57,7 @@ def main() -> int:
 def run_demo(
     workflow_file: Path, prompts: list[str], presets: list[str] | None, seed: int | None, output: Path
 ) -> None:
-    """Make every picture, one prompt after the other, then write the comparison."""
+    """Make the pictures prompt by prompt, then write the comparison."""
     try:
         workflow = json.loads(workflow_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -70,25 +68,31 @@ def run_demo(
         variants = make_variants(to_api(workflow, info), info, presets)
         total = len(prompts) * len(variants)
         count = itertools.count(1)
-        rows = [
-            [
-                make_pictures(server, with_prompt(variant, text, seed), f"[{next(count)}/{total}] {text} | {title}")
-                for title, variant in variants.items()
-            ]
-            for text in prompts
-        ]
+        rows = []
+        for text in prompts:
+            row = []
+            for title, variant in variants.items():
+                labels = dict.fromkeys(variant, f"{title}\n{text}")
+                prompt = in_grids(with_prompt(variant, text, seed), labels)
+                pictures = make_pictures(server, prompt, f"[{next(count)}/{total}] {text} | {title}")
+                row.append(sheet_of([pictures]))
+            rows.append(row)
     output.parent.mkdir(parents=True, exist_ok=True)
-    compose(prompts, list(variants), rows).save(output)
+    sheet_of(rows).save(output)
     print(f"demo: wrote {output.absolute()}")
 
 
 def make_variants(prompt: Json, info: Json, presets: list[str] | None) -> dict[str, Json]:
-    """The columns: the workflow without its GAG nodes, with what guidance must be compared to, and at every preset."""
+    """Return the columns of the comparison as prompts by title.
+
+    They are the workflow without its GAG nodes, the plainer methods that guidance must be compared with, and the
+    presets.
+    """
     guided = [node for node in prompt.values() if node["class_type"] in GUIDANCE]
     if not guided:
         raise DemoError("The workflow has no active GAG node.")
     off = without_guidance(prompt)
-    if not any(node["class_type"] == "GAGuidance" for node in guided):  # the advanced node has its settings
+    if not any(node["class_type"] == "GAGuidance" for node in guided):  # GAG (advanced) has no presets
         if presets:
             raise DemoError("The workflow has no GAG node with presets.")
         return {"GAG off": off, "GAG on": prompt}
@@ -102,34 +106,34 @@ def make_variants(prompt: Json, info: Json, presets: list[str] | None) -> dict[s
             scale = " and ".join(f"{scale:g}" for scale in sorted(scales))
             variants = {"CFG 1, GAG off": with_inputs(off, "cfg", cfg=1.0), f"CFG {scale}, GAG off": off}
         for title, settings in {
-            "sparse alone": {"rule": "gag", "guidance_scale": 0.0, **_WHOLE},
-            "PLADIS, scale 2": {"rule": "pladis", "guidance_scale": 2.0, **_WHOLE},
+            "sparse alone": {"rule": "gag", "guidance_scale": 0.0, **FULL_STRENGTH},
+            "PLADIS, scale 2": {"rule": "pladis", "guidance_scale": 2.0, **FULL_STRENGTH},
         }.items():
             variants[title] = with_advanced(prompt, info, settings)
     for preset in presets or known:
-        # The published settings are those of full strength in the whole run, far more than the workflow has.
+        # The published settings mean full strength in every step, far more than the workflow is set to.
         if preset != "paper":
             variants[f"GAG on ({preset})"] = with_inputs(prompt, "preset", preset=preset)
         variants[f"GAG on ({preset}, strength 1 from the first step)"] = with_inputs(
-            prompt, "preset", preset=preset, **_WHOLE
+            prompt, "preset", preset=preset, **FULL_STRENGTH
         )
     return variants
 
 
-def with_inputs(prompt: Json, where: str, **inputs: Any) -> Json:
-    """A copy with other inputs in every node that has the one named."""
+def with_inputs(prompt: Json, having: str, **inputs: Any) -> Json:
+    """Return a copy in which every node that has the input ``having`` gets other inputs."""
     prompt = copy.deepcopy(prompt)
     for node in prompt.values():
-        if where in node["inputs"]:
+        if having in node["inputs"]:
             node["inputs"].update(inputs)
     return prompt
 
 
 def with_advanced(prompt: Json, info: Json, settings: Json) -> Json:
-    """A copy with GAG (advanced) in the place of each GAG node: its defaults, and some settings."""
+    """Return a copy with GAG (advanced) in place of each GAG node, at its defaults except for ``settings``."""
     prompt = copy.deepcopy(prompt)
-    about = info["GAGuidanceAdvanced"]["input"]
-    widgets = {**about["required"], **about.get("optional", {})}
+    inputs = info["GAGuidanceAdvanced"]["input"]
+    widgets = {**inputs["required"], **inputs.get("optional", {})}
     defaults = {name: value[1]["default"] for name, value in widgets.items() if "default" in dict(*value[1:2])}
     for node in prompt.values():
         if node["class_type"] == "GAGuidance":
@@ -139,7 +143,7 @@ def with_advanced(prompt: Json, info: Json, settings: Json) -> Json:
 
 
 def without_guidance(prompt: Json) -> Json:
-    """A copy in which the GAG nodes are gone and the model goes straight through."""
+    """Return a copy without GAG nodes, in which the model goes straight through."""
     prompt = copy.deepcopy(prompt)
     for node_id in [node_id for node_id, node in prompt.items() if node["class_type"] in GUIDANCE]:
         model = prompt.pop(node_id)["inputs"]["model"]
@@ -149,7 +153,7 @@ def without_guidance(prompt: Json) -> Json:
 
 
 def with_prompt(prompt: Json, text: str, seed: int | None) -> Json:
-    """A copy with another positive prompt, and another seed if there is one."""
+    """Return a copy with another positive prompt, and with another seed unless it is None."""
     prompt = copy.deepcopy(prompt)
     samplers = [node for node in prompt.values() if {"positive", "seed"} <= set(node["inputs"])]
     if len(samplers) != 1:
@@ -164,7 +168,7 @@ def with_prompt(prompt: Json, text: str, seed: int | None) -> Json:
 
 
 def upstream(prompt: Json, link: Any) -> list[Json]:
-    """The nodes that a link comes from, the nearest first."""
+    """Return the nodes that a link comes from, the nearest first."""
     found: list[Json] = []
     links = [link]
     for source in links:
@@ -174,15 +178,30 @@ def upstream(prompt: Json, link: Any) -> list[Json]:
     return found
 
 
+def in_grids(prompt: Json, labels: Mapping[str, str]) -> Json:
+    """Return a copy in which the nodes that save pictures save one GAG Grid of them.
+
+    ``labels`` has the label of each node's grid by node id, an empty one for none; other nodes are left alone.
+    """
+    prompt = copy.deepcopy(prompt)
+    for node_id in [node_id for node_id, node in prompt.items() if node["class_type"] in SAVING and node_id in labels]:
+        inputs = {"images": prompt[node_id]["inputs"]["images"], "columns": 0}
+        if labels[node_id]:
+            inputs["labels"] = labels[node_id]
+        prompt[node_id + GRID] = {"class_type": "GAGGrid", "inputs": inputs}
+        prompt[node_id]["inputs"]["images"] = [node_id + GRID, 0]
+    return prompt
+
+
 def make_pictures(server: ComfyServer, prompt: Json, label: str) -> list[Image.Image]:
-    """Run one prompt, with a line on the terminal that counts the steps."""
+    """Run one prompt and return its pictures; a line on the terminal counts the steps."""
     start = time.monotonic()
     live = sys.stdout.isatty()
     steps = ""
 
     def show(kind: str, data: Any) -> None:
         nonlocal steps
-        if kind == "progress":
+        if kind == "progress" and not str(data.get("node")).endswith(GRID):  # the sampler's steps
             steps = f"step {data['value']}/{data['max']}"
             if live:
                 print(f"\r{label}  {steps}", end="", flush=True)
@@ -197,62 +216,20 @@ def make_pictures(server: ComfyServer, prompt: Json, label: str) -> list[Image.I
     return pictures
 
 
-def compose(prompts: list[str], titles: list[str], rows: list[list[list[Image.Image]]]) -> Image.Image:
-    """One sheet: a row per prompt, a column per title, all pictures of a batch in their cell."""
-    cells = [[batch_sheet([enlarged(picture) for picture in batch]) for batch in row] for row in rows]
-    widths = [max(row[column].width for row in cells) for column in range(len(titles))]
-    heads = [lettering(title, width) for title, width in zip(titles, widths, strict=True)]
-    labels = [lettering(text, LABEL_WIDTH) for text in prompts]
-    corner = Image.new("RGB", (1, 1), BACKGROUND)
-    return sheet_of([[corner, *heads], *([label, *row] for label, row in zip(labels, cells, strict=True))], gap=16)
-
-
-def enlarged(picture: Image.Image) -> Image.Image:
-    """The picture, so large that one can see it; each of its pixels stays a square."""
-    factor = math.ceil(SMALLEST / min(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-
-
-def batch_sheet(pictures: list[Image.Image]) -> Image.Image:
-    """The pictures of a batch in about as many rows as columns."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    padded = pictures + [Image.new("RGB", (1, 1), BACKGROUND)] * (-len(pictures) % columns)
-    return sheet_of([padded[first : first + columns] for first in range(0, len(padded), columns)], gap=4)
-
-
-def sheet_of(table: list[list[Image.Image]], gap: int) -> Image.Image:
-    """The images of a table, each in the middle of its cell, with a gap between and around the cells."""
+def sheet_of(table: list[list[Image.Image]]) -> Image.Image:
+    """Return one picture of all images in a table, each at the bottom of its cell, so that pictures under labels of
+    different heights are level."""
     widths = [max(row[column].width for row in table) for column in range(len(table[0]))]
     heights = [max(image.height for image in row) for row in table]
-    sheet = Image.new("RGB", (gap + sum(w + gap for w in widths), gap + sum(h + gap for h in heights)), BACKGROUND)
-    y = gap
+    sheet = Image.new("RGB", (sum(widths), sum(heights)), table[0][0].getpixel((0, 0)))
+    top = 0
     for row, height in zip(table, heights, strict=True):
-        x = gap
+        left = 0
         for image, width in zip(row, widths, strict=True):
-            sheet.paste(image, (x + (width - image.width) // 2, y + (height - image.height) // 2))
-            x += width + gap
-        y += height + gap
+            sheet.paste(image, (left + (width - image.width) // 2, top + height - image.height))
+            left += width
+        top += height
     return sheet
-
-
-def lettering(text: str, width: int) -> Image.Image:
-    """The text on as many lines as it takes to keep it within a width."""
-    font = ImageFont.load_default(20)
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-            continue
-        lines.append("")
-        for letter in word:  # a word may be longer than the line
-            if font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    joined = "\n".join(line for line in lines if line)
-    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), joined, font=font)
-    image = Image.new("RGB", (math.ceil(box[2]), math.ceil(box[3]) + 4), BACKGROUND)
-    ImageDraw.Draw(image).multiline_text((0, 0), joined, fill=INK, font=font, align="center")
-    return image
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Rewrite the lock files from the .in files: ``python dev/lock.py [path of uv]`` (needs uv; users never run this)."""
+"""Rewrite the lock files from the .in files: ``python dev/lock.py [path of uv]``; needs uv, and users never run it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ REGISTRY = ["requirements-registry.in", "--excludes=requirements-registry.exclud
 
 
 def lock_file_of(requirement: str) -> str:
-    """The lock file that a pinned requirement belongs in."""
+    """Return the name of the lock file for a pinned requirement."""
     if requirement.startswith("torch=="):
         return "requirements-torch.lock"
     return "requirements-cuda.lock" if CUDA.match(requirement) else "requirements.lock"
 
 
 def main() -> int:
-    """Resolve what runs together at once, so that the files fit together, then deal the requirements out."""
+    """Resolve the packages of one environment together, so that they fit, then write them to their lock files."""
     uv = sys.argv[1] if len(sys.argv) > 1 else "uv"
     pinned = resolve(uv, "requirements.in")
     for name, about in ABOUT.items():
@@ -46,10 +46,10 @@ def main() -> int:
 
 
 def resolve(uv: str, *sources: str) -> list[str]:
-    """All that the sources need, pinned."""
+    """Return all requirements of the sources, pinned."""
     command = [uv, "pip", "compile", *OPTIONS, *sources]
     text = subprocess.run(command, cwd=DEV, check=True, stdout=subprocess.PIPE, text=True).stdout
-    # A requirement is one line and its indented hash lines; options such as index addresses are not taken over.
+    # A requirement is one line and its indented hash lines. Options such as index addresses are left out.
     pinned = re.findall(r"^[a-zA-Z0-9][^\n]*==[^\n]*\n(?:[ ]+--hash=[^\n]*\n?)*", text, flags=re.MULTILINE)
     return [part.rstrip("\n") for part in pinned]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a release is called and what its notes are: from pyproject.toml and CHANGELOG.md, for publish.yml and the tests.
+"""Version and notes of a release, from pyproject.toml and CHANGELOG.md, for publish.yml and the tests.
 
-Standard library only: GitHub runs it with nothing installed.
+This module uses the standard library only, because GitHub runs it with nothing installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from comfy_host import ROOT
 
 
 def version(pyproject: str) -> str:
-    """The version in the text of a pyproject.toml: the only place where it stands."""
+    """Return the version in the text of a pyproject.toml, the only file that has it."""
     found = re.search(r'^version = "(\d+\.\d+\.\d+)"$', pyproject, flags=re.MULTILINE)
     if found is None:
         raise SystemExit('release: pyproject.toml has no line version = "X.Y.Z".')
@@ -23,20 +23,20 @@ def version(pyproject: str) -> str:
 
 
 def notes(changelog: str, wanted: str) -> str:
-    """What the text of a CHANGELOG.md says of a version."""
+    """Return the notes on a version in the text of a CHANGELOG.md."""
     sections = re.split(r"^## ", changelog, flags=re.MULTILINE)[1:]
     for section in sections:
         title, _, text = section.partition("\n")
         if title.strip() == wanted and text.strip():
             return text.strip()
-    raise SystemExit(f"release: CHANGELOG.md says nothing of {wanted}.")
+    raise SystemExit(f"release: CHANGELOG.md has no notes on {wanted}.")
 
 
 def main() -> int:
     """Print the version to publish, or its notes."""
-    parser = argparse.ArgumentParser(description="Print the version, if it is another than in the commit before.")
-    parser.add_argument("--since", metavar="COMMIT", default="", help="the commit before; without it, always print")
-    parser.add_argument("--notes", action="store_true", help="print what the changelog says of it instead")
+    parser = argparse.ArgumentParser(description="Print the version if it differs from the previous commit's.")
+    parser.add_argument("--since", metavar="COMMIT", default="", help="the previous commit; without it, always print")
+    parser.add_argument("--notes", action="store_true", help="print its notes instead")
     options = parser.parse_args()
     now = version((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     text = notes((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), now)
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _version_at(commit: str) -> str | None:
-    """The version in a commit; none if there was no such file or commit, as before the first one."""
+    """Return the version in a commit, or None if the file or the commit does not exist, as before the first one."""
     command = ["git", "-C", str(ROOT), "show", f"{commit}:pyproject.toml"]
     shown = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     return version(shown.stdout) if shown.returncode == 0 else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""``python dev.py serve``: ComfyUI with the pack installed, in the foreground. Its files stay in ``.cache/serve``."""
+"""``python dev.py serve``: run ComfyUI with the pack in the foreground. Its files are kept in ``.cache/serve``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from comfy_server import free_port, prepare_base, server_command
 
 
 def main(options: list[str]) -> int:
-    """Serve until Ctrl-C; the options are ComfyUI's own (a later ``--port`` wins over the one picked here)."""
+    """Serve until Ctrl-C. The options are ComfyUI's own; a ``--port`` among them overrides the one chosen here."""
     base = CACHE / "serve"
     prepare_base(base)
     port = free_port()

@@ -1,18 +1,30 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Geometry-Aware Attention Guidance (GAG) in plain PyTorch.
+"""Geometry-Aware Attention Guidance (GAG) in PyTorch: the method as a library that needs torch alone.
 
-The same queries, keys and values are read twice: densely (softmax, one step of a modern Hopfield network) and
-sparsely (alpha-entmax, its sparse sister). The discrepancy between the two read-outs is the guidance signal.
+Attention reads the values twice with the same queries and keys: densely (softmax, one step of a modern Hopfield
+network) and sparsely (alpha-entmax, one step of a sparse Hopfield network). The difference of the two read-outs is the
+guidance signal.
+
+The files, in reading order:
+
+    config.py       GuidanceConfig: the settings
+    attention.py    the public calls: argument checks, choice of the implementation
+    geometry.py     the formulas of the paper, each once: decomposition, cap, extrapolation, text mass
+    eager.py        the implementation in plain torch: chunks of queries, both read-outs, joint attention
+    entmax.py       alpha-entmax without sorting
+    numerics.py     care for dtypes and ranges: scales, prepared keys and values, masks, saturating writes
+    anderson.py     Anderson acceleration, and rule "anderson", which solves for its coefficients
+    triton/         the same as eager.py in Triton kernels, for GPUs
+    measures.py     numbers that describe the guidance of an attention, for GAG Probe
 
 For inference: results carry no gradient, because memory is reused in place.
 
 Source: arXiv 2603.02531 v2, *Geometry-Aware Attention Guidance for Diffusion Models via Modern Hopfield Dynamics*.
 """
 
-from .attention import guided_attention, guided_joint_attention, sparse_dense_attention
+from .attention import combine, guided_attention, guided_joint_attention, sparse_dense_attention
 from .config import GuidanceConfig
 from .entmax import entmax
-from .geometry import combine
 
 __all__ = [
     "GuidanceConfig",

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Anderson acceleration, type II: extrapolation of a fixed-point iteration whose coefficients are solved for.
+"""Anderson acceleration, type II, and rule "anderson": guidance whose coefficients are solved for.
 
-Of a map T with states x_i, images ``g_i = T(x_i)`` and residuals ``f_i = g_i - x_i`` it takes the coefficients of
+A fixed-point iteration of a map T has states x_i, images ``g_i = T(x_i)`` and residuals ``f_i = g_i - x_i``. Anderson
+acceleration extrapolates with the coefficients gamma of
 
     minimise |f - dF gamma|^2 + regularization * sum_j gamma_j^2 |dF_j|^2,        x_next = g - dG gamma
 
 where the columns of dF and dG are differences of residuals and of images. The regularisation is Tikhonov's, relative
 to each difference, so that it has no unit.
 
-Attention extrapolation is this with one difference, that of the sparse and the dense read-out, and a coefficient that
-is set instead of solved for: ``S - gamma (S - D)`` with ``gamma = -lambda``. The rule "anderson" solves for it; see
-:func:`gag_core.eager.retrieve_with_coefficients`.
+Attention extrapolation, ``S - gamma (S - D)`` with ``gamma = -lambda``, is Anderson acceleration with one difference,
+that of the sparse and the dense read-out, and a coefficient that is set. Rule "anderson" solves for the coefficient:
+:func:`retrieve_with_coefficients`.
 
 Sources: Anderson 1965, *Iterative Procedures for Nonlinear Integral Equations*; Walker and Ni 2011, *Anderson
-Acceleration for Fixed-Point Iterations* (type II); the regularisation is that of Eyert 1996. As guidance: arXiv
-2603.02531 v1.
+Acceleration for Fixed-Point Iterations* (type II); Eyert 1996 (the regularisation); arXiv 2603.02531 v1 (as guidance).
 """
 
 from __future__ import annotations
@@ -22,28 +22,33 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# With fewer roundings of the dtype than this, regularisation does not keep a few differences that are nearly parallel
-# apart.
+from .config import GuidanceConfig
+from .entmax import dense_weights_, logsumexp_from_sum, scale_and_shift_, sparse_weights
+from .numerics import Keys, power_of_two_scale, split_scale, work_copy
+
+# Least regularisation of several differences, in roundings of the dtype. Less does not keep a few differences apart
+# that are nearly parallel.
 _LEAST_REGULARIZATION = 16.0
 
 
 @torch.no_grad()
 def coefficients(residual: Tensor, differences: Tensor, *, regularization: float) -> Tensor:
-    """The coefficients that bring a residual closest to zero by subtracting multiples of differences from it.
+    """Solve for the multiples of differences that, subtracted from a residual, bring it closest to zero.
 
-    Minimises ``|f - sum_j gamma_j d_j|^2 + regularization sum_j gamma_j^2 |d_j|^2``. Safeguard: where that does not
-    lower the predicted residual ``|f - sum_j gamma_j d_j|`` below ``|f|``, all coefficients are 0. In exact arithmetic
-    that is where f is orthogonal to every difference or they are 0; in floating point also where the system could not
-    be solved.
+    Minimises ``|f - sum_j gamma_j d_j|^2 + regularization sum_j gamma_j^2 |d_j|^2``. Safeguard: where the solution does
+    not lower the predicted residual ``|f - sum_j gamma_j d_j|`` below ``|f|``, all coefficients are 0. In exact
+    arithmetic this happens where f is orthogonal to every difference, or where all differences are 0; in floating point
+    it also happens where the system could not be solved.
 
     Args:
         residual: f, ``[..., n]``, fp32 or fp64.
         differences: d_j, ``[..., m, n]``.
-        regularization: 0 or more; of several differences at least some 16 roundings of the dtype are used.
+        regularization: 0 or more. With several differences, at least 16 roundings of the dtype are used.
 
     Returns:
         gamma, ``[..., m]``, finite for finite input.
@@ -51,31 +56,30 @@ def coefficients(residual: Tensor, differences: Tensor, *, regularization: float
     Source: Walker and Ni 2011, sec. 2 (type II); regularisation: Eyert 1996, as in ``scipy.optimize.anderson`` with
     ``w0 = sqrt(regularization)``.
     """
-    number = differences.shape[-2]
     info = torch.finfo(residual.dtype)
-    # Of unit vectors, so that what is solved has ones on its diagonal.
-    f, f_size = unit(residual)
-    d, d_size = unit(differences)
+    # The system is that of unit vectors, so that it has ones on its diagonal.
+    f, f_norm = normalized(residual)
+    d, d_norm = normalized(differences)
     along = (d * f.unsqueeze(-2)).sum(dim=-1)
-    if number == 1:
+    if differences.shape[-2] == 1:
         gamma = along / (1.0 + regularization)
     else:
         gram = torch.matmul(d, d.transpose(-1, -2))
-        solved = _solved(gram, max(regularization, _LEAST_REGULARIZATION * info.eps), along)
-        # By how much the squared residual falls. As a difference of two norms it would drown in rounding.
-        falls = (solved * (2.0 * along - (gram * solved.unsqueeze(-2)).sum(dim=-1))).sum(dim=-1, keepdim=True)
-        gamma = torch.where(falls > 0.0, solved, 0.0)
-    # Far below the end of the range, so that a few of them have a sum.
-    return (gamma * (f_size.unsqueeze(-1) / d_size)).nan_to_num_(nan=0.0).clamp_(-info.max / 64, info.max / 64)
+        solution = _solve(gram, max(regularization, _LEAST_REGULARIZATION * info.eps), along)
+        # Decrease of the squared residual. As a difference of two norms it would drown in rounding.
+        decrease = (solution * (2.0 * along - (gram * solution.unsqueeze(-2)).sum(dim=-1))).sum(dim=-1, keepdim=True)
+        gamma = torch.where(decrease > 0.0, solution, 0.0)
+    # Far below the end of the range, so that the sum of a few coefficients is still in range.
+    return (gamma * (f_norm.unsqueeze(-1) / d_norm)).nan_to_num_(nan=0.0).clamp_(-info.max / 64, info.max / 64)
 
 
 @torch.no_grad()
 def shares(gamma: Tensor, bound: float) -> Tensor:
-    """Coefficients as shares of a bound: ``gamma / max(bound, sum_j |gamma_j|)``, ``[..., m] -> [..., m]``.
+    """Compute coefficients as shares of a bound: ``gamma / max(bound, sum_j |gamma_j|)``, ``[..., m] -> [..., m]``.
 
-    Times the bound they are the coefficients, shrunk together where their absolute values add up to more than it. That
-    moves them straight towards 0, along which the predicted residual of :func:`coefficients` only lies lower than
-    without any.
+    The bound times the shares gives the coefficients, shrunk together where their absolute values add up to more than
+    the bound. Shrinking moves them straight towards 0. On that line the predicted residual of :func:`coefficients` is
+    never larger than it is without any coefficient.
     """
     info = torch.finfo(gamma.dtype)
     total = gamma.abs().sum(dim=-1, keepdim=True)
@@ -92,18 +96,19 @@ def fixed_point(
     regularization: float,
     bound: float = math.inf,
 ) -> Tensor:
-    """The state after some steps of Anderson acceleration, type II, towards a fixed point of ``function``.
+    """Iterate Anderson acceleration, type II, towards a fixed point of ``function``, and return the last state.
 
     Every vector along the last axis is a problem of its own. Depth 0 is Picard's iteration ``x_next = T(x)``. Where T
-    bends sharply, as sparse retrieval at low temperatures does, Picard can converge where this does not.
+    bends sharply, as sparse retrieval at low temperatures does, Picard's iteration can converge where Anderson's does
+    not.
 
     Args:
         function: T, ``[..., n] -> [..., n]``.
         start: the first state, ``[..., n]``, fp32 or fp64.
-        steps: how often T is called.
-        depth: how many of the last differences are used, 0 or more.
+        steps: number of calls of T.
+        depth: number of last differences that are used, 0 or more.
         regularization: as in :func:`coefficients`.
-        bound: the largest sum of the coefficients' absolute values.
+        bound: largest sum of the absolute values of the coefficients.
 
     Source: Walker and Ni 2011, algorithm AA with the differences of consecutive iterates.
     """
@@ -122,10 +127,11 @@ def fixed_point(
     return state
 
 
-def _solved(gram: Tensor, ridge: float, right: Tensor) -> Tensor:
-    """``(gram + ridge)^-1 right``, ``[..., m]``; gram ``[..., m, m]`` positive semidefinite with ones on its diagonal.
+def _solve(gram: Tensor, ridge: float, right: Tensor) -> Tensor:
+    """Compute ``(gram + ridge)^-1 right``, ``[..., m]``.
 
-    By elimination, for which such matrices need no pivots: not every device has the factorisations of torch.linalg.
+    ``gram`` is ``[..., m, m]``, positive semidefinite with ones on its diagonal. Elimination needs no pivots for such
+    matrices, and not every device has the factorisations of torch.linalg.
     """
     rows = torch.cat((gram, right.unsqueeze(-1)), dim=-1)
     rows.diagonal(dim1=-2, dim2=-1).add_(ridge)
@@ -137,17 +143,143 @@ def _solved(gram: Tensor, ridge: float, right: Tensor) -> Tensor:
 
 
 def _differences(vectors: deque[Tensor]) -> Tensor:
-    """Of each vector and the one before it, ``[..., m, n]``."""
+    """Subtract from each vector the one before it: ``[..., m, n]``."""
     return torch.stack(list(vectors), dim=-2).diff(dim=-2)
 
 
-def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors of norm 1, zero where they are zero, and their norms: ``[..., n]`` and ``[...]``.
+def normalized(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return vectors of norm 1, zero where they are zero, and their norms: ``[..., n]`` and ``[...]``.
 
     No square over- or underflows.
     """
     tiny = torch.finfo(vectors.dtype).tiny
-    size = vectors.abs().amax(dim=-1, keepdim=True).clamp_min_(tiny)
-    scaled = vectors / size
+    largest = vectors.abs().amax(dim=-1, keepdim=True).clamp_min_(tiny)
+    scaled = vectors / largest
     norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return scaled.div_(norm.clamp_min(tiny)), size.mul_(norm).squeeze(-1)
+    return scaled.div_(norm.clamp_min(tiny)), largest.mul_(norm).squeeze(-1)
+
+
+class KeySpace(NamedTuple):
+    """The keys as patterns of a Hopfield memory, and all that is read of them.
+
+    Attributes:
+        memory: ``[B, H, N_k, D + 1 + D_v]`` in the work dtype: of each key its pattern, the square of the pattern and
+            the value, so that one product with weights reads all three. Patterns are keys minus their mean, divided by
+            ``scale``, so that they are at most 2.
+        scale: ``[B, H, 1, 1]``, a power of two.
+        keys: the patterns, prepared for logits.
+        logit_scale: the factor of the logits.
+        dim: D.
+    """
+
+    memory: Tensor
+    scale: Tensor
+    keys: Keys
+    logit_scale: float
+    dim: int
+
+    @classmethod
+    def prepare(cls, k: Tensor, v: Tensor, logit_scale: float) -> KeySpace:
+        """Prepare keys ``[B, H, N_k, D]`` and values ``[B, H, N_k, D_v]`` of the work dtype."""
+        patterns = work_copy(k)
+        scale = power_of_two_scale(patterns, (-2, -1))
+        patterns /= scale
+        # Attention does not see an offset that all keys share, but differences of keys would be rounded to its size.
+        patterns -= patterns.mean(dim=-2, keepdim=True)
+        squares = patterns.square().sum(dim=-1, keepdim=True)
+        memory = torch.cat((patterns, squares, v), dim=-1)
+        return cls(memory, scale, Keys.prepare(patterns, 1.0), logit_scale, k.shape[3])
+
+    def state(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the directions ``[B, H, N, D]`` of queries and their lengths ``[B, H, N, 1]``.
+
+        The product of a length, a direction and the patterns is a query's logits.
+        """
+        dtype = self.memory.dtype
+        small_factor, large_factor = split_scale(self.logit_scale, dtype)
+        direction, length = normalized(q.to(dtype) * small_factor)
+        length = length.mul_(large_factor).unsqueeze(-1).mul_(self.scale)
+        return direction, length.clamp_(max=torch.finfo(dtype).max)
+
+    def read(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read patterns ``[B, H, N, D]``, squares ``[B, H, N, 1]`` and values ``[B, H, N, D_v]`` by weights.
+
+        The weights are ``[B, H, N, N_k]``.
+        """
+        found = torch.matmul(weights, self.memory)
+        return found[..., : self.dim], found[..., self.dim : self.dim + 1], found[..., self.dim + 1 :]
+
+
+def retrieve_with_coefficients(
+    q: Tensor, keys: Keys, space: KeySpace, config: GuidanceConfig, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute both read-outs, logsumexp and the guidance signal of rule "anderson" for one chunk of queries.
+
+    Attention is retrieval from a Hopfield memory: the keys are its patterns, the query is a state x. A retrieval has an
+    image in key space, ``P(x) K``, and a read-out, ``P(x) V``. Its residual, image minus state, is 0 at a fixed point.
+    Key space has its origin at d. The retrievals are::
+
+        d = softmax(x_0) K    residual 0 - x_0            read-out D      dense, of the query x_0
+        s = entmax(x_0) K     residual (s - d) - x_0      read-out S      sparse, of the query
+        g = entmax(x_1) K     residual (g - d) - x_1      read-out V_1    depth 2 and more: sparse, of the state that
+                                                                          the last image is, depth - 1 times
+
+    Anderson acceleration, type II, takes the affine combination of images with the smallest predicted residual. Here
+    the system is set up around the sparse retrieval: its residual f, over the differences of f and each other residual.
+    (Differences of neighbours, as textbooks have them, span the same space.) So regularisation, bound and safeguard all
+    lead back to the sparse read-out. With the coefficients gamma::
+
+        out = S - gamma_0 (S - D) - gamma_1 (S - V_1) - ...       |gamma_0| + |gamma_1| + ... <= guidance_scale
+
+    At depth 1 the only coefficient is ``gamma_0 = <f, s - d> / |s - d|^2 = -lambda``, but for the regularisation: out
+    is then the point of the line through d and s that is nearest to the query. The signal is
+    ``(out - S) / guidance_scale``. The geometry treats the signal as it treats ``S - D`` in rule "gag". Where lambda
+    reaches guidance_scale, the two rules are the same.
+
+    The gauge: residuals compare queries with keys, for which attention has no common measure. Attention stays as it is
+    if the keys or the scale make up for another length of the queries, or if all keys are moved by one offset. So a
+    state is a direction. It points that way from d, and is as long as the keys' distance from d (root mean square,
+    weighted as in the dense retrieval). The logits of a state are those of a query in its direction with the length of
+    the original query. With these choices none of the changes above changes the result, nor does a rotation of queries
+    and keys. (A matrix that stretches key space, ``q -> q A, k -> k A^-T``, does.) And at depth 1, without an additive
+    mask, lambda is never below -1, where out is D: as seen from d, s always lies towards the query.
+
+    Args:
+        q: the queries of the chunk, ``[B, H, N_q, D]``.
+        keys: the keys, prepared, without padding.
+        space: the same keys as patterns.
+        config: the settings.
+        mask: the part of the mask for these queries, of rank 4.
+
+    Returns:
+        The sparse read-out, the dense read-out and, last, the signal, ``[B, H, N_q, D_v]``; before the signal the
+        logsumexp of the logits, ``[B, H, N_q, 1]``. All are in the work dtype.
+
+    Source: arXiv 2603.02531 v1 (attention extrapolation as Anderson acceleration of depth 1); that the coefficient is
+    solved for, in key space, the depths beyond and the gauge are this project's.
+    """
+    alpha = config.alpha
+    logits, logits_scale = keys.logits(q, mask)
+    scaled, maximum = scale_and_shift_(logits, alpha, logits_scale)
+    s, _, sparse = space.read(sparse_weights(scaled, alpha))
+    weights, total = dense_weights_(scaled, alpha)
+    d, square, dense = space.read(weights)
+    del logits, scaled, weights
+    radius = (square - d.square().sum(dim=-1, keepdim=True)).clamp_min_(0.0).sqrt_()
+    query, length = space.state(q)
+    image = s - d
+    f = image - query * radius
+    differences, read_outs = [image], [sparse - dense]
+    for _ in range(config.anderson_depth - 1):
+        direction, _ = normalized(image)
+        logits, state_scale = space.keys.logits(direction * length, mask)
+        image, _, value = space.read(sparse_weights(scale_and_shift_(logits, alpha, state_scale)[0], alpha))
+        image = image - d
+        differences.append(f - (image - direction * radius))
+        read_outs.append(sparse - value)
+    gamma = coefficients(f, torch.stack(differences, dim=-2), regularization=config.anderson_regularization)
+    share = shares(gamma, config.guidance_scale).neg_()
+    signal = read_outs[0].mul_(share[..., :1])
+    for index, read_out in enumerate(read_outs[1:], 1):
+        signal.addcmul_(read_out, share[..., index : index + 1])
+    return sparse, dense, logsumexp_from_sum(maximum, logits_scale, total), signal

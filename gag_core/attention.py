@@ -1,21 +1,29 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Guided cross-attention and guided joint attention: the calls that a host makes."""
+"""Public calls: guided cross-attention and joint attention, both read-outs, and their combination.
+
+This file checks arguments and picks the implementation: the Triton kernels where they can run, else plain torch.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from reprlib import repr as short
 
 import torch
 from torch import Tensor
 
-from . import eager, fused
-from .config import GuidanceConfig, check_config
-from .geometry import write
-from .joint import attention_with_logsumexp, logsumexp_of_logits
+from . import eager
+from .config import GuidanceConfig, wrong_type
+from .geometry import guidance_factors, norm_axes
+from .numerics import Keys, config_numbers, mask_part, weighted_sum_, work_copy, work_dtype, write_saturated
+from .triton import launch
 
-_ALL = slice(None)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# A function with the arguments of :func:`default_guide`.
+Guide = Callable[..., None]
 
 
 @torch.no_grad()
@@ -28,36 +36,36 @@ def sparse_dense_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Read the values twice with the same logits: by alpha-entmax and by softmax.
+    """Compute two read-outs of the values with the same logits: by alpha-entmax and by softmax.
 
     Args:
         q: queries ``[B, H, N_q, D]``, fp16, bf16, fp32 or fp64, any strides.
         k: keys ``[B, H, N_k, D]``.
         v: values ``[B, H, N_k, D_v]``.
         alpha: sparsity of the sparse read-out, 1 to 2.
-        mask: bool (True may be read) or additive, broadcastable to ``[B, H, N_q, N_k]``.
+        mask: bool (True where a query may read a key) or additive, broadcastable to ``[B, H, N_q, N_k]``.
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
 
     Returns:
         ``(sparse, dense)``, each ``[B, H, N_q, D_v]`` in the dtype of q. A query that may read no key gives zeros.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not go together; the message says which.
+        ValueError, TypeError: shapes, dtypes or devices do not go together; the message says which.
 
     Source: arXiv 2603.02531 v2: one retrieval step of the sparse and of the modern Hopfield network.
     """
-    GuidanceConfig(alpha=alpha)
-    mask = _checked(q, k, v, mask)
-    scale = _scale(q, scale)
+    GuidanceConfig(alpha=alpha)  # checks alpha
+    mask = _checked_mask(q, k, v, mask)
+    scale = _checked_scale(q, scale)
     sparse, dense = _empty_output(q, v), _empty_output(q, v)
     tokens, dim, value_dim = k.shape[2], k.shape[3], v.shape[3]
-    held, copied = 3 * tokens + 2 * value_dim, tokens * (dim + value_dim)
-    for part, places in eager.chunks(q, held=held, copied=copied):
-        keys, values = eager.Keys.of(k[part], scale), eager.own_copy(v[part])
-        for place in places:
-            s, d, _ = eager.retrieve(q[place], keys, values, alpha, eager.mask_part(mask, place))
-            write(sparse[place], s)
-            write(dense[place], d)
+    per_query, per_head = 3 * tokens + 2 * value_dim, tokens * (dim + value_dim)
+    for part, chunks in eager.chunks(q, per_query=per_query, per_head=per_head):
+        keys, values = Keys.prepare(k[part], scale), work_copy(v[part])
+        for chunk in chunks:
+            s, d, _ = eager.retrieve(q[chunk], keys, values, alpha, mask_part(mask, *chunk))
+            write_saturated(sparse[chunk], s)
+            write_saturated(dense[chunk], d)
     return sparse, dense
 
 
@@ -72,36 +80,36 @@ def guided_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention with Geometry-Aware Attention Guidance, over all of its keys.
+    """Compute attention with Geometry-Aware Attention Guidance over all keys.
 
-    Works over chunks of queries, so extra memory is a small multiple of the output's, not of ``N_q * N_k``.
+    The work is done in chunks of queries. So extra memory is a small multiple of the output's, not of ``N_q * N_k``.
 
     Args:
         q, k, v: ``[B, H, N_q, D]``, ``[B, H, N_k, D]``, ``[B, H, N_k, D_v]``; fp16, bf16, fp32 or fp64; any strides.
         config: the settings.
-        base: the host's own output ``[B, H, N_q, D_v]`` where somebody else computed it (another attention kernel,
-            an image adapter): guidance is added to it. None takes the dense read-out itself.
-        mask: bool (True may be read) or additive, broadcastable to ``[B, H, N_q, N_k]``.
+        base: the host's own attention output ``[B, H, N_q, D_v]``, where other code computed it (another attention
+            kernel, an image adapter). Guidance is added to it. None takes the dense read-out.
+        mask: bool (True where a query may read a key) or additive, broadcastable to ``[B, H, N_q, N_k]``.
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
 
     Returns:
         ``base + strength * (guided - dense)``, ``[B, H, N_q, D_v]`` in the dtype of q, laid out as
         ``[B, N_q, H, D_v]`` in memory, so that merging the heads costs nothing. A query that may read no key gives
-        ``base``, or zeros without one.
+        ``base``, or zeros where base is None.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not go together; the message says which.
+        ValueError, TypeError: shapes, dtypes or devices do not go together; the message says which.
 
     Source: arXiv 2603.02531 v2, eq. 12-13.
     """
-    mask = _checked(q, k, v, mask)
+    mask = _checked_mask(q, k, v, mask)
     _check_base(base, q, v)
     check_config(config)
-    scale = _scale(q, scale)
+    scale = _checked_scale(q, scale)
     out = _empty_output(q, v)
     if config.strength == 0.0 and base is not None:
         return out.copy_(base)
-    _guide(out, q, k, v, config, base=base, mask=mask, scale=scale)
+    _implementation(out, q, k, v, config, base=base, mask=mask, scale=scale)
     return out
 
 
@@ -117,75 +125,117 @@ def guided_joint_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Joint attention over text and image tokens in which image queries read the text guided, at constant text mass.
+    """Compute joint attention over text and image tokens, with guidance of image queries on the text keys.
 
-    For an image query, with S and D its read-outs over the text keys alone and m the share of the joint softmax that
-    falls on them, ``out = O_joint + strength * m * (guided(S, D) - D)``. Text queries and what image queries read of
-    the image stay as they are.
+    For an image query, let S and D be its read-outs over the text keys alone, and m the share of the joint softmax that
+    falls on the text keys. Then ``out = O_joint + strength * m * (guided(S, D) - D)``: the text mass m is constant.
+    Text queries, and the part that image queries read of the image, stay as they are.
 
     Args:
         q, k, v: ``[B, H, N, D]`` of the joint sequence; fp16, bf16, fp32 or fp64; any strides.
-        text: where the text tokens are in the sequence, a non-empty slice of step 1.
+        text: the text tokens of the sequence, a non-empty slice of step 1.
         config: the settings.
-        base: the host's own joint output ``[B, H, N, D]``. Without it the joint attention is computed here, once,
-            and its logsumexp gives the text mass. With it the mass costs one more product of queries and keys,
-            because an output alone does not tell it.
-        mask: bool (True may be read) or additive, broadcastable to ``[B, H, N, N]``.
+        base: the host's own joint output ``[B, H, N, D]``. If None, the joint attention is computed here, once, and
+            its logsumexp gives the text mass. With a base the mass costs one more product of queries and keys,
+            because the mass cannot be known from an output alone.
+        mask: bool (True where a query may read a key) or additive, broadcastable to ``[B, H, N, N]``.
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
 
     Returns:
         ``[B, H, N, D]`` in the dtype of q, laid out as ``[B, N, H, D]`` in memory.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not go together, or a text slice outside the
+        ValueError, TypeError: shapes, dtypes or devices do not go together, or the text slice lies outside the
             sequence; the message says which.
 
     Source: arXiv 2603.02531 v2, eq. 12-13, applied to the text part of a joint attention; the constant text mass is
-    this project's reading of it.
+    this project's interpretation.
     """
-    mask = _checked(q, k, v, mask)
+    mask = _checked_mask(q, k, v, mask)
     _check_base(base, q, v)
     check_config(config)
     if k.shape[2] != q.shape[2]:
         raise ValueError(
             f"joint attention needs queries and keys of one sequence, got {q.shape[2]} queries and {k.shape[2]} keys."
         )
-    start, stop = _text_range(text, q.shape[2])
-    scale = _scale(q, scale)
+    text = _checked_text(text, q.shape[2])
+    scale = _checked_scale(q, scale)
     lse: Tensor | None = None
     out: Tensor | None = None
     if base is None:
-        base, lse = attention_with_logsumexp(q, k, v, mask, scale)
-        # Nobody else has it, so the image queries' part is written over.
+        base, lse = eager.attention_with_logsumexp(q, k, v, mask, scale)
+        # Nothing else uses this output, so the part of the image queries is overwritten.
         out = base if base.transpose(1, 2).is_contiguous() else None
     if out is None:
         out = _empty_output(q, v).copy_(base)
     if config.strength == 0.0:
         return out
-    text_keys, text_values = k[:, :, start:stop], v[:, :, start:stop]
-    for image in (slice(0, start), slice(stop, q.shape[2])):
+    for image in (slice(0, text.start), slice(text.stop, q.shape[2])):
         if image.start == image.stop:
             continue
-        image_mask = eager.mask_part(mask, (_ALL, _ALL, image))
+        image_mask = None if mask is None else mask_part(mask, queries=image)
         if lse is None:
-            image_lse = logsumexp_of_logits(q[:, :, image], k, image_mask, scale)
+            image_lse = eager.logsumexp_of_logits(q[:, :, image], k, image_mask, scale)
         else:
             image_lse = lse[:, :, image]
-        _guide(
+        _implementation(
             out[:, :, image],
             q[:, :, image],
-            text_keys,
-            text_values,
+            k[:, :, text],
+            v[:, :, text],
             config,
             base=base[:, :, image],
-            mask=_mask_columns(image_mask, slice(start, stop)),
+            mask=None if image_mask is None else mask_part(image_mask, keys=text),
             scale=scale,
             joint_lse=image_lse,
         )
     return out
 
 
-def _guide(
+@torch.no_grad()
+def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
+    """Combine two read-outs of the same queries into the guided read-out.
+
+    With ``r = S - D``, ``r_par`` its part along S and ``r_perp`` the rest::
+
+        g   = r_par + orthogonal_scale * r_perp
+        g   = g * min(1, cap / ||g||)          cap = norm_threshold, times ||S|| if norm_mode is "relative"
+        out = S + guidance_scale * g           rule "gag"
+        out = D + guidance_scale * r           rule "pladis": no decomposition, no cap
+        out = D + strength * (out - D)
+
+    Args:
+        sparse: S, ``[B, H, N, D]``, floating point.
+        dense: D, the same shape, dtype and device.
+        config: the settings; ``merge_heads`` takes norms and inner products over H and D instead of D alone.
+
+    Returns:
+        ``[B, H, N, D]`` in the dtype of the inputs; computed in fp32 (fp64 for fp64 input).
+
+    Raises:
+        ValueError: the two read-outs differ in shape, dtype or device, or are not of rank 4; or the rule is
+            "anderson", whose coefficients come from queries and keys.
+        TypeError: they are not floating-point tensors, or config is not a GuidanceConfig.
+
+    Source: arXiv 2603.02531 v2, eq. 12-13; rule "pladis": arXiv 2503.07677.
+    """
+    _check_read_outs(sparse, dense, config)
+    if config.strength == 0.0:
+        return dense.clone()
+    dtype, work = sparse.dtype, work_dtype(sparse)
+    sparse, dense = sparse.to(work), dense.to(work)
+    # Each token is divided by a scale of its own, so that no square over- or underflows.
+    scale = torch.maximum(sparse.abs(), dense.abs()).amax(dim=norm_axes(config), keepdim=True)
+    scale.clamp_min_(torch.finfo(work).tiny)
+    sparse = sparse / scale
+    discrepancy = sparse - dense / scale
+    numbers = config_numbers(config, work)
+    on_sparse, on_discrepancy = guidance_factors(sparse, discrepancy, scale, config, numbers)
+    result = weighted_sum_(scale, (sparse, on_sparse + 1.0), (discrepancy, on_discrepancy - 1.0))
+    return write_saturated(result if dtype == work else torch.empty_like(result, dtype=dtype), result)
+
+
+def default_guide(
     out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -197,18 +247,48 @@ def _guide(
     scale: float,
     joint_lse: Tensor | None = None,
 ) -> None:
-    """Write the guided attention to ``out``. The one place that picks the implementation."""
-    implementation = fused.guide if fused.takes(q, v, config) else eager.guide
-    implementation(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+    """Write ``base + mass * strength * (guided - dense)`` to ``out`` by the fastest implementation that can run.
+
+    Arguments are those of :func:`gag_core.eager.guide`.
+    """
+    if q.device.type != "cpu" and launch.can_run(q, v, config):
+        launch.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+    else:
+        eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+
+
+_implementation: Guide = default_guide
+
+
+@contextmanager
+def use_implementation(guide: Guide) -> Iterator[None]:
+    """Let the public calls use ``guide`` instead of :func:`default_guide` for the time of a with-block.
+
+    For benchmarks and tests: checks of arguments, the layout of the output and the joint attention stay those of the
+    public calls. ``guide`` may call :func:`default_guide`. The choice holds for all threads.
+    """
+    global _implementation
+    before, _implementation = _implementation, guide
+    try:
+        yield
+    finally:
+        _implementation = before
 
 
 def _empty_output(q: Tensor, v: Tensor) -> Tensor:
-    """``[B, H, N_q, D_v]`` that lies as ``[B, N_q, H, D_v]`` in memory."""
+    """Allocate ``[B, H, N_q, D_v]``, laid out as ``[B, N_q, H, D_v]`` in memory."""
     batch, heads, tokens, _ = q.shape
     return q.new_empty((batch, tokens, heads, v.shape[3])).transpose(1, 2)
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
+def check_config(config: GuidanceConfig) -> None:
+    """Raise a TypeError if ``config`` is not a GuidanceConfig."""
+    if not isinstance(config, GuidanceConfig):
+        raise wrong_type(config)
+
+
+def _checked_scale(q: Tensor, scale: float | None) -> float:
+    """Return the factor of the logits, or refuse it."""
     if scale is None:
         return q.shape[3] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -218,21 +298,18 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return scale
 
 
-def _mask_columns(mask: Tensor | None, columns: slice) -> Tensor | None:
-    return mask if mask is None or mask.shape[3] == 1 else mask[:, :, :, columns]
-
-
-def _text_range(text: slice, tokens: int) -> tuple[int, int]:
+def _checked_text(text: slice, tokens: int) -> slice:
+    """Return the text tokens as a slice with a start and a stop, or refuse them."""
     if not isinstance(text, slice):
         raise TypeError(f"text must be a slice of the joint sequence, got {type(text).__name__}.")
     start = 0 if text.start is None else text.start
     stop = tokens if text.stop is None else text.stop
-    whole = isinstance(start, int) and isinstance(stop, int) and text.step in (None, 1)
-    if not whole or not 0 <= start < stop <= tokens:
+    simple = isinstance(start, int) and isinstance(stop, int) and text.step in (None, 1)
+    if not simple or not 0 <= start < stop <= tokens:
         raise ValueError(
             f"text must be a non-empty slice of step 1 within the {tokens} tokens of the sequence, got {text}."
         )
-    return start, stop
+    return slice(start, stop)
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -255,7 +332,7 @@ def _check_base(base: Tensor | None, q: Tensor, v: Tensor) -> None:
 
 
 def _mismatch(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """What the shapes should be and are not."""
+    """Return a sentence that says how the shapes do not go together, or None."""
     if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
         return "q, k and v must have the same batch and heads"
     if q.shape[3] != k.shape[3]:
@@ -267,8 +344,32 @@ def _mismatch(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Refuse what does not go together; return the mask as a view of rank 4."""
+def _check_read_outs(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> None:
+    """Refuse arguments of :func:`combine` that do not go together."""
+    for name, tensor in (("sparse", sparse), ("dense", dense)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+            given = f"{tensor.dtype} of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a dense floating-point tensor, got {given}.")
+    check_config(config)
+    if config.rule == "anderson":
+        raise ValueError(
+            "rule must be 'gag' or 'pladis' where two read-outs are all there is ('anderson' needs queries and keys: "
+            "call guided_attention), got 'anderson'."
+        )
+    if sparse.ndim != 4 or sparse.shape != dense.shape:
+        raise ValueError(
+            "sparse and dense must both be [batch, heads, tokens, head_dim] of one shape, "
+            f"got {tuple(sparse.shape)} and {tuple(dense.shape)}."
+        )
+    if sparse.dtype != dense.dtype or sparse.device != dense.device:
+        raise ValueError(
+            "sparse and dense must have one dtype and one device, "
+            f"got {sparse.dtype} on {sparse.device} and {dense.dtype} on {dense.device}."
+        )
+
+
+def _checked_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Return the mask as a view of rank 4, or refuse tensors that do not go together."""
     tensors = {"q": q, "k": k, "v": v}
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)

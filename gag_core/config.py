@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The settings of one guidance."""
+"""Settings of a guided attention."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ MOST_ANDERSON_DEPTH = 5
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """How the sparse and the dense read-out are combined (arXiv 2603.02531 v2, eq. 12-13; ``"anderson"``: its v1).
+    """Settings of a guided attention (arXiv 2603.02531 v2, eq. 12-13; rule ``"anderson"``: its v1).
 
     Attributes:
         rule: ``"gag"`` extrapolates from the sparse read-out along the capped, geometry-aware discrepancy;
             ``"pladis"`` is the plain extrapolation ``D + guidance_scale (S - D)`` of arXiv 2503.07677;
-            ``"anderson"`` is ``"gag"`` with a lambda that is solved for, for each token and head (see
-            :func:`gag_core.eager.retrieve_with_coefficients`).
-        guidance_scale: lambda, how far to extrapolate. 0 is plain sparse attention with ``"gag"`` and ``"anderson"``.
-            With ``"anderson"`` it only bounds what is solved for, and is at least 0.
-        norm_threshold: eta, the largest norm of the guidance vector; ``inf`` switches the cap off. Not of ``"pladis"``.
+            ``"anderson"`` is ``"gag"`` with a lambda that is solved for each token and head (see
+            :func:`gag_core.anderson.retrieve_with_coefficients`).
+        guidance_scale: lambda, the factor of the extrapolation. 0 is plain sparse attention with ``"gag"`` and
+            ``"anderson"``. With ``"anderson"`` it is only the bound of the coefficients, and is at least 0.
+        norm_threshold: eta, the largest norm of the guidance vector; ``inf`` switches the cap off. Rule ``"pladis"``
+            has no cap.
         norm_mode: ``"absolute"`` caps at ``norm_threshold``; ``"relative"`` at ``norm_threshold * ||S||``, so that
             one setting means the same on models whose values have other norms.
-        orthogonal_scale: zeta, how much of the part orthogonal to the sparse read-out is kept. Not of ``"pladis"``.
+        orthogonal_scale: zeta, the factor of the part orthogonal to the sparse read-out. Not used by ``"pladis"``.
         alpha: sparsity of the sparse read-out: 1 is softmax (no guidance), 1.5 the paper's, 2 is sparsemax.
         strength: blend with plain attention, ``D + strength (guided - D)``; 0 is off.
-        merge_heads: take norms and inner products over the concatenated heads instead of per head.
-        anderson_depth: how many differences of retrievals the coefficients are solved over, 1 to 5; each beyond the
-            first costs one more sparse retrieval. ``"anderson"`` only.
-        anderson_regularization: Tikhonov's, relative to the squared length of each difference: 0.01 makes a lambda of
-            one difference 1% smaller. ``"anderson"`` only.
+        merge_heads: True to take norms and inner products over the concatenated heads instead of per head.
+        anderson_depth: number of differences of retrievals that the coefficients are solved over, 1 to 5. Each beyond
+            the first costs one more sparse retrieval. ``"anderson"`` only.
+        anderson_regularization: Tikhonov regularisation, relative to the squared length of each difference: 0.01 makes
+            a lambda of one difference 1% smaller. ``"anderson"`` only.
 
     Raises:
-        ValueError: a field is outside what is allowed; the message names the field, the value and the range.
-        TypeError: a number was expected and something else was given.
+        ValueError: a field is outside its range; the message names the field, the value and the range.
+        TypeError: a field that must be a number or a boolean is neither.
     """
 
     rule: str = "gag"
@@ -71,14 +72,9 @@ class GuidanceConfig:
             )
 
 
-def check_config(config: GuidanceConfig) -> None:
-    """Refuse anything else in the place of a config.
-
-    Raises:
-        TypeError: it is not a GuidanceConfig.
-    """
-    if not isinstance(config, GuidanceConfig):
-        raise TypeError(f"config must be a GuidanceConfig, got {type(config).__name__}.")
+def wrong_type(config: object) -> TypeError:
+    """Return the error for an argument ``config`` that is not a GuidanceConfig."""
+    return TypeError(f"config must be a GuidanceConfig, got {type(config).__name__}.")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

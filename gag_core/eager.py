@@ -1,328 +1,164 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The implementation in plain torch operations: runs everywhere, and is what faster ones are held to."""
+"""Guided attention and joint attention in plain torch operations, in chunks of queries.
+
+This path runs everywhere, and faster implementations are tested against it. :func:`guide` cuts the queries into
+chunks; :func:`guided_chunk` does the work on one of them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import anderson
+from .anderson import KeySpace, retrieve_with_coefficients
 from .config import GuidanceConfig
-from .entmax import dense_weights_, logsumexp_of, scale_and_shift_, sparse_weights
-from .geometry import blended_, extrapolation, within, write
+from .entmax import dense_weights_, logsumexp_from_sum, scale_and_shift_, sparse_weights
+from .geometry import guidance_factors, text_mass
+from .numerics import (
+    ConfigNumbers,
+    Keys,
+    config_numbers,
+    mask_part,
+    prepare_values,
+    weighted_sum_,
+    work_dtype,
+    write_saturated,
+)
 
-# How many numbers may be held for a chunk of queries. On a CPU that should stay near the size of the caches and, with
-# copies of keys and values, below twice the output's own; elsewhere launching many small kernels costs more than that.
+# Budget of numbers that are held for a chunk of queries. On a CPU it should stay near the size of the caches and, with
+# copies of keys and values, below twice the size of the output. Elsewhere many small kernels cost more than memory.
 _CPU_CHUNK = 3 << 19
 _CPU_CHUNK_OF_OUTPUT = 1.9
-# But a megabyte is always there, and smaller chunks are mostly the time that it takes to begin an operation.
+# A megabyte is always allowed: in smaller chunks most of the time goes into starting operations.
 _LEAST_CPU_CHUNK = 1 << 18
 _CHUNK = 3 << 23
-# So much of it copies of keys and values may be, before heads come in several parts.
-_COPIED_OF_CHUNK = 0.25
-# Products of as many keys as this, or a multiple, take a CPU a fifth less time than those of a few less.
-_PADDED_TO = 16
-# The power of 2 just below the largest number of fp16, which fp32 has room for around: no other need be looked for.
-_LARGEST_FP16 = 2.0**15
-# Rule "anderson" holds more outputs than others, and more for each of its differences.
+# Fraction of the chunk budget for copies of keys and values. Where copies for all heads need more, heads are split.
+_COPIES_OF_CHUNK = 0.25
+# On a CPU products of a multiple of 16 keys take a fifth less time than products of a few keys less.
+_KEY_MULTIPLE = 16
+# Outputs that rule "anderson" holds beside those of other rules, and for each of its differences.
 _OUTPUTS_ANDERSON = 16
 _OUTPUTS_PER_DIFFERENCE = 8
+# Rows of a bias that the memory-efficient kernel reads begin at multiples of so many numbers.
+_BIAS_ALIGNMENT = 16
 
-# A slice of the batch axis and one of the heads; and one of the queries as well.
+# Batch rows and heads whose keys and values are copied together.
 Part = tuple[slice, slice]
-Place = tuple[slice, slice, slice]
+# Batch rows, heads and queries that are computed together.
+Chunk = tuple[slice, slice, slice]
 
 
-def chunks(q: Tensor, *, held: int, copied: int, whole_heads: bool = False) -> Iterator[tuple[Part, list[Place]]]:
-    """Parts of the batch and heads of ``q`` (``[B, H, N_q, D]``), with the places of some queries to take of each.
+def chunks(q: Tensor, *, per_query: int, per_head: int, whole_heads: bool = False) -> list[tuple[Part, list[Chunk]]]:
+    """Cut queries ``[B, H, N_q, D]`` into parts of the batch and heads, and each part into chunks of queries.
 
-    Each is small enough to hold ``held`` numbers for each of its queries and heads, beside ``copied`` numbers for each
-    head, of keys and values. ``whole_heads`` keeps the heads of a query together. Batch rows come one by one where they
-    can, because products then need no copies of the queries: in the layout that models have, the heads of several rows
-    do not lie at equal distances.
+    A chunk is small enough to hold ``per_query`` numbers for each of its queries and heads, beside ``per_head`` numbers
+    for each head, which are copies of keys and values. ``whole_heads`` keeps all heads of a query in one chunk. Batch
+    rows come one by one where possible, because products then need no copies of the queries: in the layout that models
+    have, the heads of several rows do not lie at equal distances.
     """
-    batch, heads, rows, _ = q.shape
-    if not rows:
-        return
+    batch, heads, queries, _ = q.shape
+    if not queries:
+        return []
     most, least = _CHUNK, 0
     if q.device.type == "cpu":
         most, least = min(_CPU_CHUNK, int(_CPU_CHUNK_OF_OUTPUT * q.numel())), _LEAST_CPU_CHUNK
-    at_once = heads if whole_heads else min(heads, max(1, int(_COPIED_OF_CHUNK * max(most, least)) // copied))
-    budget = max(least, most // 2, most - at_once * copied)
-    each = at_once * rows * held
-    # Chunks that are a tenth larger cost less than one more.
-    step = math.ceil(rows / max(1, math.ceil(each / budget - 0.1)))
-    row_slices = _slices(rows, step)
-    batch_at_once = max(1, int(1.1 * budget) // each) if at_once == heads else 1
-    for batch_slice in _slices(batch, batch_at_once):
-        for head_slice in _slices(heads, at_once):
-            yield (batch_slice, head_slice), [(batch_slice, head_slice, rows_slice) for rows_slice in row_slices]
+    heads_at_once = heads if whole_heads else min(heads, max(1, int(_COPIES_OF_CHUNK * max(most, least)) // per_head))
+    budget = max(least, most // 2, most - heads_at_once * per_head)
+    per_row = heads_at_once * queries * per_query
+    # One more chunk costs more than chunks that are a tenth larger.
+    query_slices = _slices_of(queries, math.ceil(queries / max(1, math.ceil(per_row / budget - 0.1))))
+    rows_at_once = max(1, int(1.1 * budget) // per_row) if heads_at_once == heads else 1
+    return [
+        ((rows, some_heads), [(rows, some_heads, some_queries) for some_queries in query_slices])
+        for rows in _slices_of(batch, rows_at_once)
+        for some_heads in _slices_of(heads, heads_at_once)
+    ]
 
 
-def _slices(size: int, at_once: int) -> list[slice]:
-    """As few as can be of at most so many, all of about one length."""
+def _slices_of(size: int, at_once: int) -> list[slice]:
+    """Split ``size`` into the fewest slices of at most ``at_once``, nearly equal."""
     step = math.ceil(size / math.ceil(size / at_once))
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def mask_part(mask: Tensor | None, place: Place) -> Tensor | None:
-    """A mask of rank 4 for some queries."""
-    if mask is None:
-        return None
-    sizes = zip(place, mask.shape, strict=False)
-    return mask[tuple(slice(None) if size == 1 else chosen for chosen, size in sizes)]
-
-
-def work_dtype(q: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64 tensors: what the mathematics runs in."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def own_copy(x: Tensor, pad: int = 0) -> Tensor:
-    """A copy in the work dtype, contiguous, so that products with its heads need not copy it again.
-
-    ``pad`` is how many tokens of zeros come behind its own.
-    """
-    batch, heads, tokens, dim = x.shape
-    copy = torch.empty((batch, heads, tokens + pad, dim), dtype=work_dtype(x), device=x.device)
-    copy[:, :, :tokens] = x
-    if pad:
-        copy[:, :, tokens:] = 0.0
-    return copy
-
-
 def padding(tokens: int) -> int:
-    """How many tokens more make so many a multiple of 16; 0 where that would be more than a sixteenth of them."""
-    pad = -tokens % _PADDED_TO
-    return pad if _PADDED_TO * pad <= tokens else 0
-
-
-def size_of(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """A power of 2 that brings ``x``, of a work dtype, below 2 by division, which rounds nothing then; axes are kept.
-
-    It is just below the norm over these axes, but at least 2^-64: what is smaller may stay so, and units as small,
-    times anything else, would leave the range. So it does not matter where squares underflow.
-    """
-    largest = 2.0 ** (math.frexp(torch.finfo(x.dtype).max)[1] - 1)
-    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
-    return norm.clamp_(2.0**-64, largest).log2_().floor_().exp2_()
-
-
-def scale_parts(scale: float, dtype: torch.dtype) -> tuple[float, float]:
-    """Two numbers whose product is ``scale``, as far as the dtype reaches: one of -1 to 1, and one of at least 1."""
-    return math.copysign(min(abs(scale), 1.0), scale), within(max(abs(scale), 1.0), dtype)
-
-
-class Keys(NamedTuple):
-    """Keys in a unit in which no product with a finite query overflows: logits are ``unit * (q @ transposed)``.
-
-    ``transposed`` is ``[B, H, D, N_k + padding]`` in the work dtype, ``unit`` a positive number or ``[B, H, 1, 1]``,
-    ``tokens`` is N_k. It is the keys that carry the scale, because there are fewer of them than queries.
-    """
-
-    transposed: Tensor
-    unit: Tensor | float
-    tokens: int
-
-    @classmethod
-    def of(cls, k: Tensor, scale: float, pad: int = 0) -> Keys:
-        """From keys ``[B, H, N_k, D]`` and the factor of the logits, any finite number; with so much padding."""
-        wide = own_copy(k, pad)
-        factor, unit = scale_parts(scale, wide.dtype)
-        if k.dtype == torch.float16:  # which ends long before fp32 does
-            return cls(wide.mul_(factor).transpose(-1, -2), unit, k.shape[2])
-        most, terms, size = torch.finfo(wide.dtype).max, 4.0 * k.shape[3], size_of(wide, (-2, -1))
-        wide.div_(size).mul_(factor / terms)
-        size.mul_(terms).clamp_(max=most)
-        if unit != 1.0:
-            size.mul_(unit).clamp_(max=most)
-        return cls(wide.transpose(-1, -2), size, k.shape[2])
-
-    def logits(self, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """Logits ``[B, H, N_q, N_k + padding]`` in the work dtype, and the unit they are in.
-
-        What is masked and the padding are ``-inf``.
-        """
-        # Contiguous at once, where the product would need that next.
-        q = q.to(self.transposed.dtype, memory_format=torch.contiguous_format) if q.dtype != work_dtype(q) else q
-        padded = torch.matmul(q, self.transposed)
-        logits = padded[..., : self.tokens]
-        if self.tokens < padded.shape[-1]:
-            padded[..., self.tokens :] = -torch.inf
-        if mask is None:
-            return padded, self.unit
-        if mask.dtype == torch.bool:
-            logits.masked_fill_(~mask, -torch.inf)
-            return padded, self.unit
-        most = torch.finfo(logits.dtype).max
-        logits.mul_(self.unit).clamp_(-most, most).add_(mask).clamp_(max=most)
-        return padded, 1.0
+    """Return the number of tokens that are missing to a multiple of 16, or 0 where it is above a 16th of ``tokens``."""
+    pad = -tokens % _KEY_MULTIPLE
+    return pad if _KEY_MULTIPLE * pad <= tokens else 0
 
 
 def retrieve(
     q: Tensor, keys: Keys, v: Tensor, alpha: float, mask: Tensor | None, with_logsumexp: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sparse and dense read-out ``[B, H, N_q, D_v]`` and, if asked for, logsumexp ``[B, H, N_q, 1]``; work dtype.
+    """Compute the sparse and the dense read-out of a chunk, and the logsumexp of its logits if asked for.
 
-    ``v`` is of the work dtype already, padded as the keys are.
+    Args:
+        q: ``[B, H, N_q, D]``.
+        keys: prepared keys.
+        v: values in the work dtype, padded as the keys are.
+        alpha: sparsity of the sparse read-out.
+        mask: the part of the mask for these queries.
+        with_logsumexp: True if the logsumexp is wanted.
+
+    Returns:
+        Two tensors ``[B, H, N_q, D_v]``, and ``[B, H, N_q, 1]`` or None; all in the work dtype.
     """
-    logits, unit = keys.logits(q, mask)
-    scaled, maximum = scale_and_shift_(logits, alpha, unit)
+    logits, logits_scale = keys.logits(q, mask)
+    scaled, maximum = scale_and_shift_(logits, alpha, logits_scale)
     # The softmax overwrites the scaled logits, so the sparse weights come first.
     sparse = None if alpha == 1.0 else torch.matmul(sparse_weights(scaled, alpha), v)
     weights, total = dense_weights_(scaled, alpha)
     dense = torch.matmul(weights, v)
-    lse = logsumexp_of(maximum, unit, total) if with_logsumexp else None
+    lse = logsumexp_from_sum(maximum, logits_scale, total) if with_logsumexp else None
     return dense.clone() if sparse is None else sparse, dense, lse
-
-
-class KeySpace(NamedTuple):
-    """The keys as patterns: in a unit in which keys are at most 2, from their mean, of the work dtype.
-
-    ``memory`` is ``[B, H, N_k, D + 1 + D_v]``: of each key its pattern, the square of that and its value, so that one
-    product with weights reads all three. ``unit`` is ``[B, H, 1, 1]``, ``keys`` are the patterns as keys, ``scale`` is
-    the factor of the logits.
-    """
-
-    memory: Tensor
-    unit: Tensor
-    keys: Keys
-    scale: float
-    dim: int
-
-    @classmethod
-    def of(cls, k: Tensor, v: Tensor, scale: float) -> KeySpace:
-        """From keys, values of the work dtype, and the factor of the logits."""
-        patterns = own_copy(k)
-        unit = size_of(patterns, (-2, -1))
-        patterns /= unit
-        # Attention does not see an offset that all keys share, but differences of read keys would be rounded to it.
-        patterns -= patterns.mean(dim=-2, keepdim=True)
-        squares = patterns.square().sum(dim=-1, keepdim=True)
-        return cls(torch.cat((patterns, squares, v), dim=-1), unit, Keys.of(patterns, 1.0), scale, k.shape[3])
-
-    def state(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions ``[B, H, N, D]`` of queries, and what makes their logits of these and the patterns, ``1``."""
-        dtype = self.memory.dtype
-        factor, scale_unit = scale_parts(self.scale, dtype)
-        direction, length = anderson.unit(q.to(dtype) * factor)
-        length = length.mul_(scale_unit).unsqueeze(-1).mul_(self.unit)
-        return direction, length.clamp_(max=torch.finfo(dtype).max)
-
-    def read(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pattern, square and value that weights ``[B, H, N, N_k]`` read, ``[B, H, N, D]``, ``1`` and ``D_v``."""
-        found = torch.matmul(weights, self.memory)
-        return found[..., : self.dim], found[..., self.dim : self.dim + 1], found[..., self.dim + 1 :]
-
-
-def retrieve_with_coefficients(
-    q: Tensor, keys: Keys, space: KeySpace, config: GuidanceConfig, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What :func:`retrieve` gives, and the guidance signal ``[B, H, N_q, D_v]`` of rule "anderson", of one chunk.
-
-    Attention is retrieval from a Hopfield memory: the keys are its patterns, the query is a state x. A retrieval has an
-    image in key space, ``P(x) K``, and a read-out, ``P(x) V``; its residual, image minus state, tells how far the state
-    is from a fixed point. These are made, all in key space with d as its origin::
-
-        d = softmax(x_0) K    residual 0 - x_0            read-out D      dense, of the query x_0
-        s = entmax(x_0) K     residual (s - d) - x_0      read-out S      sparse, of the query
-        g = entmax(x_1) K     residual (g - d) - x_1      read-out V_1    depth 2 and more: sparse, of the state that
-                                                                          the last image is, until there are depth - 1
-
-    Anderson acceleration, type II, takes the affine combination of images whose residual is predicted to be smallest.
-    It is solved for around the sparse retrieval: its residual f, over the differences of f and each other residual.
-    (Differences of neighbours, as textbooks have them, span the same.) So regularisation, bound and safeguard, see
-    :mod:`gag_core.anderson`, all lead back to the sparse read-out. With the coefficients gamma::
-
-        out = S - gamma_0 (S - D) - gamma_1 (S - V_1) - ...       |gamma_0| + |gamma_1| + ... <= guidance_scale
-
-    At depth 1 there is one, ``gamma_0 = <f, s - d> / |s - d|^2 = -lambda`` but for the regularisation: out is then the
-    point of the line through d and s that is nearest to the query. The signal is ``(out - S) / guidance_scale``, which
-    the geometry treats as it does ``S - D`` in rule "gag"; where lambda reaches guidance_scale the rules are the same.
-
-    The gauge: residuals compare queries with keys, for which attention has no common measure. It stays as it is if the
-    keys or the scale make up for another length of the queries, or if all keys are moved by one offset. So a state is
-    a direction: it lies that way from d, as far as keys do (root mean square, weighted as in the dense retrieval), and
-    its logits are those of a query that way of the length of this one. None of the above changes the result then, nor
-    does a rotation of queries and keys. (A matrix that stretches key space, ``q -> q A, k -> k A^-T``, does.) And at
-    depth 1, without an additive mask, lambda is never below -1, where out is D: as seen from d, s lies towards the
-    query always.
-
-    Args:
-        q, config, mask: as in :func:`guide`.
-        keys, space: :meth:`Keys.of` and :meth:`KeySpace.of` its keys.
-
-    Source: arXiv 2603.02531 v1 (attention extrapolation as Anderson acceleration of depth 1); that the coefficient is
-    solved for, in key space, the depths beyond and the gauge are this project's.
-    """
-    alpha = config.alpha
-    logits, unit = keys.logits(q, mask)
-    scaled, maximum = scale_and_shift_(logits, alpha, unit)
-    s, _, sparse = space.read(sparse_weights(scaled, alpha))
-    weights, total = dense_weights_(scaled, alpha)
-    d, square, dense = space.read(weights)
-    del logits, scaled, weights
-    radius = (square - d.square().sum(dim=-1, keepdim=True)).clamp_min_(0.0).sqrt_()
-    query, length = space.state(q)
-    image = s - d
-    f = image - query * radius
-    differences, read_outs = [image], [sparse - dense]
-    for _ in range(config.anderson_depth - 1):
-        direction, _ = anderson.unit(image)
-        logits, logits_unit = space.keys.logits(direction * length, mask)
-        image, _, value = space.read(sparse_weights(scale_and_shift_(logits, alpha, logits_unit)[0], alpha))
-        image = image - d
-        differences.append(f - (image - direction * radius))
-        read_outs.append(sparse - value)
-    gamma = anderson.coefficients(f, torch.stack(differences, dim=-2), regularization=config.anderson_regularization)
-    share = anderson.shares(gamma, config.guidance_scale).neg_()
-    signal = read_outs[0].mul_(share[..., :1])
-    for number, read_out in enumerate(read_outs[1:], 1):
-        signal.addcmul_(read_out, share[..., number : number + 1])
-    return sparse, dense, logsumexp_of(maximum, unit, total), signal
 
 
 def guided_chunk(
     q: Tensor,
     keys: Keys,
     v: Tensor,
-    unit: Tensor,
+    value_scale: Tensor,
     space: KeySpace | None,
     config: GuidanceConfig,
+    numbers: ConfigNumbers,
     mask: Tensor | None,
     base: Tensor | None,
     joint_lse: Tensor | None,
 ) -> Tensor:
-    """The work on one chunk of queries: what :func:`guide` writes, of the work dtype.
+    """Compute the result of :func:`guide` for one chunk of queries, in the work dtype.
 
-    ``v`` are the values over their ``unit``, of the work dtype, padded as the keys are; ``space`` is None but for rule
-    "anderson".
+    Args:
+        q, mask, base, joint_lse: the parts for these queries, as in :func:`guide`.
+        keys: prepared keys.
+        v: values divided by ``value_scale``, in the work dtype, padded as the keys are.
+        value_scale: the scale, of rank 4.
+        space: the keys as patterns, for rule "anderson"; None for other rules.
+        config: the settings.
+        numbers: the numbers of the config in the work dtype.
     """
     signal = None
     if space is None:
-        # At strength 0 the dense read-out is all that is wanted.
+        # At strength 0 only the dense read-out is wanted.
         alpha = config.alpha if config.strength else 1.0
         sparse, dense, lse = retrieve(q, keys, v, alpha, mask, with_logsumexp=joint_lse is not None)
         discrepancy = torch.sub(sparse, dense, out=dense)
     else:
         sparse, dense, lse, signal = retrieve_with_coefficients(q, keys, space, config, mask)
         discrepancy = sparse - dense
-    on_sparse, on_vector = extrapolation(sparse, discrepancy, unit, config, signal)
-    vectors, numbers = [sparse, discrepancy], [on_sparse, on_vector]
+    on_sparse, on_vector = guidance_factors(sparse, discrepancy, value_scale, config, numbers, signal)
+    vectors, factors = [sparse, discrepancy], [on_sparse, on_vector]
     if signal is not None:
-        vectors, numbers = [*vectors, signal], [on_sparse, within(config.strength, unit.dtype), on_vector]
+        vectors, factors = [*vectors, signal], [on_sparse, numbers.strength, on_vector]
     if lse is not None and joint_lse is not None:
-        # A row that may read nothing at all has -inf - -inf here: no text, so no mass.
-        mass = (lse - joint_lse.unsqueeze(-1).to(lse.dtype)).exp_().nan_to_num_(nan=0.0).clamp_(max=1.0)
-        numbers = [mass * number for number in numbers]
-    if base is None:  # the dense read-out, S - (S - D)
-        numbers[0] += 1.0
-        numbers[1] -= 1.0
-    result = blended_(unit, *zip(vectors, numbers, strict=True))
+        mass = text_mass(lse, joint_lse.unsqueeze(-1).to(lse.dtype))
+        for index, factor in enumerate(factors):
+            factors[index] = mass * factor
+    if base is None:  # the result starts from the dense read-out, S - (S - D)
+        factors[0] += 1.0
+        factors[1] -= 1.0
+    result = weighted_sum_(value_scale, *zip(vectors, factors, strict=True))
     return result if base is None else result.add_(base)
 
 
@@ -336,48 +172,150 @@ def guide(
     base: Tensor | None,
     mask: Tensor | None,
     scale: float,
-    joint_lse: Tensor | None,
+    joint_lse: Tensor | None = None,
 ) -> None:
     """Write ``base + mass * strength * (guided - dense)`` to ``out``, chunk by chunk.
 
     Args:
         out: ``[B, H, N_q, D_v]``, any strides.
-        q, k, v, config, mask, scale: as in :func:`gag_core.guided_attention`, mask of rank 4.
+        q, k, v, config, scale: as in :func:`gag_core.guided_attention`.
         base: ``[B, H, N_q, D_v]``; None takes the dense read-out.
-        joint_lse: ``[B, H, N_q]``, logsumexp of the logits of a longer sequence that these keys are part of; the
-            mass is the share of its softmax that falls on them. None is a mass of 1.
+        mask: as in :func:`gag_core.guided_attention`, of rank 4.
+        joint_lse: ``[B, H, N_q]``, logsumexp of the logits of a longer sequence that these keys are part of. The mass
+            is the share of the softmax over that sequence that falls on these keys. None is a mass of 1.
     """
-    # Without a sparse retrieval there is nothing to solve for.
-    solved = config.rule == "anderson" and config.alpha != 1.0 and config.strength != 0.0
-    pad = 0 if solved else padding(k.shape[2])
+    # Without a sparse retrieval there is no coefficient to solve for.
+    solve = config.rule == "anderson" and config.alpha != 1.0 and config.strength != 0.0
+    pad = 0 if solve else padding(k.shape[2])
     tokens, dim, value_dim = k.shape[2] + pad, k.shape[3], v.shape[3]
-    # The logits twice or three times while thresholds are searched; then once and both read-outs; these and a product.
-    held = max((2 if config.alpha == 1.5 else 3) * tokens, tokens + 2 * value_dim, 3 * value_dim)
-    copied = tokens * (dim + value_dim)
-    if solved:
-        held = 3 * tokens + (_OUTPUTS_ANDERSON + _OUTPUTS_PER_DIFFERENCE * config.anderson_depth) * value_dim
-        copied += tokens * (3 * dim + value_dim)
-    if q.dtype != work_dtype(q):
-        held += dim
-    for part, places in chunks(q, held=held, copied=copied, whole_heads=config.merge_heads):
-        keys, values = Keys.of(k[part], scale, pad), own_copy(v[part], pad)
-        if v.dtype == torch.float16:
-            unit = values.new_full((1, 1, 1, 1), _LARGEST_FP16)
-        else:
-            unit = size_of(values, (-3, -2, -1) if config.merge_heads else (-2, -1))
-        values.div_(unit)
-        space = KeySpace.of(k[part], values, scale) if solved else None
-        for place in places:
+    # While the threshold is searched: two or three times the logits. Then: the logits once and both read-outs. At the
+    # end: both read-outs and a product.
+    per_query = max((2 if config.alpha == 1.5 else 3) * tokens, tokens + 2 * value_dim, 3 * value_dim)
+    per_head = tokens * (dim + value_dim)
+    if solve:
+        per_query = 3 * tokens + (_OUTPUTS_ANDERSON + _OUTPUTS_PER_DIFFERENCE * config.anderson_depth) * value_dim
+        per_head += tokens * (3 * dim + value_dim)
+    if q.dtype.itemsize < 4:  # queries in half precision are copied to fp32
+        per_query += dim
+    value_axes = (-3, -2, -1) if config.merge_heads else (-2, -1)
+    parts = chunks(q, per_query=per_query, per_head=per_head, whole_heads=config.merge_heads)
+    numbers = config_numbers(config, work_dtype(q))
+    for part, chunks_of_part in parts:
+        keys = Keys.prepare(k[part], scale, pad)
+        values, value_scale = prepare_values(v[part], value_axes, pad)
+        space = KeySpace.prepare(k[part], values, scale) if solve else None
+        for chunk in chunks_of_part:
             result = guided_chunk(
-                q[place],
+                q[chunk],
                 keys,
                 values,
-                unit,
+                value_scale,
                 space,
                 config,
-                mask_part(mask, place),
-                None if base is None else base[place],
-                None if joint_lse is None else joint_lse[place],
+                numbers,
+                mask_part(mask, *chunk),
+                None if base is None else base[chunk],
+                None if joint_lse is None else joint_lse[chunk],
             )
-            write(out[place], result)
-            del result  # or it is held beside those of the next chunk
+            write_saturated(out[chunk], result)
+            del result  # otherwise it is held beside the tensors of the next chunk
+
+
+def attention_with_logsumexp(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute softmax attention and the logsumexp of its logits.
+
+    torch's fused attention returns both where one of its kernels takes these tensors. Otherwise the logsumexp costs one
+    more product of queries and keys, chunk by chunk. ``mask`` is of rank 4.
+
+    Returns:
+        The attention output ``[B, H, N_q, D_v]`` in the dtype of q, and the logsumexp ``[B, H, N_q]``.
+    """
+    bias = _additive_mask(mask, q)
+    fused = _fused_attention(q, k, v, bias, scale)
+    if fused is None:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        fused = out, logsumexp_of_logits(q, k, mask, scale)
+    if bias is None:
+        return fused
+    # torch's kernels disagree about queries that may read no key.
+    unreadable = (bias == -torch.inf).all(dim=-1, keepdim=True)
+    return fused[0].masked_fill(unreadable, 0.0), fused[1].masked_fill(unreadable.squeeze(-1), -torch.inf)
+
+
+def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Compute the logsumexp over the keys, ``[B, H, N_q]`` in the work dtype; ``-inf`` where no key may be read."""
+    result = torch.empty(q.shape[:3], dtype=work_dtype(q), device=q.device)
+    for part, chunks_of_part in chunks(q, per_query=2 * k.shape[2], per_head=k.shape[2] * k.shape[3]):
+        keys = Keys.prepare(k[part], scale)
+        for chunk in chunks_of_part:
+            logits, logits_scale = keys.logits(q[chunk], mask_part(mask, *chunk))
+            # Clamped above, because differences of infinities are NaN. A logit that overflows below weighs nothing.
+            logits.mul_(logits_scale).clamp_(max=torch.finfo(logits.dtype).max)
+            result[chunk] = logits.logsumexp(dim=-1)
+    return result
+
+
+def _additive_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return the mask as torch's kernels take it: additive, in the dtype of q."""
+    if mask is None or mask.dtype == q.dtype:
+        return mask
+    if mask.dtype != torch.bool:
+        # A finite number beyond the range of the dtype must stay finite: infinities added to logits give NaN.
+        largest = min(torch.finfo(mask.dtype).max, torch.finfo(q.dtype).max)
+        return mask.clamp(-largest, largest).masked_fill(mask == -torch.inf, -torch.inf).to(q.dtype)
+    return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """Compute attention and logsumexp by torch's own kernels, or return None where no such kernel takes these tensors.
+
+    The kernels are called below torch's public function, which drops the logsumexp. The conditions are those of the
+    kernels. For a torch that lacks a kernel, or whose kernel refuses for a reason not foreseen here, the result is
+    None too, and the caller takes the general path.
+    """
+    if v.shape[3] != q.shape[3] or q.dtype == torch.float64:
+        return None
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    aten = torch.ops.aten
+    try:
+        if q.device.type == "cpu":
+            if bias is not None and bias.shape[-1] == 1:
+                # Older torch, as 2.4, reads a number for each key all the same, beyond the end.
+                bias = bias.expand(*bias.shape[:-1], k.shape[2]).contiguous()
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, False, attn_mask=bias, scale=scale
+            )
+            return out, lse
+        if q.device.type == "cuda":
+            if bias is None and q.dtype != torch.float32 and q.shape[3] % 8 == 0 and q.shape[3] <= 256:
+                out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+            else:
+                aligned = None if bias is None else _aligned_bias(bias, (*q.shape[:3], k.shape[2]))
+                out, lse = aten._scaled_dot_product_efficient_attention(q, k, v, aligned, True, scale=scale)[:2]
+            # The memory-efficient kernel pads the rows of its logsumexp.
+            return out, lse[:, :, : q.shape[2]]
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (AttributeError, RuntimeError):
+        return None
+    return None
+
+
+def _aligned_bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Expand the bias to ``shape``, with rows that begin where the memory-efficient kernel can read them.
+
+    Rows, heads and queries that share a bias keep sharing its memory.
+    """
+    if bias.shape[-1] == 1:
+        bias = bias.expand(*bias.shape[:-1], shape[-1])
+    extra = -shape[-1] % _BIAS_ALIGNMENT
+    misaligned = any(
+        stride % _BIAS_ALIGNMENT for stride, size in zip(bias.stride()[:-1], bias.shape[:-1], strict=True) if size > 1
+    )
+    if extra or bias.stride(-1) != 1 or misaligned:
+        bias = torch.nn.functional.pad(bias, (0, extra)).contiguous()[..., : shape[-1]]
+    return bias.expand(shape)

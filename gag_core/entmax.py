@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Sort-free alpha-entmax.
+"""Alpha-entmax without sorting, and softmax from the same scaled logits.
 
 ``entmax_alpha(z)_i = relu((alpha - 1) z_i - tau) ** p`` with ``p = 1 / (alpha - 1)`` and the threshold ``tau`` that
 makes the weights sum to 1 (Peters, Niculae and Martins 2019, arXiv 1905.05702, eq. 10). With ``x = (alpha - 1) z``
-shifted so that its maximum is 0, tau lies in [-1, 0) and is the root of ``||relu(x - t)||_p = 1``. That norm is convex
-and falling in t, so Newton's iteration from t = -1 rises towards the root and never passes it.
+shifted so that its maximum is 0, tau lies in [-1, 0) and is the root of ``||relu(x - tau)||_p = 1``. That norm is
+convex and falling in tau, so Newton's iteration from tau = -1 rises towards the root and never passes it.
 """
 
 from __future__ import annotations
@@ -15,34 +15,36 @@ from reprlib import repr as short
 import torch
 from torch import Tensor
 
+from .numerics import work_dtype
+
 # The exponents at alpha = 1.5 and 2, which have cheaper forms than the general power.
 _SQUARE = 2.0
 _LINEAR = 1.0
 
-# Newton steps for the 2-norm, by the number of keys up to which they suffice: the errors of all weights together stay
-# below 3e-6, before rounding, also in the slowest rows found: few equal keys, and many more as far below them as the
-# threshold.
+# Newton steps for the 2-norm, by the largest number of keys for which they suffice. The errors of all weights together
+# stay below 3e-6, before rounding. This holds in the slowest rows found too: a few equal keys, and many more keys as
+# far below them as the threshold.
 _STEPS_SQUARE = ((80, 5), (256, 6), (2048, 7))
-_MOST_STEPS_SQUARE = 8
-# From this exponent on, powers are taken by way of log1p: what lies just below the top would else be rounded first.
+_MAX_STEPS_SQUARE = 8
+# From this exponent on, powers are computed by log1p. Otherwise numbers just below the maximum would be rounded first.
 _LARGE_POWER = 9.0
-# Other powers take a CPU twice as long as the way by log1p, which rounds small numbers more but is good enough for all
-# steps except the last.
-_QUICK_POWERS = (0.5, 2.0, 3.0)
+# On a CPU, pow with any other exponent takes twice as long as log1p and exp2. These round small numbers more, which is
+# good enough for all steps except the last.
+_FAST_POWERS = (0.5, 2.0, 3.0)
 _EXTRA_STEPS_FP64 = 2
 
 
 @torch.no_grad()
 def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
-    """Alpha-entmax along ``dim``: softmax at alpha 1, sparsemax at alpha 2, exact zeros for every alpha above 1.
+    """Compute alpha-entmax along ``dim``: softmax at alpha 1, sparsemax at alpha 2, exact zeros for alpha above 1.
 
-    The threshold is found by a fixed number of Newton steps, without sorting and without reading a value back from
-    the device; extra memory is two tensors of the logits' size.
+    A fixed number of Newton steps finds the threshold, without sorting and without reading a value back from the
+    device. Extra memory is two tensors of the size of the logits.
 
     Args:
         logits: any shape, floating point. ``-inf`` entries get weight 0; a slice of only ``-inf`` gives zeros.
-        alpha: 1 to 2.
-        dim: the dimension that sums to 1.
+        alpha: sparsity, 1 to 2.
+        dim: the dimension along which the weights sum to 1.
 
     Returns:
         Weights of the shape and dtype of ``logits``; computed in fp32 (fp64 for fp64 input).
@@ -51,7 +53,7 @@ def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
         ValueError: alpha is outside 1 to 2, or ``dim`` is empty.
         TypeError: ``logits`` is not a floating-point tensor.
 
-    Source: arXiv 1905.05702 eq. 10; used as the sparse retrieval of arXiv 2603.02531 v2.
+    Source: arXiv 1905.05702, eq. 10; arXiv 2603.02531 v2 uses it for the sparse retrieval.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.layout != torch.strided:
         given = f"{logits.dtype} of layout {logits.layout}" if isinstance(logits, Tensor) else type(logits).__name__
@@ -63,122 +65,121 @@ def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
     if logits.shape[dim] == 0:
         raise ValueError(f"entmax needs at least one entry along dim {dim}, got shape {tuple(logits.shape)}.")
     moved = logits.movedim(dim, -1)
-    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # A copy, so that the caller's tensor is never written to.
-    scaled, _ = scale_and_shift_(moved.to(work, copy=True), alpha)
+    scaled, _ = scale_and_shift_(moved.to(work_dtype(logits), copy=True), alpha)
     weights = dense_weights_(scaled, alpha)[0] if alpha == 1.0 else sparse_weights(scaled, alpha)
     return weights.to(logits.dtype).movedim(-1, dim)
 
 
-def scale_and_shift_(logits: Tensor, alpha: float, unit: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """``((alpha - 1) unit (logits - max), max)`` over the last axis, in place; without that factor at alpha 1.
+def scale_and_shift_(logits: Tensor, alpha: float, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Compute ``(alpha - 1) scale (logits - max)`` over the last axis, in place, and return that and max.
 
-    ``unit`` is positive: how large a 1 of the logits is, also of the maximum that is returned. The maximum of a row of
-    only ``-inf`` counts as the lowest finite number.
+    At alpha 1 the factor ``alpha - 1`` is left out. ``scale`` is positive: the true logits are ``scale * logits``. The
+    maximum that is returned is that of ``logits``, without the scale. The maximum of a row of only ``-inf`` counts as
+    the lowest finite number.
     """
     maximum = logits.amax(dim=-1, keepdim=True).clamp_min_(-torch.finfo(logits.dtype).max)
-    # In this order, because a large offset that all logits share would round the product.
+    # The maximum is subtracted first, because a large offset that all logits share would round the product.
     shifted = logits.sub_(maximum)
-    factor = unit if alpha in (1.0, 2.0) else unit * (alpha - 1.0)
+    factor = scale if alpha in (1.0, 2.0) else scale * (alpha - 1.0)
     return shifted if isinstance(factor, float) and factor == 1.0 else shifted.mul_(factor), maximum
 
 
-def logsumexp_of(maximum: Tensor, unit: Tensor | float, total: Tensor) -> Tensor:
-    """logsumexp of logits in a unit, by their maximum and the sum of their exponentials below it."""
-    most = torch.finfo(total.dtype).max
-    return (maximum * unit).clamp_(-most, most).add_(total.log())
+def logsumexp_from_sum(maximum: Tensor, scale: Tensor | float, total: Tensor) -> Tensor:
+    """Compute the logsumexp of logits from their maximum and the ``total`` of ``exp(logit - maximum)``.
+
+    ``scale`` is the scale of the maximum, as for :func:`scale_and_shift_`.
+    """
+    largest = torch.finfo(total.dtype).max
+    return (maximum * scale).clamp_(-largest, largest).add_(total.log())
 
 
 def dense_weights_(scaled: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Softmax, in place, of :func:`scale_and_shift_`'s result, with the sums ``[..., 1]`` that it was divided by."""
-    # On a CPU a power of 2 takes half the time of one of e.
+    """Compute the softmax of the result of :func:`scale_and_shift_`, in place, and its denominator ``[..., 1]``."""
+    # On a CPU exp2 takes half the time of exp.
     weights = scaled.mul_(math.log2(math.e) / (alpha - 1.0 or 1.0)).exp2_()
     total = weights.sum(dim=-1, keepdim=True)
-    return weights.div_(total.clamp_min(_tiny(total))), total
+    return weights.div_(total.clamp_min(torch.finfo(total.dtype).tiny)), total
 
 
 def sparse_weights(scaled: Tensor, alpha: float) -> Tensor:
-    """Alpha-entmax (1 < alpha <= 2) over the last axis of :func:`scale_and_shift_`'s result, which is kept."""
+    """Compute alpha-entmax (1 < alpha <= 2) of the result of :func:`scale_and_shift_`, which is not changed."""
     power = 1.0 / (alpha - 1.0)
     weights = _powers_above_threshold(scaled, power)
-    # Newton stops a rounding error below the root; the division makes the weights sum to 1 all the same.
+    # Newton's iteration stops a rounding error below the root. The division makes the weights sum to 1 all the same.
     total = weights.sum(dim=-1, keepdim=True)
-    return weights.div_(total.clamp_min_(_tiny(total)))
+    return weights.div_(total.clamp_min_(torch.finfo(total.dtype).tiny))
 
 
 def newton_steps(keys: int, power: float) -> int:
-    """How many Newton steps from t = -1 find the root in fp32, for ``power = 1 / (alpha - 1)`` (1 and more)."""
+    """Return the number of Newton steps from tau = -1 that find the root in fp32; ``power`` is ``1 / (alpha - 1)``."""
     if power >= _SQUARE:
-        return next((steps for most, steps in _STEPS_SQUARE if keys <= most), _MOST_STEPS_SQUARE)
-    # Along the straight lines of the 1-norm Newton's steps are exact. So many were enough, for powers up to
-    # 2 too, in all rows that were tried, of up to 4,608 keys.
+        return next((steps for most, steps in _STEPS_SQUARE if keys <= most), _MAX_STEPS_SQUARE)
+    # Newton's steps are exact along the straight lines of the 1-norm. This number was enough in all rows that were
+    # tried, of up to 4,608 keys, and for all powers from 1 to 2.
     return keys.bit_length() + 1
 
 
 def _powers_above_threshold(scaled: Tensor, power: float) -> Tensor:
-    """``relu(scaled - t) ** power`` for the root t of ``||relu(scaled - t)||_power = 1``."""
+    """Compute ``relu(scaled - tau) ** power`` for the root tau of ``||relu(scaled - tau)||_power = 1``."""
     info = torch.finfo(scaled.dtype)
     steps = newton_steps(scaled.shape[-1], power) + (_EXTRA_STEPS_FP64 if info.bits == 64 else 0)
     if power >= _LARGE_POWER:
         return _large_powers_above_threshold(scaled, power, steps)
-    threshold = scaled.new_full((*scaled.shape[:-1], 1), -1.0)
+    tau = scaled.new_full((*scaled.shape[:-1], 1), -1.0)
     above = torch.empty_like(scaled)
     slopes = above if power == _SQUARE else torch.empty_like(scaled)
     for step in range(steps):
         last = step == steps - 1
         if last:
-            # Slightly lower, so that it does not lie above the root by rounding. A row of only -inf has no root: 0 / 0.
-            threshold.sub_(info.eps / 2).nan_to_num_(nan=-1.0)
-        torch.sub(scaled, threshold, out=above).relu_()
+            # Slightly lower, so that rounding does not put tau above the root. A row of only -inf has no root: 0 / 0.
+            tau.sub_(info.eps / 2).nan_to_num_(nan=-1.0)
+        torch.sub(scaled, tau, out=above).relu_()
         if power == _SQUARE:
             slope = above.sum(dim=-1, keepdim=True)
             excess = torch.linalg.vector_norm(above, dim=-1, keepdim=True).sub_(1.0)
-            missing = torch.addcmul(excess, excess, excess)
+            numerator = torch.addcmul(excess, excess, excess)
         elif power == _LINEAR:
             slope = torch.sign(above, out=slopes).sum(dim=-1, keepdim=True)
-            missing = above.sum(dim=-1, keepdim=True).sub_(1.0)
+            numerator = above.sum(dim=-1, keepdim=True).sub_(1.0)
         else:
-            if last or power - 1.0 in _QUICK_POWERS:
+            if last or power - 1.0 in _FAST_POWERS:
                 torch.pow(above, power - 1.0, out=slopes)
             else:
-                _powers_from_top(torch.sub(above, 1.0, out=slopes), power - 1.0, slopes)
+                _power_by_log1p(torch.sub(above, 1.0, out=slopes), power - 1.0, slopes)
             slope = slopes.sum(dim=-1, keepdim=True)
-            missing = _missing(slopes.mul_(above).sum(dim=-1, keepdim=True), power)
+            numerator = _step_numerator(slopes.mul_(above).sum(dim=-1, keepdim=True), power)
         if last:
-            # What is above t is lowered, and not t raised: small numbers, which many keys near the threshold have, are
-            # finer than t is.
-            above.sub_(_rise(missing, slope).clamp_min_(0.0)).relu_()
+            # ``above`` is lowered instead of raising tau. Many keys near the threshold have small numbers above it, and
+            # the dtype is finer for these than for tau.
+            above.sub_(_step(numerator, slope).clamp_min_(0.0)).relu_()
         else:
-            threshold.addcdiv_(missing, slope)
+            tau.addcdiv_(numerator, slope)
     return above if power == _LINEAR else above.pow_(power)
 
 
 def _large_powers_above_threshold(scaled: Tensor, power: float, steps: int) -> Tensor:
-    """The same by way of log1p, so that powers of 1,000 and more of what lies just below the top stay exact."""
-    below_top = scaled.clamp(min=-1.0)  # scaled - t - 1, first for t = -1
+    """Compute the same by log1p, so that powers of 1,000 and more are exact for numbers just below the maximum."""
+    offset = scaled.clamp(min=-1.0)  # scaled - tau - 1, first for tau = -1
     powers = torch.empty_like(scaled)
     for _ in range(steps):
-        slope = _powers_from_top(below_top, power - 1.0, powers).sum(dim=-1, keepdim=True)
-        total = powers.addcmul_(powers, below_top).sum(dim=-1, keepdim=True)
-        # It is negative only by rounding; what lies below t would come up again then.
-        below_top.sub_(_rise(_missing(total, power), slope).clamp_min_(0.0)).clamp_min_(-1.0)
-    return _powers_from_top(below_top, power, powers)
+        slope = _power_by_log1p(offset, power - 1.0, powers).sum(dim=-1, keepdim=True)
+        total = powers.addcmul_(powers, offset).sum(dim=-1, keepdim=True)
+        # A step is negative only by rounding. It would bring keys back that already lie below the threshold.
+        offset.sub_(_step(_step_numerator(total, power), slope).clamp_min_(0.0)).clamp_min_(-1.0)
+    return _power_by_log1p(offset, power, powers)
 
 
-def _powers_from_top(below_top: Tensor, power: float, powers: Tensor) -> Tensor:
-    """Write ``(1 + below_top) ** power`` to ``powers``; exp2 is far faster than exp on a CPU."""
-    return torch.log1p(below_top, out=powers).mul_(power * math.log2(math.e)).exp2_()
+def _power_by_log1p(offset: Tensor, power: float, powers: Tensor) -> Tensor:
+    """Write ``(1 + offset) ** power`` to ``powers``; exp2 is far faster than exp on a CPU."""
+    return torch.log1p(offset, out=powers).mul_(power * math.log2(math.e)).exp2_()
 
 
-def _missing(total: Tensor, power: float) -> Tensor:
-    """``(norm - 1) norm ** (power - 1)`` for the norm's power ``total``; over the slope it is a Newton step."""
+def _step_numerator(total: Tensor, power: float) -> Tensor:
+    """Compute ``(norm - 1) norm ** (power - 1)`` from ``total = norm ** power``; over the slope it is a Newton step."""
     return total - total.pow(1.0 - 1.0 / power)
 
 
-def _rise(missing: Tensor, slope: Tensor) -> Tensor:
-    """How far t rises in a Newton step. Below the root the slope is 1 and more, but for a row of only -inf."""
-    return missing.div_(slope.clamp_min_(1.0))
-
-
-def _tiny(tensor: Tensor) -> float:
-    return torch.finfo(tensor.dtype).tiny
+def _step(numerator: Tensor, slope: Tensor) -> Tensor:
+    """Compute the Newton step of tau. The slope is at least 1 below the root, except in a row of only ``-inf``."""
+    return numerator.div_(slope.clamp_min_(1.0))

@@ -1,15 +1,39 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The pack's nodes, as ComfyUI asks for them."""
+"""The pack's nodes: one file per node, found by its name.
+
+=================  ==============================================================================
+gag                "GAG": guidance by a preset
+advanced           "GAG (advanced)": guidance with every setting
+anderson           "GAG Anderson": guidance that solves for how far to extrapolate
+schedule           "GAG Schedule": the strength over the steps of a run, and a plot of it
+sweep              "GAG Sweep": one model in many settings
+grid               "GAG Grid": pictures side by side with labels
+probe              "GAG Probe": measures what guidance sees and does
+report             "GAG Report": plots and sentences of a probe's measures
+demo_loader        "GAG demo": the demo models
+demo_prompt        "GAG demo prompt": their prompts
+demo_empty_latent  "GAG demo empty latent": their empty picture
+presets            settings behind the preset names, and the defaults
+shared_inputs      inputs, schema and output that several nodes share
+plots              the look of all plots
+patching/          the engine: from a node's settings to a guided attention call
+panel/             the server's side of web/
+demo/              the demo models' code
+=================  ==============================================================================
+"""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .advanced import GAGuidanceAdvanced
 from .anderson import GAGAnderson
-from .demo import GAGDemoEmptyLatent, GAGDemoLoader, GAGDemoPrompt
+from .demo_empty_latent import GAGDemoEmptyLatent
+from .demo_loader import GAGDemoLoader
+from .demo_prompt import GAGDemoPrompt
+from .gag import GAGuidance
 from .grid import GAGGrid
-from .guidance import GAGuidance, GAGuidanceAdvanced
-from .live import add_routes
+from .panel.routes import add_routes
 from .probe import GAGProbe
 from .report import GAGReport
 from .schedule import GAGSchedule
@@ -17,7 +41,7 @@ from .sweep import GAGSweep
 
 
 class GAGExtension(ComfyExtension):
-    """What the host asks for the nodes."""
+    """Extension of ComfyUI: the list of the pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -36,6 +60,6 @@ class GAGExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> GAGExtension:
-    """Where the host enters the pack."""
+    """Return the extension; ComfyUI calls this when it loads the pack."""
     add_routes()
     return GAGExtension()

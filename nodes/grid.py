@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The node that puts pictures side by side with their labels."""
+"""Node "GAG Grid": pictures side by side with labels."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from dataclasses import dataclass
 import comfy.utils
 import torch
 from comfy_api.latest import io
+from einops import rearrange
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from .guidance import CATEGORY
 from .plots import BACKGROUND, INK
+from .shared_inputs import CATEGORY
 
-MOST_COLUMNS = 64
-# Smaller pictures are magnified to at least this, so that there is room for their labels.
-_SMALLEST = 256
-_LARGEST_SIDE = 8192
+MAX_COLUMNS = 64
+# Pictures are magnified to at least this many pixels on the longer side, so that there is room for their labels.
+_MIN_SIDE = 256
+_MAX_GRID_SIDE = 8192
 _GAP = 8
 _GAP_IN_BATCH = 2
-_NARROWEST = 128
-_TEXT_OF_WIDTH = 18
-_SMALLEST_TEXT, _LARGEST_TEXT = 16, 64
-_LINE = 1.3
-_MOST_LINES = 8
-_MOST_CHARACTERS = 500
+_MIN_CELL_WIDTH = 128
+# A label's text is as high as its cell's width divided by this number, within the two bounds.
+_CELL_WIDTH_PER_TEXT_SIZE = 18
+_MIN_TEXT_SIZE, _MAX_TEXT_SIZE = 16, 64
+_LINE_HEIGHT = 1.3
+_MAX_LINES = 8
+_MAX_CHARACTERS = 500
 
 
 class GAGGrid(io.ComfyNode):
-    """All pictures of a sweep as one, with labels."""
+    """Node that puts pictures, such as those of a sweep, into one picture with labels."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -44,21 +46,22 @@ class GAGGrid(io.ComfyNode):
                 io.Image.Input(
                     "images",
                     tooltip="The pictures, from VAE Decode behind the sampler of a GAG Sweep. A batch stays together "
-                    "in one field of the grid.",
+                    "in one cell of the grid.",
                 ),
                 io.Int.Input(
                     "columns",
                     default=0,
                     min=0,
-                    max=MOST_COLUMNS,
-                    tooltip="How many go in a row. Connect columns of GAG Sweep. Higher makes the grid wider and "
-                    "lower. 0 makes it about square.",
+                    max=MAX_COLUMNS,
+                    tooltip="Number of pictures in a row. Connect columns of GAG Sweep. Higher makes the grid wider "
+                    "and lower. 0 makes the grid about square.",
                 ),
                 io.String.Input(
                     "labels",
                     force_input=True,
                     optional=True,
-                    tooltip="One label for each picture: connect labels of GAG Sweep. Without it there are none.",
+                    tooltip="One label for each picture: connect labels of GAG Sweep. If nothing is connected, the "
+                    "grid has no labels.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="grid", tooltip="One picture, for Save Image or Preview Image.")],
@@ -67,25 +70,25 @@ class GAGGrid(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: list[Tensor], columns: list[int], labels: list[str] | None = None) -> io.NodeOutput:
-        # The host hands over everything as lists, a single value as a list of one.
+        # With is_input_list ComfyUI passes every input as a list, a single value as a list of length 1.
         return io.NodeOutput(grid_of(images, columns[0], labels))
 
 
 def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None) -> Tensor:
-    """Pictures in a grid, each under its label.
+    """Return pictures in a grid of cells, each under its label.
 
-    All are magnified by one whole number, the nearest pixel each, until the largest has 256 pixels on its longer side;
-    one that is smaller than the largest stands in the middle of its place. A batch stays together in one field, as a
-    block that is about square; one batch alone is spread over the fields, unless it has one label. If the last row
-    would hold one picture only, the first one stands alone on top instead: the one without GAG of a sweep over two
-    settings. A grid that would be longer than 8192 pixels, labels apart, is made of pictures that are shrunk, by the
-    mean of their pixels.
+    All pictures are magnified by one whole factor, by repeating pixels, until the largest has at least 256 pixels on
+    its longer side. A picture that is smaller than the largest is centred. A batch stays together in one cell, as a
+    block that is about square. A single batch is spread over the cells, unless there is exactly one label. If the last
+    row would hold a single picture, the first picture stands alone in the top row instead: in a sweep over two settings
+    that is the picture without GAG. If the grid, without labels, would be longer than 8192 pixels, its pictures are
+    shrunk by averaging pixels.
 
     Args:
-        images: ``[B, H, W, C]`` in 0..1 each, of any sizes and floating-point dtypes; of four channels the first three
-            count, one is grey.
-        columns: how many fields in a row, 0 for about as many as there are rows.
-        labels: one for each of the images.
+        images: batches ``[B, H, W, C]`` in 0..1, of any size and floating-point dtype. The first three channels count;
+            a single channel is grey.
+        columns: number of cells in a row; 0 for about as many as there are rows.
+        labels: one label for each of the images.
 
     Returns:
         ``[1, height, width, 3]`` fp32 in 0..1 on the CPU.
@@ -93,11 +96,7 @@ def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None)
     Raises:
         ValueError: no pictures, another number of labels, or columns out of range; the message says which.
     """
-    if not images or not all(isinstance(image, Tensor) and image.ndim == 4 and image.numel() for image in images):
-        given = [tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images]
-        raise ValueError(f"images must be pictures [batch, height, width, channels], got {given or 'none'}.")
-    if isinstance(columns, bool) or not isinstance(columns, int) or not 0 <= columns <= MOST_COLUMNS:
-        raise ValueError(f"columns must be a whole number from 0 to {MOST_COLUMNS}, got {columns!r}.")
+    _check_inputs(images, columns)
     if len(images) == 1 and (labels is None or len(labels) > 1):
         images = list(images[0].split(1))
     if labels is not None and len(labels) != len(images):
@@ -106,109 +105,132 @@ def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None)
             "and the labels of one GAG Sweep."
         )
     rows = _rows(len(images), columns)
-    layout = _Layout.of(images, rows)
+    layout = _Layout.fit(images, rows)
     progress = comfy.utils.ProgressBar(len(images))
-    ground = torch.tensor(ImageColor.getrgb(BACKGROUND)) / 255.0
-    strips: list[Tensor] = []
+    background = torch.tensor(ImageColor.getrgb(BACKGROUND)) / 255.0
+    strips = [background.repeat(_GAP, layout.grid_width, 1)]
     for row in rows:
         if labels is not None:
-            strips.append(layout.labels([str(labels[number]) for number in row]))
-        strip = ground.repeat(layout.field_height + _GAP, layout.grid_width, 1)
-        for column, number in enumerate(row):
-            layout.place(strip, column, images[number])
+            strips.append(layout.draw_labels([str(labels[index]) for index in row]))
+        strip = background.repeat(layout.cell_height + _GAP, layout.grid_width, 1)
+        for column, index in enumerate(row):
+            layout.paste(images[index], strip, column)
             progress.update(1)
         strips.append(strip)
-    strips.insert(0, ground.repeat(_GAP, layout.grid_width, 1))
     return torch.cat(strips)[None]
 
 
-def _rows(number: int, columns: int) -> list[range]:
-    """The numbers of the pictures in each row."""
-    alone = columns > 1 and number > 1 and number % columns == 1
-    columns = columns or math.ceil(math.sqrt(number))
-    first = [range(1)] if alone else []
-    return first + [range(i, min(i + columns, number)) for i in range(len(first), number, columns)]
+def _check_inputs(images: list[Tensor], columns: int) -> None:
+    if not images or not all(isinstance(image, Tensor) and image.ndim == 4 and image.numel() for image in images):
+        given = [tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images]
+        raise ValueError(f"images must be pictures [batch, height, width, channels], got {given or 'none'}.")
+    if isinstance(columns, bool) or not isinstance(columns, int) or not 0 <= columns <= MAX_COLUMNS:
+        raise ValueError(f"columns must be a whole number from 0 to {MAX_COLUMNS}, got {columns!r}.")
+
+
+def _rows(count: int, columns: int) -> list[range]:
+    """Return the indices of the pictures in each row."""
+    first_is_alone = columns > 1 and count > 1 and count % columns == 1
+    columns = columns or math.ceil(math.sqrt(count))
+    first = [range(1)] if first_is_alone else []
+    return first + [range(i, min(i + columns, count)) for i in range(len(first), count, columns)]
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Sizes in pixels. A field holds a block of ``across`` by ``down`` places, each for one picture of a batch."""
+    """Sizes of a grid in pixels.
+
+    Attributes:
+        scale: factor of the pictures' sizes.
+        slot_height, slot_width: size of the largest picture in the grid.
+        across: number of slots in a row of a cell, one slot for each picture of a batch.
+        cell_height, cell_width: size of a cell.
+        grid_width: width of the grid.
+    """
 
     scale: float
-    place_height: int
-    place_width: int
+    slot_height: int
+    slot_width: int
     across: int
-    field_height: int
-    field_width: int
+    cell_height: int
+    cell_width: int
     grid_width: int
 
     @classmethod
-    def of(cls, images: list[Tensor], rows: list[range]) -> _Layout:
+    def fit(cls, images: list[Tensor], rows: list[range]) -> _Layout:
+        """Return the layout in which all images fit."""
         height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
         batch = max(image.shape[0] for image in images)
         columns = max(map(len, rows))
         across = math.ceil(math.sqrt(batch))
         down = math.ceil(batch / across)
-        scale: float = math.ceil(_SMALLEST / max(height, width))
-        # What is left for the pictures when the gaps between them are taken off.
-        room = [_LARGEST_SIDE - (count + 1) * _GAP for count in (len(rows) * down, columns * across)]
+        scale: float = math.ceil(_MIN_SIDE / max(height, width))
+        # Pixels that the gaps leave for pictures, down and across.
+        room = [_MAX_GRID_SIDE - (count + 1) * _GAP for count in (len(rows) * down, columns * across)]
         scale = min(scale, room[0] / (len(rows) * down * height), room[1] / (columns * across * width))
         scale = math.floor(scale) if scale >= 1.0 else scale
-        place_height, place_width = _scaled(height, scale), _scaled(width, scale)
-        field_width = max(across * (place_width + _GAP_IN_BATCH) - _GAP_IN_BATCH, _NARROWEST)
+        slot_height, slot_width = _scaled(height, scale), _scaled(width, scale)
+        cell_width = max(_length_of(across, slot_width), _MIN_CELL_WIDTH)
         return cls(
             scale=scale,
-            place_height=place_height,
-            place_width=place_width,
+            slot_height=slot_height,
+            slot_width=slot_width,
             across=across,
-            field_height=down * (place_height + _GAP_IN_BATCH) - _GAP_IN_BATCH,
-            field_width=field_width,
-            grid_width=columns * (field_width + _GAP) + _GAP,
+            cell_height=_length_of(down, slot_height),
+            cell_width=cell_width,
+            grid_width=columns * (cell_width + _GAP) + _GAP,
         )
 
-    def place(self, strip: Tensor, column: int, images: Tensor) -> None:
-        """Put a batch ``[B, H, W, C]`` into a field of a row ``[height, width, 3]``."""
-        size = _scaled(images.shape[1], self.scale), _scaled(images.shape[2], self.scale)
-        colours = images[..., :3] if images.shape[3] >= 3 else images[..., :1].expand(*images.shape[:3], 3)
-        for number, image in enumerate(colours):
-            picture = image.detach().to("cpu", torch.float32).nan_to_num().clamp(0.0, 1.0)
-            mode = "nearest-exact" if self.scale >= 1.0 else "area"
-            scaled = nn.functional.interpolate(picture.movedim(2, 0)[None], size=size, mode=mode)[0].movedim(0, 2)
-            down, across = divmod(number, self.across)
-            block = self.across * (self.place_width + _GAP_IN_BATCH) - _GAP_IN_BATCH
-            top = down * (self.place_height + _GAP_IN_BATCH) + (self.place_height - size[0]) // 2
-            left = self._left(column) + (self.field_width - block) // 2
-            left += across * (self.place_width + _GAP_IN_BATCH) + (self.place_width - size[1]) // 2
-            strip[top : top + size[0], left : left + size[1]] = scaled
+    def paste(self, batch: Tensor, strip: Tensor, column: int) -> None:
+        """Paste a batch ``[B, H, W, C]`` into a cell of a row ``[height, width, 3]``, which is changed in place."""
+        size = _scaled(batch.shape[1], self.scale), _scaled(batch.shape[2], self.scale)
+        mode = "nearest-exact" if self.scale >= 1.0 else "area"
+        colours = batch[..., :3] if batch.shape[3] >= 3 else batch[..., :1].expand(*batch.shape[:3], 3)
+        cell_left = self._left(column) + (self.cell_width - _length_of(self.across, self.slot_width)) // 2
+        for index, image in enumerate(colours):
+            pixels = image.detach().to("cpu", torch.float32).nan_to_num().clamp(0.0, 1.0)
+            scaled = nn.functional.interpolate(rearrange(pixels, "h w c -> 1 c h w"), size=size, mode=mode)
+            down, across = divmod(index, self.across)
+            top = down * (self.slot_height + _GAP_IN_BATCH) + (self.slot_height - size[0]) // 2
+            left = cell_left + across * (self.slot_width + _GAP_IN_BATCH) + (self.slot_width - size[1]) // 2
+            strip[top : top + size[0], left : left + size[1]] = rearrange(scaled, "1 c h w -> h w c")
 
-    def labels(self, texts: list[str]) -> Tensor:
-        """A row of labels ``[height, width, 3]``, as high as the longest needs, each over its field."""
-        size = min(max(self.field_width // _TEXT_OF_WIDTH, _SMALLEST_TEXT), _LARGEST_TEXT)
+    def draw_labels(self, texts: list[str]) -> Tensor:
+        """Return a row of labels ``[height, width, 3]``, one per cell, as high as the longest label needs."""
+        size = min(max(self.cell_width // _CELL_WIDTH_PER_TEXT_SIZE, _MIN_TEXT_SIZE), _MAX_TEXT_SIZE)
         font = ImageFont.load_default(size)
-        wrapped = [wrap(text, font.getlength, self.field_width) for text in texts]
-        line = math.ceil(size * _LINE)
-        height = max(map(len, wrapped)) * line + _GAP
+        wrapped = [wrap(text, font.getlength, self.cell_width) for text in texts]
+        line_height = math.ceil(size * _LINE_HEIGHT)
+        height = max(map(len, wrapped)) * line_height + _GAP
         strip = Image.new("RGB", (self.grid_width, height), BACKGROUND)
         draw = ImageDraw.Draw(strip)
         for column, lines in enumerate(wrapped):
-            for number, text in enumerate(lines):
-                draw.text((self._left(column), number * line), text, fill=INK, font=font)
+            for index, line in enumerate(lines):
+                draw.text((self._left(column), index * line_height), line, fill=INK, font=font)
         pixels = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8)
         return pixels.view(height, self.grid_width, 3).float() / 255.0
 
     def _left(self, column: int) -> int:
-        return _GAP + column * (self.field_width + _GAP)
+        """Return the left edge of a column."""
+        return _GAP + column * (self.cell_width + _GAP)
 
 
 def _scaled(length: int, scale: float) -> int:
     return max(1, int(length * scale))
 
 
+def _length_of(count: int, slot: int) -> int:
+    """Return the length of ``count`` slots with the gaps between them."""
+    return count * (slot + _GAP_IN_BATCH) - _GAP_IN_BATCH
+
+
 def wrap(text: str, width_of: Callable[[str], float], width: float) -> list[str]:
-    """A text in lines no wider than ``width``: broken between words, in a word that is too long itself where it must
-    be, and cut off with dots after eight lines."""
+    """Return a text in lines that are no wider than ``width``, at most eight of them.
+
+    Lines break between words, and inside a word only if the word is too long for a line. A longer text ends in dots.
+    """
     lines: list[str] = []
-    for paragraph in text[:_MOST_CHARACTERS].splitlines() or [""]:
+    for paragraph in text[:_MAX_CHARACTERS].splitlines() or [""]:
         line = ""
         for word in paragraph.split():
             joined = f"{line} {word}" if line else word
@@ -223,6 +245,6 @@ def wrap(text: str, width_of: Callable[[str], float], width: float) -> list[str]
                 lines.append(line[:fits])
                 line = line[fits:]
         lines.append(line)
-    if len(lines) > _MOST_LINES:
-        lines = [*lines[: _MOST_LINES - 1], lines[_MOST_LINES - 1][:-3] + "..."]
+    if len(lines) > _MAX_LINES:
+        lines = [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1][:-3] + "..."]
     return lines

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Pictures of plots, as the host's images. matplotlib is loaded only when the first one is drawn."""
+"""The look of all plots, and plots as ComfyUI's images. matplotlib is loaded when the first plot is drawn."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# An opaque light ground of its own, so that a plot reads the same on a dark and on a light page.
+# An opaque light background, so that a plot looks the same on a dark and on a light page.
 BACKGROUND = "#f6f6f3"
 INK = "#24292f"
 GRID = "#d5d7d6"
-# Told apart with any colour vision, and by their brightness too (Okabe and Ito).
+# Distinct with any colour vision, and by their brightness too (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a")
 # A power of two, so that pixels divided by it and multiplied again are the same pixels.
 _DPI = 128
 
 
 def new_figure(width: int, height: int) -> Figure:
-    """An empty figure of ``width`` by ``height`` pixels that is known to nobody else (no pyplot).
+    """Return an empty figure of ``width`` by ``height`` pixels. pyplot does not know it and so does not keep it.
 
     Raises:
         RuntimeError: matplotlib is not installed; the message says how to install it.
@@ -40,8 +40,8 @@ def new_figure(width: int, height: int) -> Figure:
     return figure
 
 
-def plain(axes: Any) -> Any:
-    """The pack's look for matplotlib axes: no box, a faint grid behind the data, colours that can be told apart."""
+def style(axes: Any) -> Any:
+    """Give matplotlib axes the pack's look, and return them: no box, a faint grid behind the data, distinct colours."""
     axes.set_facecolor(BACKGROUND)
     axes.set_prop_cycle(color=COLOURS)
     axes.spines[["top", "right"]].set_visible(False)
@@ -53,7 +53,7 @@ def plain(axes: Any) -> Any:
 
 
 def to_image(figure: Figure) -> Tensor:
-    """The drawn figure as an image of the host: ``[1, height, width, 3]``, fp32, 0 to 1, on the CPU."""
+    """Return the drawn figure as an image of ComfyUI: ``[1, height, width, 3]``, fp32, 0 to 1, on the CPU."""
     canvas: Any = figure.canvas
     canvas.draw()
     pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)

@@ -1,35 +1,50 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The node that measures: MODEL in, the same model with a probe out."""
+"""Node "GAG Probe": measures the text attention of a model, and what guidance changes in it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from comfy import sd1_clip
 from comfy_api.latest import io
 
-from .demo import DemoText
-from .demo_architecture import DemoTextEncoder, words_of
-from .families import Blocks, Family, Layer, family_of
-from .guidance import CATEGORY
-from .patch import probe_model
+from .demo.text_encoder import DemoTextEncoder, words_of
+from .demo_loader import DemoText
+from .panel.browser import BROWSER
+from .patching.families import Blocks, Family, Layer, all_layers, family_of
+from .patching.guidance import Guidance
+from .patching.guided_model import probe_model
+from .patching.measurements import Probe, Word
 from .presets import DEFAULT
-from .recording import Probe, Word
-from .settings import Guidance
+from .shared_inputs import CATEGORY, node_id_of
 
 ProbeType = io.Custom("GAG_PROBE")
-# What the host calls the text encoders whose tokens the model reads one by one from the first, without a template.
+# ComfyUI's names of the text encoders whose tokens the model gets one by one from the first, without a template.
 _CLIP = ("l", "g", "h")
 _T5 = ("t5xxl", "umt5xxl", "pile_t5xl")
-# (token, weight, number of its word, 0 for padding) of a text, as the host's tokenizers give it; and such a tokenizer.
+# Tokens of a text as ComfyUI's tokenizers return them: (token, weight, number of its word, 0 for padding).
 Stream = list[tuple[Any, float, int]]
-Encode = Callable[[str], Stream]
+Tokenize = Callable[[str], Stream]
+
+
+class TokenSource(NamedTuple):
+    """Tokens of the prompt from one encoder, and their position in the text that the model gets.
+
+    Attributes:
+        stream: tokens of the prompt.
+        offset: number of tokens that other encoders put before them.
+        tokenize: the encoder's tokenizer.
+    """
+
+    stream: Stream
+    offset: int
+    tokenize: Tokenize
 
 
 class GAGProbe(io.ComfyNode):
-    """Measures what the model reads of its text, and what guidance makes of it."""
+    """Node that measures the text attention of a model during its runs; the model stays the same."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,40 +52,41 @@ class GAGProbe(io.ComfyNode):
             node_id="GAGProbe",
             display_name="GAG Probe",
             category=CATEGORY,
-            description="Measures, layer by layer and step by step, what GAG sees and does, or, without a GAG node, "
-            "what it would see. The picture stays exactly the same.",
+            description="Measures the attention to the prompt and how GAG changes it, layer by layer and step by step; "
+            "without a GAG node, how GAG would change it. The picture stays exactly the same.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model to watch, with GAG nodes before or behind this one or none."
+                    "model",
+                    tooltip="The model to measure, with or without GAG nodes. They may come before or after this node.",
                 ),
                 io.String.Input(
                     "words",
                     default="",
-                    tooltip="Words of the prompt to draw maps of, with commas between: red, circle. A map shows where "
-                    "in the picture the model reads that word. Each word makes the run a little slower. Empty draws "
-                    "none.",
+                    tooltip="Words of the prompt to draw maps of, separated by commas: red, circle. A map shows where "
+                    "in the picture the model attends to that word. Each word makes the run a little slower. Empty "
+                    "draws no maps.",
                 ),
                 io.String.Input(
                     "prompt",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="The positive prompt, the same text as goes to the sampler. Needed only for words.",
+                    tooltip="The positive prompt: the same text that goes to the sampler. Needed only for words.",
                 ),
                 io.MultiType.Input(
                     "text_encoder",
                     [io.Clip, DemoText],
                     optional=True,
-                    tooltip="The CLIP or text encoder that encodes the prompt. Needed only for words: it says which "
-                    "tokens they are.",
+                    tooltip="The CLIP or text encoder that encodes the prompt. Needed only for words, to find their "
+                    "tokens.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The watched model, for the sampler or a GAG node."),
-                ProbeType.Output(display_name="probe", tooltip="What is measured, for GAG Report."),
+                io.Model.Output(display_name="model", tooltip="The measured model, for the sampler or a GAG node."),
+                ProbeType.Output(display_name="probe", tooltip="The measurements, for GAG Report."),
             ],
             hidden=[io.Hidden.unique_id],
-            not_idempotent=True,  # else the host hands on an equal node's probe, and both reports show the later run
+            not_idempotent=True,  # else ComfyUI reuses an equal node's probe, and both reports show the later run
         )
 
     @classmethod
@@ -80,32 +96,32 @@ class GAGProbe(io.ComfyNode):
             watched=Guidance(
                 config=DEFAULT,
                 family=family,
-                order=tuple(layer for part in blocks.values() for block in part for layer in block),
+                order=all_layers(blocks),
                 layers=frozenset(),
             ),
-            names=names_of(family, blocks),
+            names=layer_names(family, blocks),
             words=find_words(words, prompt, text_encoder),
-            node_id=getattr(cls.hidden, "unique_id", None),
+            node_id=node_id_of(cls),
         )
-        return io.NodeOutput(probe_model(model, probe), probe)
+        return io.NodeOutput(probe_model(model, probe, BROWSER), probe)
 
 
-def names_of(family: Family, blocks: Blocks) -> dict[Layer, str]:
-    """What users write in ``blocks`` for each text attention: ``u3``, ``d2.1``, ``double 7``."""
+def layer_names(family: Family, blocks: Blocks) -> dict[Layer, str]:
+    """Return the name of each text attention in the syntax of ``blocks``: ``u3``, ``d2.1``, ``double 7``."""
     names: dict[Layer, str] = {}
-    for part, listed in blocks.items():
-        for number, block in enumerate(listed):
+    for part, part_blocks in blocks.items():
+        for index, block in enumerate(part_blocks):
             for inner, layer in enumerate(block):
-                name = f"{part}{number}" if family.attention == "attn2" else f"{part} {number}"
+                name = f"{part}{index}" if family.attention == "attn2" else f"{part} {index}"
                 names[layer] = f"{name}.{inner}" if len(block) > 1 else name
     return names
 
 
 def find_words(words: str, prompt: str, text_encoder: Any) -> tuple[Word, ...]:
-    """The words, separated by commas, with the numbers of their tokens in what the model reads of the prompt.
+    """Return the words of a text separated by commas, with the indices of their tokens in the encoded prompt.
 
     Raises:
-        ValueError: one sentence that says what is missing, or which word is not in the prompt.
+        ValueError: one sentence that says which input is missing, or which word is not in the prompt.
     """
     wanted = list(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
     if not wanted:
@@ -117,31 +133,31 @@ def find_words(words: str, prompt: str, text_encoder: Any) -> tuple[Word, ...]:
 
 
 def _tokens_of(word: str, prompt: str, text_encoder: Any) -> tuple[int, ...]:
-    """Where a word stands in the text that the model reads, every time that it does."""
+    """Return the indices of a word's tokens in the text that the model gets, for every occurrence of the word."""
     if isinstance(text_encoder, DemoTextEncoder):
-        found = _in_demo(word, prompt)
+        found = _tokens_in_demo(word, prompt)
     else:
         found = {
-            offset + number
-            for tokens, offset, encode in _streams(prompt, text_encoder)
-            for number in _in_stream(word, prompt, tokens, encode)
+            source.offset + index
+            for source in _token_sources(prompt, text_encoder)
+            for index in _tokens_in_stream(word, prompt, source)
         }
     if not found:
         raise ValueError(f'words: "{word}" is not in the prompt; write words as they stand there, with commas between.')
     return tuple(sorted(found))
 
 
-def _in_demo(word: str, prompt: str) -> set[int]:
-    """The demo's tokens are words and marks, behind one that begins the text."""
-    every, wanted = words_of(prompt), words_of(word)
-    starts = [i for i in range(len(every)) if every[i : i + len(wanted)] == wanted]
+def _tokens_in_demo(word: str, prompt: str) -> set[int]:
+    """Return a word's tokens in the demo's text: a token that begins the text, then one per word or mark."""
+    prompt_words, wanted = words_of(prompt), words_of(word)
+    starts = [i for i in range(len(prompt_words)) if prompt_words[i : i + len(wanted)] == wanted]
     return {1 + start + i for start in starts for i in range(len(wanted))}
 
 
-def _streams(prompt: str, clip: Any) -> list[tuple[Stream, int, Encode]]:
-    """The prompt's tokens in each encoder whose output the model reads, and how many tokens come before them."""
+def _token_sources(prompt: str, clip: Any) -> list[TokenSource]:
+    """Return the prompt's tokens from each encoder whose output the model gets token by token."""
 
-    def encoder(name: str) -> Encode:
+    def tokenizer(name: str) -> Tokenize:
         return lambda text: [part for chunk in clip.tokenize(text, return_word_ids=True)[name] for part in chunk]
 
     tokens = clip.tokenize(prompt, return_word_ids=True)
@@ -153,42 +169,46 @@ def _streams(prompt: str, clip: Any) -> list[tuple[Stream, int, Encode]]:
             f"GAG Probe can find words for CLIP and T5, not for this text encoder ({', '.join(sorted(names))}); leave "
             "words empty."
         )
-    # Flux reads CLIP's summary alone, SD3 its tokens too, which come before T5's; each of its encoders may be left out.
-    parts = getattr(clip, "cond_stage_model", None)
-    read_clip = bool(clips) and (not t5 or "g" in clips) and (not t5 or any(_has(parts, name) for name in clips))
-    streams: list[tuple[Stream, int, Encode]] = []
+    # Flux gets only CLIP's pooled output. SD3 gets CLIP's tokens too, before those of T5, and each of its encoders may
+    # be missing.
+    encoders = getattr(clip, "cond_stage_model", None)
+    uses_clip = bool(clips) and (not t5 or "g" in clips) and (not t5 or any(_has(encoders, name) for name in clips))
+    sources: list[TokenSource] = []
     offset = 0
-    if read_clip:
-        encode = encoder(clips[0])
-        streams.append((encode(prompt), 0, encode))
+    if uses_clip:
+        tokenize = tokenizer(clips[0])
+        sources.append(TokenSource(tokenize(prompt), 0, tokenize))
         offset = min(sum(len(chunk) for chunk in tokens[name]) for name in clips)
-    if t5 and (not read_clip or _has(parts, t5[0])):
-        encode = encoder(t5[0])
-        streams.append((encode(prompt), offset, encode))
-    return streams
+    if t5 and (not uses_clip or _has(encoders, t5[0])):
+        tokenize = tokenizer(t5[0])
+        sources.append(TokenSource(tokenize(prompt), offset, tokenize))
+    return sources
 
 
-def _has(parts: Any, name: str) -> bool:
-    """Whether an encoder of several is there; the host puts None in the place of one that was not loaded."""
-    return getattr(parts, f"clip_{name}" if name in _CLIP else name, None) is not None
+def _has(encoders: Any, name: str) -> bool:
+    """Return True if one of several encoders is loaded; ComfyUI puts None in the place of a missing one."""
+    return getattr(encoders, f"clip_{name}" if name in _CLIP else name, None) is not None
 
 
-def _in_stream(word: str, prompt: str, tokens: Stream, encode: Encode) -> set[int]:
-    """Numbers of a word's tokens among all of one encoder, found by how many tokens the text before it takes."""
+def _tokens_in_stream(word: str, prompt: str, source: TokenSource) -> set[int]:
+    """Return the indices of a word's tokens among those of one encoder.
+
+    The number of tokens of the text before the word, and of the text with the word, tells where the word's tokens are.
+    """
     plain = "".join(sd1_clip.unescape_important(part) for part, _ in sd1_clip.token_weights(_escaped(prompt), 1.0))
-    places = [place for place, token in enumerate(tokens) if token[2]]
-    ids = _ids(tokens)
+    positions = [position for position, token in enumerate(source.stream) if token[2]]
+    ids = _ids(source.stream)
     found: set[int] = set()
     for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", plain, re.IGNORECASE):
-        before, upto = (_ids(encode(_literal(plain[:end].rstrip()))) for end in match.span())
+        before, upto = (_ids(source.tokenize(_literal(plain[:end].rstrip()))) for end in match.span())
         if upto == ids[: len(upto)] and before == upto[: len(before)]:
-            found.update(places[len(before) : len(upto)])
+            found.update(positions[len(before) : len(upto)])
     return found
 
 
-def _ids(tokens: Stream) -> list[int | None]:
-    """The tokens that stand for text, without padding; an embedding's vector has no number."""
-    return [token if isinstance(token, int) else None for token, _, word in tokens if word]
+def _ids(stream: Stream) -> list[int | None]:
+    """Return the ids of the tokens that represent text, without padding; None for an embedding, which is a vector."""
+    return [token if isinstance(token, int) else None for token, _, word in stream if word]
 
 
 def _escaped(text: str) -> str:
@@ -197,5 +217,5 @@ def _escaped(text: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text whose brackets do not mean weights."""
+    """Return a text with its brackets escaped, so that they do not mean weights."""
     return text.replace("(", "\\(").replace(")", "\\)")

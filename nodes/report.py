@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The node that shows what a probe measured: plots, a few plain sentences, and all numbers as JSON."""
+"""Node "GAG Report": plots and sentences of a probe's measures, and all numbers as JSON."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..gag_core.measures import MEASURES
-from .guidance import CATEGORY
-from .host import place_in_list, show_on_node
-from .plots import COLOURS, GRID, INK, new_figure, plain, to_image
+from .panel.browser import BROWSER
+from .patching.measurements import BRANCHES, Probe, Result, list_index
+from .plots import COLOURS, GRID, INK, new_figure, style, to_image
 from .presets import PRESETS
 from .probe import ProbeType
-from .recording import BRANCHES, Probe, Result
+from .shared_inputs import CATEGORY, node_id_of
 
 WIDTH, HEIGHT = 1280, 896
 FORMAT = 1
+# Measures that are shares, whose colours go up to 1.
 _SHARES = ("parallel", "negative", "capped", "mass")
-# What the pages show, and under which heading.
+# Measures in the plots. In models whose text has no attention of its own, "mass" takes the place of "parallel".
+_HEAT_MAPS = ("gain", "discrepancy", "capped", "negative", "support", "entropy_dense", "parallel", "contraction")
+_CURVES = ("gain", "discrepancy", "support", "entropy_dense", "capped", "negative", "parallel", "contraction")
 _TITLES = {
-    "discrepancy": "sparse against own reading, |S - D| / |D|",
+    "discrepancy": "relative difference, |S - D| / |D|",
     "gain": "change by guidance, |guided - D| / |D|",
     "parallel": "share of S - D along S",
-    "negative": "tokens where S - D points back",
-    "capped": "tokens at the cap",
-    "support": "text tokens in the sparse reading",
-    "entropy_sparse": "entropy, sparse (nats)",
-    "entropy_dense": "entropy, own reading (nats)",
+    "negative": "query tokens where S - D opposes S",
+    "capped": "query tokens at the cap",
+    "support": "text tokens in the sparse attention",
+    "entropy_dense": "entropy of the model's attention (nats)",
     "mass": "attention on the text",
-    "contraction": "contraction of retrieval",
+    "contraction": "contraction of repeated attention",
 }
-_MOST_NAMES = 14
-_MOST_PICTURES = 3
-_MOST_WORDS = 6
+_MAX_LAYER_NAMES = 14
+_MAX_PICTURES = 3
+_MAX_WORDS = 6
 
 
 class GAGReport(io.ComfyNode):
-    """Shows what a probe measured in the run before it."""
+    """Node that shows the measurements of a probe in the run before it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -52,7 +54,7 @@ class GAGReport(io.ComfyNode):
             node_id="GAGReport",
             display_name="GAG Report",
             category=CATEGORY,
-            description="Shows what GAG Probe measured: plots, plain sentences, and a JSON file with all numbers.",
+            description="Shows the measurements of GAG Probe: plots, a summary, and a JSON file with all numbers.",
             inputs=[
                 ProbeType.Input("probe", tooltip="From GAG Probe."),
                 io.Image.Input(
@@ -64,17 +66,17 @@ class GAGReport(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The sampler's latent, where there is no picture to wait for. Connect this or images.",
+                    tooltip="The sampler's latent, if there is no picture to wait for. Connect this or images.",
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default="GAG_report",
-                    tooltip="What the JSON file in the output folder is called.",
+                    tooltip="Beginning of the name of the JSON file in the output folder.",
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="plots", tooltip="One picture per page, all of one size."),
-                io.String.Output(display_name="summary", tooltip="What was measured, in sentences."),
+                io.String.Output(display_name="summary", tooltip="The measurements in a few sentences."),
                 io.String.Output(display_name="json", tooltip="All numbers, as in the file."),
                 io.Image.Output(display_name="images", tooltip="The images, unchanged."),
                 io.Latent.Output(display_name="latent", tooltip="The latent, unchanged."),
@@ -89,8 +91,8 @@ class GAGReport(io.ComfyNode):
     ) -> io.NodeOutput:
         if images is None and latent is None:
             raise ValueError("GAG Report needs images or latent, so that it comes after the sampler: connect one.")
-        place = place_in_list()
-        result = probe.results.get(place, probe.result)
+        index = list_index()
+        result = probe.results.get(index, probe.result)
         if result is None:
             raise ValueError(
                 "GAG Report has nothing to show: no run with GAG Probe's model has finished; connect that model to the "
@@ -101,86 +103,105 @@ class GAGReport(io.ComfyNode):
                 "GAG Report has nothing to show: in the last run with GAG Probe's model no text attention ran; the "
                 "prompts may be empty, or another node may replace the model's blocks."
             )
-        several = [f"Run {place + 1} of {len(probe.results)}."] if len(probe.results) > 1 else []
-        summary = " ".join([*several, *sentences(result)])
+        which_run = [f"Run {index + 1} of {len(probe.results)}."] if len(probe.results) > 1 else []
+        summary = " ".join([*which_run, *sentences(result)])
         text = as_json(result, summary)
         plots = torch.cat(pages(result, images))
-        path, shown = _save(text, filename_prefix)
+        path, shown = _json_path(filename_prefix)
         path.write_text(text, encoding="utf-8")
-        show_on_node(f"{summary} All numbers: {shown}", getattr(cls.hidden, "unique_id", None))
+        BROWSER.send_text(f"{summary} All numbers: {shown}", node_id_of(cls))
         preview = ui.PreviewImage(plots, cls=cls).as_dict()
         return io.NodeOutput(plots, summary, text, images, latent, ui={**preview, "text": (summary, shown)})
 
 
 def sentences(result: Result) -> list[str]:
-    """What was measured, in plain words: of the positive prompt, or of whichever there was."""
+    """Return the summary of a result. It is about the positive prompt, or about the negative one if only that ran."""
     branch = _branches(result)[0]
-    layers, steps = len(result.layers), len(result.sigmas)
-    guided = result.guided.any(dim=0)
-    acted = guided.any()
-    said = []
-    if acted:
-        said.append(
-            f"Guidance acted in {int(guided.any(dim=1).sum())} of {layers} text attentions and in "
-            f"{int(guided.any(dim=0).sum())} of {steps} steps{_where_in_run(guided.any(dim=0))}."
-        )
-    else:
-        said.append(f"No guidance acted; what follows is what {_settings_in_words(result)} would do.")
-    # Of what guidance did, or, where it did nothing, would have done.
-    cells = result.guided[branch] if acted and bool(result.guided[branch].any()) else _measured(result, branch)
+    measured = _measured(result, branch)
+    has_acted = bool(result.guided.any())
+    # The layers and steps in which guidance acted; all if it acted in none, and the measures say what it would do.
+    cells = result.guided[branch] if bool(result.guided[branch].any()) else measured
+    found = [_where_guided(result) if has_acted else _not_guided(result), _gain(result, branch, cells, has_acted)]
+    if any(settings.rule != "pladis" for settings in result.settings):
+        shortened = "shortened" if has_acted else "would shorten"
+        capped = _percent(_mean(_values(result, branch, "capped"), cells))
+        found.append(f"The cap {shortened} the guidance in {capped} of the query tokens.")
+    dense, sparse = (_mean(_values(result, branch, name), measured) for name in ("entropy_dense", "entropy_sparse"))
+    found.append(
+        f"By entropy the model's own attention spreads over {math.exp(dense):.1f} text tokens, the sparse attention "
+        f"over {math.exp(sparse):.1f}."
+    )
+    mass = _mean(_values(result, branch, "mass"), measured)
+    if mass < 1.0:
+        found.append(f"{_percent(mass)} of the attention falls on the text.")
+    negative = _mean(_values(result, branch, "negative"), measured)
+    found.append(
+        f"In {_percent(negative)} of the query tokens the difference of the two attention outputs opposes the sparse "
+        "output, so that guidance along the difference would weaken the sparse output."
+    )
+    return [*found, *result.notes]
+
+
+def _where_guided(result: Result) -> str:
+    """Return the sentence about the layers and steps in which guidance acted."""
+    cells = result.guided.any(dim=0)
+    layers, steps = int(cells.any(dim=1).sum()), int(cells.any(dim=0).sum())
+    numbers = cells.any(dim=0).nonzero().flatten().tolist()
+    span = "" if steps == len(result.sigmas) else f", from step {numbers[0] + 1} to {numbers[-1] + 1}"
+    return (
+        f"Guidance acted in {layers} of {len(result.layers)} text attentions and in {steps} of {len(result.sigmas)} "
+        f"steps{span}."
+    )
+
+
+def _not_guided(result: Result) -> str:
+    """Return the sentence that says which settings the measures are for, if guidance did not act."""
+    settings = result.settings[-1]
+    described = (
+        f"rule {settings.rule} with guidance_scale {settings.guidance_scale:g}, alpha {settings.alpha:g} and strength "
+        f"{result.strength:g}"
+    )
+    for name, preset in PRESETS.items():
+        if replace(settings, strength=preset.strength) == preset:
+            described = f"the preset {name} at strength {result.strength:g}"
+    return f"No guidance acted; the numbers are for {described}."
+
+
+def _gain(result: Result, branch: int, cells: Tensor, has_acted: bool) -> str:
+    """Return the sentence about the change by guidance: its mean, and the layer where it is largest."""
     gain = _values(result, branch, "gain")
     by_layer = torch.where(cells, gain, torch.nan).nanmean(dim=1)
     strongest = int(by_layer.nan_to_num(nan=-1.0).argmax())
-    changed = "changed" if acted else "would change"
-    said.append(
-        f"It {changed} what is read of the text by {_percent(_mean(gain, cells))} on average, most in "
-        f"{result.layers[strongest]} ({_percent(float(by_layer[strongest]))})."
+    return (
+        f"Guidance {'changed' if has_acted else 'would change'} the attention output by {_percent(_mean(gain, cells))} "
+        f"on average, most in {result.layers[strongest]} ({_percent(float(by_layer[strongest]))})."
     )
-    capped = _mean(_values(result, branch, "capped"), cells)
-    if any(settings.rule != "pladis" for settings in result.settings):
-        said.append(f"The cap {'cut' if acted else 'would cut'} it in {_percent(capped)} of the tokens.")
-    every = _measured(result, branch)
-    own, sparse = (_mean(_values(result, branch, name), every) for name in ("entropy_dense", "entropy_sparse"))
-    said.append(
-        f"By entropy the model reads {math.exp(own):.1f} text tokens at each spot, the sparse reading "
-        f"{math.exp(sparse):.1f}."
-    )
-    mass = _mean(_values(result, branch, "mass"), every)
-    if mass < 1.0:
-        said.append(f"{_percent(mass)} of the attention falls on the text.")
-    negative = _mean(_values(result, branch, "negative"), every)
-    said.append(
-        f"In {_percent(negative)} of the tokens their difference points back, so that following it would weaken what "
-        "the sparse reading finds."
-    )
-    return [*said, *result.notes]
 
 
 def as_json(result: Result, summary: str) -> str:
-    """All of a result but the maps' pixels; what was not measured is null."""
-    branches = [BRANCHES[number] for number in _branches(result)]
-    values = {
-        name: {
-            "definition": definition,
-            **{BRANCHES[b]: _numbers(result.values[b, :, :, place]) for b in _branches(result)},
-        }
-        for place, (name, definition) in enumerate(MEASURES.items())
-    }
+    """Return a result as JSON, except for the pixels of its maps. A value that was not measured is null."""
+    branches = {BRANCHES[branch]: branch for branch in _branches(result)}
     data = {
         "format": FORMAT,
         "summary": summary,
         "model": result.model,
         "layers": list(result.layers),
-        "step_sigmas": [_number(sigma) for sigma in result.sigmas],
+        "step_sigmas": [_rounded(sigma) for sigma in result.sigmas],
         "model_calls": result.calls,
-        "branches": branches,
+        "branches": list(branches),
         "settings": [
-            {name: _plain(value) for name, value in asdict(used).items() if name != "strength"}
-            for used in result.settings
+            {name: _json_value(value) for name, value in asdict(config).items() if name != "strength"}
+            for config in result.settings
         ],
         "strengths": list(result.strengths),
-        "guided": {BRANCHES[b]: result.guided[b].tolist() for b in _branches(result)},
-        "measures": values,
+        "guided": {name: result.guided[branch].tolist() for name, branch in branches.items()},
+        "measures": {
+            measure: {
+                "definition": definition,
+                **{name: _json_rows(_values(result, branch, measure)) for name, branch in branches.items()},
+            }
+            for measure, definition in MEASURES.items()
+        },
         "words": list(result.words),
         "notes": list(result.notes),
     }
@@ -188,69 +209,65 @@ def as_json(result: Result, summary: str) -> str:
 
 
 def pages(result: Result, images: Tensor | None) -> list[Tensor]:
-    """The plots, ``[1, HEIGHT, WIDTH, 3]`` each: layers by steps, curves over steps, and words if there are maps."""
-    drawn = [_heat_maps(result), _curves(result)]
+    """Return the plots, ``[1, HEIGHT, WIDTH, 3]`` each: layers by steps, curves over steps, and words if mapped."""
+    found = [_heat_map_page(result), _curve_page(result)]
     if result.maps:
-        drawn.append(_words(result, images))
-    return drawn
+        found.append(_word_page(result, images))
+    return found
 
 
-def _heat_maps(result: Result) -> Tensor:
-    """Each measure over layers and steps, of the positive prompt or whichever there was."""
+def _heat_map_page(result: Result) -> Tensor:
+    """Draw each measure over layers and steps, for the prompt that :func:`sentences` is about."""
     branch = _branches(result)[0]
     figure = new_figure(WIDTH, HEIGHT)
-    figure.suptitle(
-        f"Layers and steps, {BRANCHES[branch]} prompt" + ("; pale: not guided" if result.guided.any() else ""),
-        color=INK,
-    )
-    names = ["gain", "discrepancy", "capped", "negative", "support", "entropy_dense", "parallel", "contraction"]
-    if bool((_values(result, branch, "mass") < 1.0).any()):
-        names[-2] = "mass"
-    for axes, name in zip(figure.subplots(2, 4).flat, names, strict=True):
-        plain(axes).grid(visible=False)
-        values = _values(result, branch, name)
-        top = 1.0 if name in _SHARES else None
-        layers, steps = values.shape
-        # Steps are counted from 1.
-        place = {"aspect": "auto", "interpolation": "nearest", "extent": (0.5, steps + 0.5, layers - 0.5, -0.5)}
-        drawn = axes.imshow(values.numpy(), cmap="viridis", vmin=0.0, vmax=top, **place)
-        if name in ("gain", "capped") and result.guided.any():
-            pale = [[(1.0, 1.0, 1.0, 0.0 if cell else 0.65) for cell in row] for row in result.guided[branch].tolist()]
-            axes.imshow(pale, **place)
-        axes.set_facecolor(GRID)
-        axes.set_title(_TITLES[name], fontsize=8, color=INK)
-        axes.tick_params(labelsize=7)
-        every = max(1, math.ceil(len(result.layers) / _MOST_NAMES))
-        axes.set_yticks(range(0, len(result.layers), every), result.layers[::every])
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        bar = figure.colorbar(drawn, ax=axes, shrink=0.9, aspect=25)
-        bar.ax.tick_params(labelsize=7, colors=INK)
-        bar.outline.set_visible(False)
+    pale = "; pale: not guided" if result.guided.any() else ""
+    figure.suptitle(f"Layers and steps, {BRANCHES[branch]} prompt{pale}", color=INK)
+    measures = _shown(_HEAT_MAPS, _values(result, branch, "mass"))
+    for axes, measure in zip(figure.subplots(2, 4).flat, measures, strict=True):
+        _draw_heat_map(axes, result, branch, measure)
     for axes in figure.axes[4:8]:
         axes.set_xlabel("step", fontsize=8, color=INK)
     return to_image(figure)
 
 
-def _curves(result: Result) -> Tensor:
-    """Each measure over steps: the mean over layers, a line for each prompt and a band from quarter to quarter."""
+def _draw_heat_map(axes: Any, result: Result, branch: int, measure: str) -> None:
+    style(axes).grid(visible=False)
+    values = _values(result, branch, measure)
+    layers, steps = values.shape
+    # Steps are counted from 1.
+    extent = (0.5, steps + 0.5, layers - 0.5, -0.5)
+    options = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+    highest = 1.0 if measure in _SHARES else None
+    heat_map = axes.imshow(values.numpy(), cmap="viridis", vmin=0.0, vmax=highest, **options)
+    if measure in ("gain", "capped") and result.guided.any():
+        guided = result.guided[branch].tolist()
+        veil = [[(1.0, 1.0, 1.0, 0.0 if cell else 0.65) for cell in row] for row in guided]
+        axes.imshow(veil, **options)
+    axes.set_facecolor(GRID)
+    _label(axes, measure)
+    every = max(1, math.ceil(len(result.layers) / _MAX_LAYER_NAMES))
+    axes.set_yticks(range(0, len(result.layers), every), result.layers[::every])
+    bar = axes.figure.colorbar(heat_map, ax=axes, shrink=0.9, aspect=25)
+    bar.ax.tick_params(labelsize=7, colors=INK)
+    bar.outline.set_visible(False)
+
+
+def _curve_page(result: Result) -> Tensor:
+    """Draw each measure over steps: the median over layers, a line for each prompt, and a band between quartiles."""
     figure = new_figure(WIDTH, HEIGHT)
     figure.suptitle("Over the run: median layer, and the middle half of the layers", color=INK)
-    names = ["gain", "discrepancy", "support", "entropy_dense", "capped", "negative", "parallel", "contraction"]
-    if bool((result.values[..., list(MEASURES).index("mass")] < 1.0).any()):
-        names[-2] = "mass"
+    measures = _shown(_CURVES, result.values[..., list(MEASURES).index("mass")])
     steps = list(range(1, len(result.sigmas) + 1))
-    for axes, name in zip(figure.subplots(2, 4).flat, names, strict=True):
-        plain(axes)
+    for axes, measure in zip(figure.subplots(2, 4).flat, measures, strict=True):
+        style(axes)
         for branch in _branches(result):
-            values = _values(result, branch, name)
+            values = _values(result, branch, measure)
             low, middle, high = (values.nanquantile(part, dim=0).tolist() for part in (0.25, 0.5, 0.75))
             colour = COLOURS[branch]
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.plot(steps, middle, color=colour, marker="o", markersize=2.5, label=BRANCHES[branch])
-        axes.set_title(_TITLES[name], fontsize=8, color=INK)
-        axes.tick_params(labelsize=7)
+        _label(axes, measure)
         axes.set_ylim(bottom=0.0)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for axes in figure.axes[4:8]:
         axes.set_xlabel("step", fontsize=8, color=INK)
     if len(_branches(result)) > 1:
@@ -258,68 +275,77 @@ def _curves(result: Result) -> Tensor:
     return to_image(figure)
 
 
-def _words(result: Result, images: Tensor | None) -> Tensor:
-    """Where the words are read: a row for each picture, a column for each word; over the pictures where given."""
+def _shown(measures: tuple[str, ...], mass: Tensor) -> list[str]:
+    """Return the measures to plot: "mass" in the place of "parallel" if some attention falls beside the text."""
+    has_other_tokens = bool((mass < 1.0).any())
+    return ["mass" if has_other_tokens and measure == "parallel" else measure for measure in measures]
+
+
+def _label(axes: Any, measure: str) -> None:
+    axes.set_title(_TITLES[measure], fontsize=8, color=INK)
+    axes.tick_params(labelsize=7)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def _word_page(result: Result, images: Tensor | None) -> Tensor:
+    """Draw the maps of the words: a row for each picture, a column for each word, over the pictures if given."""
     maps = _combined(result.maps)
-    pictures = min(maps.shape[0], _MOST_PICTURES)
-    words = result.words[:_MOST_WORDS]
+    pictures = min(maps.shape[0], _MAX_PICTURES)
+    words = result.words[:_MAX_WORDS]
     figure = new_figure(WIDTH, HEIGHT)
-    # For pictures, whose shape is fixed: no wide gaps between their rows.
+    # The layout for pictures, whose shape is fixed: no wide gaps between their rows.
     figure.set_layout_engine("compressed")
     left_out = len(result.words) - len(words)
     figure.suptitle(
-        "Where each word is read: share of the reading of the text, mean over layers and steps"
+        "Attention to each word: share of the attention to the text, mean over layers and steps"
         + (f"; {left_out} more words are not shown" if left_out else ""),
         color=INK,
     )
-    beside = 0 if images is None else 1
-    grid = figure.subplots(pictures, len(words) + beside, squeeze=False)
+    first = 0 if images is None else 1
+    grid = figure.subplots(pictures, len(words) + first, squeeze=False)
     for row in range(pictures):
-        under = None if images is None or row >= images.shape[0] else images[row, ..., :3].detach().cpu().clamp(0, 1)
-        if beside:
+        picture = None if images is None or row >= images.shape[0] else images[row, ..., :3].detach().cpu().clamp(0, 1)
+        if first:
             grid[row][0].set_axis_off()
-            if under is not None:
-                grid[row][0].imshow(under.numpy(), interpolation="nearest")
+            if picture is not None:
+                grid[row][0].imshow(picture.numpy(), interpolation="nearest")
         for column, word in enumerate(words):
-            axes, share = grid[row][column + beside], maps[row, column].numpy()
-            axes.set_axis_off()
-            extent = (0.0, 1.0, 0.0, 1.0)
-            aspect = share.shape[0] / share.shape[1] if under is None else under.shape[0] / under.shape[1]
-            if under is not None:
-                grey = under.mean(dim=-1).mul(0.75).add(0.15)
-                axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
-            low, high = float(share.min()), float(share.max())
-            axes.imshow(
-                share,
-                cmap="inferno",
-                extent=extent,
-                alpha=1.0 if under is None else 0.6,
-                interpolation="bilinear",
-            )
-            axes.set_aspect(aspect)
+            axes = grid[row][column + first]
+            _draw_word_map(axes, maps[row, column], picture)
             if row == 0:
                 axes.set_title(word, color=INK)
-            axes.text(
-                0.5, -0.03, f"{_percent(low)} to {_percent(high)}", ha="center", va="top", fontsize=8, color=INK,
-                transform=axes.transAxes,
-            )  # fmt: skip
     return to_image(figure)
 
 
+def _draw_word_map(axes: Any, share: Tensor, picture: Tensor | None) -> None:
+    """Draw the map of a word ``[height, width]``, over a grey version of the picture ``[height, width, 3]`` if any."""
+    axes.set_axis_off()
+    extent = (0.0, 1.0, 0.0, 1.0)
+    height, width = share.shape if picture is None else picture.shape[:2]
+    if picture is not None:
+        grey = picture.mean(dim=-1).mul(0.75).add(0.15)
+        axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+    alpha = 1.0 if picture is None else 0.6
+    axes.imshow(share.numpy(), cmap="inferno", extent=extent, alpha=alpha, interpolation="bilinear")
+    axes.set_aspect(height / width)
+    span = f"{_percent(float(share.min()))} to {_percent(float(share.max()))}"
+    axes.text(0.5, -0.03, span, ha="center", va="top", fontsize=8, color=INK, transform=axes.transAxes)
+
+
 def _combined(maps: tuple[tuple[Tensor, int], ...]) -> Tensor:
-    """One map ``[pictures, words, height, width]`` of all resolutions, each attention counting the same."""
+    """Return one map ``[pictures, words, height, width]`` of all resolutions; each attention counts alike."""
     finest = maps[0][0]
     total = torch.zeros_like(finest)
-    number = 0
+    attentions = 0
     for share, count in maps:
         if share.shape[0] == finest.shape[0]:
             total += count * torch.nn.functional.interpolate(share, size=finest.shape[-2:], mode="bilinear")
-            number += count
-    return total / number
+            attentions += count
+    return total / attentions
 
 
-def _save(text: str, filename_prefix: str) -> tuple[Path, str]:
-    """Where the JSON goes, as the host's save nodes number their files, and how to tell it."""
+def _json_path(filename_prefix: str) -> tuple[Path, str]:
+    """Return the path of the JSON file, numbered as by ComfyUI's save nodes, and the path to show."""
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
         filename_prefix, folder_paths.get_output_directory()
     )
@@ -328,53 +354,37 @@ def _save(text: str, filename_prefix: str) -> tuple[Path, str]:
 
 
 def _branches(result: Result) -> list[int]:
-    """The branches of which something was measured, the positive prompt first."""
-    return [b for b in range(len(BRANCHES)) if not result.values[b].isnan().all()]
+    """Return the indices of the branches in which something was measured, the positive prompt first."""
+    return [branch for branch in range(len(BRANCHES)) if not result.values[branch].isnan().all()]
 
 
-def _values(result: Result, branch: int, name: str) -> Tensor:
-    return result.values[branch, :, :, list(MEASURES).index(name)]
+def _values(result: Result, branch: int, measure: str) -> Tensor:
+    """Return a measure ``[layers, steps]``."""
+    return result.values[branch, :, :, list(MEASURES).index(measure)]
 
 
 def _measured(result: Result, branch: int) -> Tensor:
+    """Return ``[layers, steps]``, True where something was measured."""
     return ~result.values[branch, :, :, 0].isnan()
 
 
 def _mean(values: Tensor, cells: Tensor) -> float:
+    """Return the mean of a measure over some layers and steps."""
     return float(values[cells & ~values.isnan()].mean())
-
-
-def _settings_in_words(result: Result) -> str:
-    settings = result.settings[-1]
-    for name, preset in PRESETS.items():
-        if replace(settings, strength=preset.strength) == preset:
-            return f"the preset {name} at strength {result.strength:g}"
-    return (
-        f"rule {settings.rule} with guidance_scale {settings.guidance_scale:g}, alpha {settings.alpha:g} and strength "
-        f"{result.strength:g}"
-    )
-
-
-def _where_in_run(steps: Tensor) -> str:
-    """Which stretch of the run, if it is not all of it."""
-    numbers = steps.nonzero().flatten().tolist()
-    if len(numbers) == len(steps):
-        return ""
-    return f", from step {numbers[0] + 1} to {numbers[-1] + 1}"
 
 
 def _percent(share: float) -> str:
     return f"{100.0 * share:.0f} %" if share >= 0.1 else f"{100.0 * share:.2g} %"
 
 
-def _numbers(values: Tensor) -> list[list[float | None]]:
-    return [[_number(value) for value in row] for row in values.tolist()]
+def _json_rows(values: Tensor) -> list[list[float | None]]:
+    return [[_rounded(value) for value in row] for row in values.tolist()]
 
 
-def _number(value: float) -> float | None:
-    """To six digits; None for what JSON has no number for."""
+def _json_value(value: Any) -> Any:
+    return _rounded(value) if isinstance(value, float) else value
+
+
+def _rounded(value: float) -> float | None:
+    """Return a number with six digits; None for infinity and NaN, which JSON does not have."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    return _number(value) if isinstance(value, float) else value

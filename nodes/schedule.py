@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The node that makes a schedule and shows its curve."""
+"""Node "GAG Schedule": the strength over the steps of a run, and a plot of it."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from .guidance import CATEGORY, ScheduleType
-from .host import log
-from .plots import new_figure, plain, to_image
-from .schedules import KINDS, OVER, Curve
+from .patching.strength_curve import KINDS, OVER, Curve
+from .plots import new_figure, style, to_image
+from .shared_inputs import CATEGORY, ScheduleType
+
+log = logging.getLogger("comfyui-gag")
 
 _WIDTH, _HEIGHT = 480, 300
 _POINTS = 201
@@ -19,7 +21,7 @@ _HIGHEST_SIGMA = 1000.0
 
 
 class GAGSchedule(io.ComfyNode):
-    """How strong guidance is in the course of a run."""
+    """Node that makes a schedule of the strength, and shows its curve."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -28,23 +30,23 @@ class GAGSchedule(io.ComfyNode):
             node_id="GAGSchedule",
             display_name="GAG Schedule",
             category=CATEGORY,
-            description="Changes the strength of a GAG node during the run, and shows the curve. Goes into its "
-            "schedule input.",
+            description="Changes the strength of a GAG node during the run, and shows the curve. Connect it to the "
+            "schedule input of that node.",
             inputs=[
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
                     default=default.kind,
-                    tooltip="The shape. constant: end_value all the time. linear: straight from start_value to "
-                    "end_value. cosine: the same, softly. interval: end_value between start and end, else "
-                    "start_value. bump: from start_value softly up to end_value halfway and back.",
+                    tooltip="Shape of the curve. constant: end_value all the time. linear: straight from start_value "
+                    "to end_value. cosine: smoothly from start_value to end_value. interval: end_value between start "
+                    "and end, else start_value. bump: smoothly from start_value to end_value halfway, and back.",
                 ),
                 io.Combo.Input(
                     "over",
                     options=list(OVER),
                     default=default.over,
-                    tooltip="What start and end count in. steps: shares of this run's steps, 0 the first and 1 the "
-                    "last. sigma: noise levels, which mean the same in runs of any number of steps.",
+                    tooltip="Unit of start and end. steps: shares of this run's steps, 0 the first and 1 the last. "
+                    "sigma: noise levels, which mean the same in runs of any number of steps.",
                 ),
                 io.Float.Input(
                     "start_value",
@@ -52,8 +54,8 @@ class GAGSchedule(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="What strength is multiplied by before start. Higher is stronger: 1 is as set on the GAG "
-                    "node, 0 leaves the step exactly as without GAG. Early steps decide the composition.",
+                    tooltip="Factor of strength before start. Higher is stronger: 1 is as set on the GAG node, 0 "
+                    "leaves the step exactly as without GAG. Early steps decide the composition.",
                 ),
                 io.Float.Input(
                     "end_value",
@@ -61,9 +63,8 @@ class GAGSchedule(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="What strength is multiplied by where the curve has gone to: after end, with interval "
-                    "and bump between start and end. Higher is stronger: 1 is as set, 0 is off. Late steps decide "
-                    "fine detail.",
+                    tooltip="Factor of strength that the curve leads to: after end, or with interval and bump between "
+                    "start and end. Higher is stronger: 1 is as set, 0 is off. Late steps decide fine detail.",
                 ),
                 io.Float.Input(
                     "start",
@@ -71,8 +72,8 @@ class GAGSchedule(io.ComfyNode):
                     min=0.0,
                     max=_HIGHEST_SIGMA,
                     step=0.01,
-                    tooltip="Where the curve begins to change. Over steps 0 is the first step; higher begins later "
-                    "and leaves more of the beginning at start_value. Over sigma it is a noise level: higher begins "
+                    tooltip="Point at which the curve begins to change. Over steps 0 is the first step; higher begins "
+                    "later and leaves more steps at start_value. Over sigma it is a noise level: higher begins "
                     "sooner.",
                 ),
                 io.Float.Input(
@@ -81,8 +82,8 @@ class GAGSchedule(io.ComfyNode):
                     min=0.0,
                     max=_HIGHEST_SIGMA,
                     step=0.01,
-                    tooltip="Where the change ends. Over steps 1 is the last step; higher changes more slowly. Over "
-                    "sigma it is a noise level, not above start, because noise falls during a run.",
+                    tooltip="Point at which the change ends. Over steps 1 is the last step; higher changes more "
+                    "slowly. Over sigma it is a noise level, not above start, because noise falls during a run.",
                 ),
             ],
             outputs=[
@@ -94,22 +95,22 @@ class GAGSchedule(io.ComfyNode):
     def execute(cls, **settings: Any) -> io.NodeOutput:
         curve = Curve(**settings)
         try:
-            picture = picture_of(curve)
-        except RuntimeError as error:  # no matplotlib: the schedule does not need it
+            plot = picture_of(curve)
+        except RuntimeError as error:  # matplotlib is missing, and only the plot needs it
             log.warning(str(error))
             return io.NodeOutput(curve)
-        return io.NodeOutput(curve, ui=ui.PreviewImage(picture))
+        return io.NodeOutput(curve, ui=ui.PreviewImage(plot))
 
 
 def picture_of(curve: Curve) -> Tensor:
-    """The curve as an image ``[1, H, W, 3]``; it runs from left to right as the picture is made."""
+    """Return a plot of the curve ``[1, H, W, 3]``. It runs from left to right, as the run does."""
     figure = new_figure(_WIDTH, _HEIGHT)
-    axes = plain(figure.add_subplot())
+    axes = style(figure.add_subplot())
     shares = [i / (_POINTS - 1) for i in range(_POINTS)]
     if curve.over == "steps":
-        # What changes at once shows as the edge that it is, wherever it lies between two of the points.
-        places = sorted({*shares, curve.start, curve.end})
-        axes.plot(places, [curve.factor(place, 0.0) for place in places], linewidth=2.5)
+        # With start and end among the points a jump shows as a vertical edge, wherever it lies between two others.
+        positions = sorted({*shares, curve.start, curve.end})
+        axes.plot(positions, [curve.factor(position, 0.0) for position in positions], linewidth=2.5)
         axes.set_xlabel("share of the steps")
     else:
         highest = 1.25 * curve.start or 1.0
@@ -120,5 +121,5 @@ def picture_of(curve: Curve) -> Tensor:
     low, high = sorted((0.0, curve.start_value, curve.end_value))[::2]
     margin = 0.08 * (max(high, 1.0) - low)
     axes.set_ylim(low - margin, max(high, 1.0) + margin)
-    axes.set_ylabel("strength times")
+    axes.set_ylabel("factor of strength")
     return to_image(figure)

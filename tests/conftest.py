@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Makes ``import gag_core`` work in the tests, without the repository's root on ``sys.path``.
+"""Options and environment of all tests: Triton's interpreter, and the option ``--browser``.
 
-The root has a folder ``nodes``, and so has ComfyUI a module of that name, which the host tests import into the same
-process.
+Triton's kernels run in its interpreter, which must be chosen before anything imports Triton. If GAG_TEST_DEVICE names a
+device, they run on that device instead (see tests/core/test_kernels.py).
 
-Triton's kernels run in its interpreter here, which has to be said before anything imports Triton; but on a card where
-GAG_TEST_DEVICE names one (see tests/core/test_kernels.py).
-
-The tests in a browser run with ``--browser`` only, because not every machine has one.
+The browser tests run with ``--browser`` only, because not every machine has a browser.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,18 +25,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     return True if collection_path == ROOT / "tests" / "browser" and not config.getoption("browser") else None
-
-
-def _load_gag_core() -> None:
-    folder = ROOT / "gag_core"
-    spec = importlib.util.spec_from_file_location(
-        "gag_core", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gag_core"] = module
-    spec.loader.exec_module(module)
-
-
-if "gag_core" not in sys.modules:
-    _load_gag_core()

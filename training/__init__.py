@@ -1,27 +1,19 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""How the pack's own demo models are made: data, checker, text encoder, models, training. For developers only."""
+"""Training of the pack's demo models, for developers only; the commands are in ``docs/developing.md``.
+
+- ``pictures``: scenes of coloured shapes and the pictures of them
+- ``captions``: captions of scenes and their vocabulary
+- ``checker``: test of a picture against its scene
+- ``text``: distillation of the frozen text encoder
+- ``host_models``: the UNet of ComfyUI's class; ``mmdit``: the transformer
+- ``schedules``: noise levels, targets and a plain sampler
+- ``train``, ``distill``: training, and distillation of a few-step student
+- ``export``: weights as one file; ``evaluate``: share of right pictures of such a file
+"""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+import pack
 
-_NODES = Path(__file__).resolve().parents[1] / "nodes"
-
-
-def pack_module(name: str) -> Any:
-    """A file of the pack's ``nodes/`` by itself, without the pack's node classes.
-
-    Under a name of its own, because the host has a module ``nodes``.
-    """
-    if "gag_nodes" not in sys.modules:
-        package = ModuleType("gag_nodes")
-        package.__path__ = [str(_NODES)]
-        sys.modules["gag_nodes"] = package
-    return importlib.import_module(f"gag_nodes.{name}")
-
-
-demo_architecture = pack_module("demo_architecture")
+demo_architecture = pack.module(pack.DEMO_ARCHITECTURE)
+demo_text_encoder = pack.module(pack.DEMO_TEXT_ENCODER)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What is said about a scene, in many wordings, and the closed vocabulary of those words."""
+"""Captions of scenes in many wordings, and the closed vocabulary of their words."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from training import demo_architecture
+from training import demo_text_encoder
 from training.pictures import COLOURS, RELATIONS, SHAPES, Scene, changed, draw, lay_out, make_scene, stream
 
-words_of = demo_architecture.words_of
-# The share of training captions with something unsaid or wrong, as captions of real pictures have.
+words_of = demo_text_encoder.words_of
+# Share of training captions that leave something out or get something wrong, as captions of real pictures do.
 NOISY = 0.28
 SPLITS = ("train", "tune", "report")
 
@@ -46,7 +46,14 @@ _LOOKS = ("shape", "thing", "object")
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture ``[3, 32, 32]`` in 0..1, what is said of it, what is in it, and what the caption says is in it."""
+    """A picture with its caption.
+
+    Attributes:
+        picture: ``[3, 32, 32]`` in 0..1.
+        caption: the caption.
+        scene: the scene that the picture shows.
+        said: the scene that the caption describes, which may differ.
+    """
 
     picture: NDArray[np.float32]
     caption: str
@@ -55,21 +62,21 @@ class Sample:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """One of many wordings of a scene, of about 2 to 40 words; None in a group is left unsaid."""
-    if scene.relation is not None and rng.random() < 0.25:  # the other way round
+    """Return one of many wordings of a scene, of about 2 to 40 words; a None in a group is left out."""
+    if scene.relation is not None and rng.random() < 0.25:  # seen from the second group
         scene = Scene(scene.groups[::-1], RELATIONS[scene.relation])
-    said = [_phrase(scene, number, rng) for number in range(len(scene.groups))]
-    where = rng.choice(_RELATIONS[scene.relation]) if scene.relation else rng.choice(_UNRELATED)
+    phrases = [_phrase(scene, index, rng) for index in range(len(scene.groups))]
+    link = rng.choice(_RELATIONS[scene.relation]) if scene.relation else rng.choice(_UNRELATED)
     after = ""
-    if len(said) == 3:
-        core = f"{said[0]}, {said[1]} and {said[2]}"
-    elif len(said) == 2 and scene.relation is not None and rng.random() < 0.2:
-        core = f"{said[0]} and {said[1]}"
+    if len(phrases) == 3:
+        core = f"{phrases[0]}, {phrases[1]} and {phrases[2]}"
+    elif len(phrases) == 2 and scene.relation is not None and rng.random() < 0.2:
+        core = f"{phrases[0]} and {phrases[1]}"
         verb = "is" if scene.groups[0].count == 1 else "are"
-        after = f". the {_bare(scene, 0)} {verb} {where} the {_bare(scene, 1)}"
+        after = f". the {_bare(scene, 0)} {verb} {link} the {_bare(scene, 1)}"
     else:
-        core = f" {where} ".join(said)
-    plural = len(said) == 1 and scene.groups[0].count != 1
+        core = f" {link} ".join(phrases)
+    plural = len(phrases) == 1 and scene.groups[0].count != 1
     opening = rng.choice(_OPENINGS).replace("{is}", "are" if plural else "is")
     if plural and opening == "this is":
         opening = "these are"
@@ -85,24 +92,24 @@ def describe(scene: Scene, rng: random.Random) -> str:
 
 
 def muddle(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with one thing about it unsaid or wrong."""
-    number = rng.randrange(len(scene.groups))
-    what = rng.choice(("colour", "shape", "count", *(("relation",) if scene.relation else ())))
-    group = scene.groups[number]
+    """Return the scene with one attribute left out or wrong."""
+    index = rng.randrange(len(scene.groups))
+    attribute = rng.choice(("colour", "shape", "count", *(("relation",) if scene.relation else ())))
+    group = scene.groups[index]
     if rng.random() < 0.6:
-        return replace(scene, relation=None) if what == "relation" else changed(scene, number, **{what: None})
-    if what == "relation":
+        return replace(scene, relation=None) if attribute == "relation" else changed(scene, index, **{attribute: None})
+    if attribute == "relation":
         assert scene.relation is not None
         return replace(scene, relation=rng.choice([other for other in RELATIONS if other != scene.relation]))
-    values: tuple[int | str, ...] = {"colour": tuple(COLOURS), "shape": SHAPES, "count": (1, 2, 3)}[what]
-    return changed(scene, number, **{what: rng.choice([v for v in values if v != getattr(group, what)])})
+    values: tuple[int | str, ...] = {"colour": tuple(COLOURS), "shape": SHAPES, "count": (1, 2, 3)}[attribute]
+    return changed(scene, index, **{attribute: rng.choice([v for v in values if v != getattr(group, attribute)])})
 
 
 def sample(split: str, seed: int, index: int) -> Sample:
-    """One picture with its caption. Captions of ``train`` are muddled at times, those of the other splits never.
+    """Return one picture with its caption. Some captions of ``train`` are muddled, those of the other splits never.
 
     Raises:
-        ValueError: an unknown split.
+        ValueError: the split is unknown.
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; there are {', '.join(SPLITS)}.")
@@ -114,12 +121,12 @@ def sample(split: str, seed: int, index: int) -> Sample:
 
 
 def nouns_of(shape: str | None) -> tuple[str, ...]:
-    """The words for things of a shape; none where it is left unsaid."""
+    """Return the words for things of a shape; none for None."""
     return () if shape is None else (shape, _PLURAL[shape])
 
 
-def _phrase(scene: Scene, number: int, rng: random.Random) -> str:
-    group = scene.groups[number]
+def _phrase(scene: Scene, index: int, rng: random.Random) -> str:
+    group = scene.groups[index]
     if group.shape is None:
         noun = rng.choice(_LOOKS) + ("" if group.count == 1 else "s")
     else:
@@ -128,19 +135,19 @@ def _phrase(scene: Scene, number: int, rng: random.Random) -> str:
     return " ".join(part for part in (count, group.colour, noun) if part)
 
 
-def _bare(scene: Scene, number: int) -> str:
-    group = scene.groups[number]
+def _bare(scene: Scene, index: int) -> str:
+    group = scene.groups[index]
     one = group.count == 1
     noun = ("shape" if one else "shapes") if group.shape is None else group.shape if one else _PLURAL[group.shape]
     return f"{group.colour} {noun}" if group.colour else noun
 
 
 def _vocabulary() -> tuple[str, ...]:
-    said = [*_OPENINGS, *_CLOSINGS, *_SENTENCES, *_UNRELATED, *COLOURS, *SHAPES, *_PLURAL.values(), *_LOOKS]
-    said += [phrase for phrases in (*_COUNTS.values(), *_RELATIONS.values()) for phrase in phrases]
-    said += [f"{look}s" for look in _LOOKS]
-    said += ["is", "are", "these", "some", "the", ".", ","]
-    return tuple(sorted({word for phrase in said for word in words_of(phrase) if word != "{is}"}))
+    phrases = [*_OPENINGS, *_CLOSINGS, *_SENTENCES, *_UNRELATED, *COLOURS, *SHAPES, *_PLURAL.values(), *_LOOKS]
+    phrases += [phrase for listed in (*_COUNTS.values(), *_RELATIONS.values()) for phrase in listed]
+    phrases += [f"{look}s" for look in _LOOKS]
+    phrases += ["is", "are", "these", "some", "the", ".", ","]
+    return tuple(sorted({word for phrase in phrases for word in words_of(phrase) if word != "{is}"}))
 
 
 WORDS = _vocabulary()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a picture shows, exactly: things by colour and shape, and whether they are what a scene says.
+"""Exact check of a picture against its scene: colours, shapes, counts and relation of the things it shows.
 
-A pixel belongs to the palette colour whose direction from the background it has, if it is at least half way there: so
-blur at an edge, which mixes with the background, neither changes a colour nor moves an edge. Things are connected
-pixels of one colour; their shape is the drawn one that they overlap best.
+A pixel belongs to the palette colour in whose direction from the background it lies, if it is at least half way to that
+colour. So blur at an edge, which mixes colours with the background, changes no colour and moves no edge. Things are
+connected pixels of one colour. Their shape is the drawn shape that they overlap best.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from scipy import ndimage
 
 from training.pictures import BACKGROUND, COLOURS, RELATIONS, SHAPES, SIZE, SIZES, Scene, box, gap, mask
 
-# The smallest thing drawn, a cross of 8, has 28 pixels; less than this is a speck, not a thing.
-_SPECK = 12
-# Overlap (intersection over union) under which a thing has no shape.
+# Smallest number of pixels of a thing. The smallest thing drawn, a cross of width 8, has 28.
+_LEAST_PIXELS = 12
+# Smallest overlap (intersection over union) of a thing with a shape.
 _LEAST_OVERLAP = 0.6
 _WINDOW = SIZE // 2
 _NAMES = tuple(COLOURS)
-_TOWARDS = np.array([COLOURS[name] for name in _NAMES]) - np.array(BACKGROUND)
-_LENGTHS = np.linalg.norm(_TOWARDS, axis=1)
-# Further than this from every palette colour a pixel is off the palette.
-_OFF = 0.15
+_DIRECTIONS = np.array([COLOURS[name] for name in _NAMES]) - np.array(BACKGROUND)
+_LENGTHS = np.linalg.norm(_DIRECTIONS, axis=1)
+# Largest distance of a pixel from a palette colour; pixels further away are off the palette.
+_PALETTE_RADIUS = 0.15
 ATTRIBUTES = ("colour", "shape", "count", "relation")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A thing found: colour, shape (None if it is like none), and its box (left, top, right, bottom) in pixels."""
+    """A thing found in a picture: colour, shape (None if unknown) and box (left, top, right, bottom) in pixels."""
 
     colour: str
     shape: str | None
@@ -41,7 +41,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is right about a picture; ``relation`` is None where the scene has none."""
+    """Attributes of a picture that are right; ``relation`` is None if the scene has none."""
 
     colour: bool
     shape: bool
@@ -51,7 +51,7 @@ class Verdict:
 
 
 def _templates() -> tuple[NDArray[np.float32], tuple[str, ...]]:
-    """Every shape at every size (and one smaller and larger), at nine places about the window's corner."""
+    """Return masks of every shape at every size, also one smaller and one larger, at nine positions near a corner."""
     masks, names = [], []
     for shape in SHAPES:
         for size in range(SIZES[0] - 1, SIZES[-1] + 2):
@@ -69,34 +69,34 @@ _AREAS = _MASKS.sum(1)
 
 
 def look(picture: NDArray[np.floating]) -> list[Seen]:
-    """The things in a picture ``[3, 32, 32]`` in 0..1."""
-    away = np.moveaxis(np.asarray(picture, np.float64), 0, -1) - np.array(BACKGROUND)
-    along = away @ _TOWARDS.T / _LENGTHS  # how far in each colour's direction
+    """Return the things in a picture ``[3, 32, 32]`` in 0..1."""
+    offset = np.moveaxis(np.asarray(picture, np.float64), 0, -1) - np.array(BACKGROUND)
+    along = offset @ _DIRECTIONS.T / _LENGTHS  # component in the direction of each colour
     nearest = along.argmax(-1)
-    there = np.take_along_axis(along, nearest[..., None], -1)[..., 0] >= 0.5 * _LENGTHS[nearest]
+    coloured = np.take_along_axis(along, nearest[..., None], -1)[..., 0] >= 0.5 * _LENGTHS[nearest]
     things = []
-    for number, name in enumerate(_NAMES):
-        labels, _ = ndimage.label(there & (nearest == number))
+    for index, name in enumerate(_NAMES):
+        labels, _ = ndimage.label(coloured & (nearest == index))
         for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
             pixels = labels[rows, columns] == label
-            if pixels.sum() >= _SPECK:
-                where = tuple(float(edge) for edge in (columns.start, rows.start, columns.stop, rows.stop))
-                things.append(Seen(name, _shape(pixels), where))  # type: ignore[arg-type]
+            if pixels.sum() >= _LEAST_PIXELS:
+                edges = tuple(float(edge) for edge in (columns.start, rows.start, columns.stop, rows.stop))
+                things.append(Seen(name, _shape(pixels), edges))  # type: ignore[arg-type]
     return things
 
 
 def check(picture: NDArray[np.floating], scene: Scene) -> Verdict:
-    """Whether a picture ``[3, 32, 32]`` in 0..1 shows a scene.
+    """Check a picture ``[3, 32, 32]`` in 0..1 against its scene.
 
-    Colours and shapes are right if there are the scene's and no others, the count if each group has its number and
-    nothing is over. Groups are told apart by what differs between them, so that one wrong attribute does not fail the
-    others. Everything is right only if each thing has its colour, its shape and its group's number, and the relation
-    holds.
+    Colours and shapes are right if the picture has those of the scene and no others. The count is right if each group
+    has its number of things and no thing is left. Groups are told apart by the attribute that differs between them, so
+    that one wrong attribute does not fail the others. Everything is right only if each thing has its colour, its shape
+    and its group's number, and the relation holds.
     """
     seen = look(picture)
     colours = {group.colour for group in scene.groups}
     shapes = {group.shape for group in scene.groups}
-    members = [[thing for thing in seen if _same(thing, number, scene)] for number in range(len(scene.groups))]
+    members = [[thing for thing in seen if _is_of_group(thing, index, scene)] for index in range(len(scene.groups))]
     wanted: Counter[tuple[str | None, str | None]] = Counter()
     for group in scene.groups:
         wanted[group.colour, group.shape] += group.count or 0
@@ -114,17 +114,17 @@ def check(picture: NDArray[np.floating], scene: Scene) -> Verdict:
 
 
 def saturation(picture: NDArray[np.floating]) -> float:
-    """Mean of largest minus smallest channel over the coloured pixels of a picture in 0..1; 0 if there are none."""
+    """Return the mean of largest minus smallest channel over coloured pixels of a picture in 0..1, or 0 if none."""
     spread = np.asarray(picture).max(0) - np.asarray(picture).min(0)
     coloured = spread > 0.3
     return float(spread[coloured].mean()) if coloured.any() else 0.0
 
 
 def off_palette(picture: NDArray[np.floating]) -> float:
-    """The share of pixels that are near neither the background nor a palette colour."""
+    """Return the share of pixels that are near neither the background nor a palette colour."""
     palette = np.array([BACKGROUND, *COLOURS.values()])
     pixels = np.moveaxis(np.asarray(picture, np.float64), 0, -1)[..., None, :]
-    return float((np.linalg.norm(pixels - palette, axis=-1).min(-1) > _OFF).mean())
+    return float((np.linalg.norm(pixels - palette, axis=-1).min(-1) > _PALETTE_RADIUS).mean())
 
 
 def _shape(pixels: NDArray[np.bool_]) -> str | None:
@@ -138,9 +138,9 @@ def _shape(pixels: NDArray[np.bool_]) -> str | None:
     return _MASK_NAMES[best] if overlap[best] >= _LEAST_OVERLAP else None
 
 
-def _same(thing: Seen, number: int, scene: Scene) -> bool:
-    """Whether a thing belongs to a group, by what tells the groups apart."""
-    group = scene.groups[number]
+def _is_of_group(thing: Seen, index: int, scene: Scene) -> bool:
+    """True if a thing belongs to a group, by an attribute that tells the groups apart."""
+    group = scene.groups[index]
     if len({other.colour for other in scene.groups}) == len(scene.groups) > 1:
         return thing.colour == group.colour
     if len({other.shape for other in scene.groups}) == len(scene.groups) > 1:
@@ -149,7 +149,7 @@ def _same(thing: Seen, number: int, scene: Scene) -> bool:
 
 
 def _holds(first: list[Seen], second: list[Seen], relation: str) -> bool:
-    """Apart in the said direction (a pixel of overlap is forgiven), and more so than in any other."""
+    """True if the groups are apart in the given direction, more than in any other; a pixel of overlap is allowed."""
     a, b = box([thing.box for thing in first]), box([thing.box for thing in second])
-    said = gap(a, b, relation)
-    return said >= -1 and all(said > gap(a, b, other) for other in RELATIONS if other != relation)
+    distance = gap(a, b, relation)
+    return distance >= -1 and all(distance > gap(a, b, other) for other in RELATIONS if other != relation)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""``python -m training.evaluate FILE``: how many pictures show what the caption says (plain sampling loop)."""
+"""Measure the share of pictures that show their caption, in a plain sampling loop.
+
+The command is ``python dev.py run training.evaluate FILE``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,9 +24,9 @@ from training.train import keep_memory
 
 
 def rates(pictures: NDArray[np.floating], samples: Sequence[Sample]) -> dict[str, tuple[float, float, int]]:
-    """Share, standard error and number of right pictures ``[N, 3, 32, 32]``, in everything and in each attribute.
+    """Return share of right pictures, standard error and number of pictures, for everything and for each attribute.
 
-    ``relation`` counts only scenes that have one.
+    ``pictures`` is ``[N, 3, 32, 32]``. ``relation`` counts only scenes that have one.
     """
     verdicts = [check(picture, one.scene) for picture, one in zip(pictures, samples, strict=True)]
     out = {}
@@ -37,18 +41,20 @@ def grid(pictures: Tensor, path: Path, columns: int = 8, enlarged: int = 4) -> N
     """Write pictures ``[N, 3, 32, 32]`` side by side as a PNG."""
     from PIL import Image
 
-    rows = [torch.cat(list(row), dim=2) for row in pictures[: len(pictures) // columns * columns].split(columns)]
-    whole = (torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(whole)
+    whole_rows = pictures[: len(pictures) // columns * columns]
+    sheet = rearrange(whole_rows, "(rows columns) c h w -> (rows h) (columns w) c", columns=columns)
+    image = Image.fromarray((sheet * 255).round().byte().numpy())
     image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.NEAREST).save(path)
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description="Measure prompt alignment.")
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python dev.py run training.evaluate", description="Measure prompt alignment."
+    )
     parser.add_argument("weights", type=Path, help="a file of training.export")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--first", type=int, default=0, help="number of the first caption")
+    parser.add_argument("--first", type=int, default=0, help="index of the first caption")
     parser.add_argument("--split", choices=SPLITS[1:], default="tune")
     parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--steps", type=int, default=12)
@@ -59,26 +65,25 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_memory()
     name, model, encoder = load(options.weights)
-    samples = [sample(options.split, 0, options.first + number) for number in range(options.count)]
+    samples = [sample(options.split, 0, options.first + index) for index in range(options.count)]
     noise = torch.randn(options.count, 3, 32, 32, generator=torch.Generator().manual_seed(options.seed))
     empty = encoder.encode([""])
     for cfg in options.cfg:
         parts = []
         for part in torch.arange(options.count).split(50):
-            context = encoder.encode([samples[number].caption for number in part])
+            context = encoder.encode([samples[index].caption for index in part])
             parts.append(sample_pictures(name, model, context, empty, cfg, options.steps, noise[part]))
         pictures = torch.cat(parts)
         found = rates(pictures.numpy(), samples)
         text = ", ".join(f"{key} {mean:.3f}±{error:.3f} (N={n})" for key, (mean, error, n) in found.items())
-        price = [np.mean([measure(p) for p in pictures.numpy()]) for measure in (saturation, off_palette)]
-        print(
-            f"{name}, CFG {cfg:g}, {options.steps} steps: {text}; saturation {price[0]:.3f}, off palette {price[1]:.3f}"
-        )
+        side_effects = [np.mean([measure(p) for p in pictures.numpy()]) for measure in (saturation, off_palette)]
+        ends = f"saturation {side_effects[0]:.3f}, off palette {side_effects[1]:.3f}"
+        print(f"{name}, CFG {cfg:g}, {options.steps} steps: {text}; {ends}")
         if options.png:
             grid(pictures[:32], options.png)
     if options.png:
-        for number, one in enumerate(samples[:32]):
-            print(f"row {number // 8}, column {number % 8}: {one.caption}")
+        for index, one in enumerate(samples[:32]):
+            print(f"row {index // 8}, column {index % 8}: {one.caption}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The UNet of ComfyUI's own class so that it can be trained, and both models as the pack loads them.
+"""A trainable UNet of ComfyUI's own class, and both models as the pack loads them.
 
-Importing this module puts the host on ``sys.path`` and sets it to the CPU.
+Importing this module puts ComfyUI on ``sys.path`` and sets it to the CPU.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from training import pack_module
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "dev"))
-
+import pack
 from comfy_host import find_host
 
 if str(find_host()) not in sys.path:
@@ -28,12 +24,12 @@ args.cpu = True  # before comfy.model_management is imported, which looks for de
 
 import comfy.ldm.modules.attention  # noqa: E402
 
-_demo_model = pack_module("demo_model")
+_demo_model = pack.module(pack.DEMO_MODELS)
 load_in_host = _demo_model.load_in_host
 
 
 class _Trainable:
-    """PyTorch's own layers for the host's classes, whose layers skip their initialisation."""
+    """PyTorch's own layers in place of ComfyUI's, which skip their initialisation."""
 
     Linear = nn.Linear
     Conv2d = nn.Conv2d
@@ -42,15 +38,15 @@ class _Trainable:
 
     @staticmethod
     def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
-        """A convolution over two dimensions, the only ones used."""
+        """Return a convolution over two dimensions; no others are used."""
         assert dims == 2
         return nn.Conv2d(*args, **kwargs)
 
 
 def trainable_unet() -> nn.Module:
-    """A freshly initialised UNet that can be differentiated; residual branches begin at zero."""
-    # The chunked attention that the host takes on CPUs writes into its scores in place; scaled_dot_product_attention
-    # takes four times as long as this one in bfloat16, backward above all.
+    """Return a newly initialised UNet that can be differentiated; its residual branches start at zero."""
+    # ComfyUI's chunked attention for CPUs writes into its scores in place. In bfloat16 scaled_dot_product_attention
+    # takes four times as long as attention_basic, above all backward.
     comfy.ldm.modules.attention.optimized_attention = comfy.ldm.modules.attention.attention_basic
     model: nn.Module = _demo_model.PixelUNet(**_demo_model.UNET_CONFIG, operations=_Trainable)
     for name, module in model.named_modules():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A small joint-attention transformer over image and text tokens, in PyTorch alone and with autograd.
 
-Weights have the names that ComfyUI's ``comfy.ldm.flux.model.Flux`` gives them, and both give the same output for the
-same weights (tests/training); the host's own class adds in place, which cannot be differentiated.
+Weights have the names of ComfyUI's ``comfy.ldm.flux.model.Flux``, and both classes give the same output for the same
+weights (tests/training). ComfyUI's class adds in place, which cannot be differentiated.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from training import demo_architecture
@@ -37,8 +38,8 @@ class _Norms(nn.Module):
         self.query_norm, self.key_norm = _Norm(), _Norm()
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, N, 3 * hidden]`` to queries, keys and values ``[B, heads, N, d]``."""
-        q, k, v = qkv.unflatten(-1, (3, _HEADS, -1)).permute(2, 0, 3, 1, 4)
+        """Split ``[B, N, 3 * hidden]`` into queries, keys and values ``[B, heads, N, d]``."""
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=_HEADS)
         return self.query_norm(q), self.key_norm(k), v
 
 
@@ -76,17 +77,18 @@ def _normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return nn.functional.layer_norm(x, (_HIDDEN,), eps=1e-6) * (1 + scale) + shift
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
-    # Written out: for so few tokens faster on a CPU, backward above all, than scaled_dot_product_attention.
-    scores = _turn(q * q.shape[-1] ** -0.5, turns) @ _turn(k, turns).transpose(-1, -2)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+def _attend(q: Tensor, k: Tensor, v: Tensor, rotations: Tensor) -> Tensor:
+    # For so few tokens this is faster on a CPU than scaled_dot_product_attention, above all backward.
+    logits = _rotate(q * q.shape[-1] ** -0.5, rotations) @ _rotate(k, rotations).transpose(-1, -2)
+    return rearrange(logits.softmax(-1) @ v, "b h n d -> b n (h d)")
 
 
-def _turn(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary embedding of ``[B, heads, N, d]`` by unit numbers ``[N, d / 2]``, neighbours being pairs."""
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)  # complex products would not be compiled
-    cos, sin = turns.real, turns.imag
-    return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
+def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Apply a rotary embedding, complex unit numbers ``[N, d / 2]``, to neighbouring pairs of ``[B, heads, N, d]``."""
+    real, imaginary = rearrange(x, "... (pairs two) -> two ... pairs", two=2)  # complex products would not be compiled
+    cos, sin = rotations.real, rotations.imag
+    rotated = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    return rearrange(rotated, "... pairs two -> ... (pairs two)")
 
 
 class _Double(nn.Module):
@@ -96,16 +98,16 @@ class _Double(nn.Module):
         self.img_attn, self.txt_attn = _Attention(), _Attention()
         self.img_mlp, self.txt_mlp = _mlp(), _mlp()
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
         i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2 = self.img_mod(vec)
         t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = self.txt_mod(vec)
         i_parts = self.img_attn.norm.split(self.img_attn.qkv(_normed(img, i_shift, i_scale)))
         t_parts = self.txt_attn.norm.split(self.txt_attn.qkv(_normed(txt, t_shift, t_scale)))
         q, k, v = (torch.cat((t, i), dim=2) for t, i in zip(t_parts, i_parts, strict=True))
-        read = _attend(q, k, v, turns)
-        img = img + i_gate * self.img_attn.proj(read[:, txt.shape[1] :])
+        attended = _attend(q, k, v, rotations)
+        img = img + i_gate * self.img_attn.proj(attended[:, txt.shape[1] :])
         img = img + i_gate2 * self.img_mlp(_normed(img, i_shift2, i_scale2))
-        txt = txt + t_gate * self.txt_attn.proj(read[:, : txt.shape[1]])
+        txt = txt + t_gate * self.txt_attn.proj(attended[:, : txt.shape[1]])
         return img, txt + t_gate2 * self.txt_mlp(_normed(txt, t_shift2, t_scale2))
 
 
@@ -115,11 +117,11 @@ class _Single(nn.Module):
         self.linear1, self.linear2 = nn.Linear(_HIDDEN, 3 * _HIDDEN + _MLP), nn.Linear(_HIDDEN + _MLP, _HIDDEN)
         self.norm, self.modulation = _Norms(), _Modulation(3)
 
-    def forward(self, x: Tensor, vec: Tensor, turns: Tensor) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, rotations: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         qkv, mlp = self.linear1(_normed(x, shift, scale)).split((3 * _HIDDEN, _MLP), dim=-1)
-        read = _attend(*self.norm.split(qkv), turns)
-        return x + gate * self.linear2(torch.cat((read, nn.functional.gelu(mlp, approximate="tanh")), dim=-1))
+        attended = _attend(*self.norm.split(qkv), rotations)
+        return x + gate * self.linear2(torch.cat((attended, nn.functional.gelu(mlp, approximate="tanh")), dim=-1))
 
 
 class _Last(nn.Module):
@@ -134,7 +136,7 @@ class _Last(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """The velocity (noise - picture) ``[B, 3, H, W]`` of a noised picture, its noise level ``[B]`` and its text."""
+    """Predicts the velocity (noise - picture) ``[B, 3, H, W]`` from a noised picture, its noise level and its text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,39 +145,39 @@ class MMDiT(nn.Module):
         self.double_blocks = nn.ModuleList(_Double() for _ in range(CONFIG["depth"]))
         self.single_blocks = nn.ModuleList(_Single() for _ in range(CONFIG["depth_single_blocks"]))
         self.final_layer = _Last()
-        # Every block begins as the identity.
+        # Every block starts as the identity.
         for name, module in self.named_modules():
             if name.endswith((".lin", "adaLN_modulation.1", "final_layer.linear")) and isinstance(module, nn.Linear):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """``x`` ``[B, 3, H, W]``, noise levels 0..1 ``[B]``, ``context`` ``[B, 77, WIDTH]``."""
+        """Return the velocity of ``x`` ``[B, 3, H, W]``; noise levels 0..1 ``[B]``, ``context`` ``[B, 77, WIDTH]``."""
         height, width = x.shape[-2] // _PATCH, x.shape[-1] // _PATCH
-        img = self.img_in(nn.functional.pixel_unshuffle(x, _PATCH).flatten(2).transpose(1, 2))
+        img = self.img_in(rearrange(nn.functional.pixel_unshuffle(x, _PATCH), "b c h w -> b (h w) c"))
         half = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=x.device) / 128)
         waves = 1000 * timesteps[:, None] * half
         vec = self.time_in(torch.cat((waves.cos(), waves.sin()), dim=-1))
         vec = vec + self.vector_in(x.new_zeros(len(x), CONFIG["vec_in_dim"]))
         txt = self.txt_in(context)
-        turns = _turns(txt.shape[1], height, width).to(x.device)
+        rotations = _rotations(txt.shape[1], height, width).to(x.device)
         for block in self.double_blocks:
-            img, txt = block(img, txt, vec, turns)
+            img, txt = block(img, txt, vec, rotations)
         both = torch.cat((txt, img), dim=1)
         for block in self.single_blocks:
-            both = block(both, vec, turns)
+            both = block(both, vec, rotations)
         out = self.final_layer(both[:, txt.shape[1] :], vec)
-        return nn.functional.pixel_shuffle(out.transpose(1, 2).unflatten(-1, (height, width)), _PATCH)
+        return nn.functional.pixel_shuffle(rearrange(out, "b (h w) c -> b c h w", h=height), _PATCH)
 
 
-def _turns(text: int, height: int, width: int) -> Tensor:
-    """The rotary embedding's unit numbers ``[text + height * width, d / 2]``: text is at (0, 0)."""
+def _rotations(text: int, height: int, width: int) -> Tensor:
+    """Return the rotary embedding ``[text + height * width, d / 2]`` as complex unit numbers; text is at (0, 0)."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).flatten(0, 1)
-    places = torch.cat((torch.zeros(text, 3, dtype=places.dtype), places)).double()
+    positions = rearrange([torch.zeros_like(rows), rows, columns], "coordinate h w -> (h w) coordinate")
+    positions = torch.cat((torch.zeros(text, 3, dtype=positions.dtype), positions)).double()
     theta = float(CONFIG["theta"])
     parts = [
-        places[:, axis, None] * theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        positions[:, axis, None] * theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         for axis, dim in enumerate(CONFIG["axes_dim"])
     ]
     angles = torch.cat(parts, dim=-1).float()

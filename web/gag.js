@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 /**
- * What the pack adds to its guidance nodes in the browser: a badge that says what a run did, a live chart, and on
- * GAG (advanced) a list of presets and a picker of blocks. The server's side is nodes/live.py.
+ * Panel of the guidance nodes in the browser: a badge with the result of the last run, a live chart, and on
+ * GAG (advanced) a list of presets and a picker of blocks. The server's side is nodes/panel/.
  *
- * Messages only change what is remembered of a node. A timer draws it, so that panels follow whatever changes a field:
- * a hand, undo, another extension or the Vue renderer.
+ * Messages only change the memory of a node. A timer draws it, so that panels follow every change of a field: by hand,
+ * by undo, by another extension or by the Vue renderer.
  */
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -23,26 +23,33 @@ const BYPASSED = 4;
 const MOST_REMEMBERED = 500;
 
 /**
- * What is remembered of a node. It outlives the node's object, which undo and changing between workflows make anew.
+ * Memory of a node. It outlives the node's object: undo and a change of workflow make new objects.
  * @typedef {{
  *   chartOpen?: boolean,
  *   pickerOpen?: boolean,
  *   report?: {guided: number, of: number, text: string, why: import("./texts.js").Name, start: string, end: string},
- *   series?: import("./chart.js").Series,
+ *   run?: import("./chart.js").Run,
  *   model?: import("./picker.js").Model,
  * }} Memory
  */
 
-/** @type {Map<string, Memory>} by workflow and the id that the server knows the node by */
+/**
+ * Answer of the server to /gag/setup.
+ * @typedef {{presets: import("./presets.js").Presets, series: import("./chart.js").Series[]}} Setup
+ */
+
+/** @type {Map<string, Memory>} by workflow and the server's id of the node */
 const memories = new Map();
 /** @type {WeakMap<object, Panel>} by node */
 const panels = new WeakMap();
-/** @type {import("./presets.js").Presets | undefined} */
-let presets;
-let askedForPresets = false;
-/** What the server was last told of open charts; empty if of none. */
-let told = "";
-let telling = false;
+/** @type {Setup | undefined} */
+let setup;
+let askedForSetup = false;
+/** @type {import("./chart.js").Series[]} */
+const NO_SERIES = [];
+/** The message about open charts that was last sent to the server; empty if no chart is open there. */
+let sent = "";
+let sending = false;
 
 const rootGraph = () => app.rootGraph ?? app.graph;
 const connected = () => api.socket?.readyState === WebSocket.OPEN && Boolean(api.clientId);
@@ -54,7 +61,7 @@ const connected = () => api.socket?.readyState === WebSocket.OPEN && Boolean(api
 function memoryOf(workflow, id) {
   const key = `${workflow} ${id}`;
   const memory = memories.get(key) ?? {};
-  // The one that was looked at last stands last.
+  // The memory that was used last is the last entry of the map, and the first one is dropped.
   memories.delete(key);
   memories.set(key, memory);
   if (memories.size > MOST_REMEMBERED) memories.delete(/** @type {string} */ (memories.keys().next().value));
@@ -62,19 +69,19 @@ function memoryOf(workflow, id) {
 }
 
 /**
- * Every node of the open workflow with the id that the server knows it by, which begins with those of the subgraphs
- * that it is in. A subgraph that is used twice has nodes with two ids.
+ * Yield every node of the open workflow with the server's id of it. The id begins with the ids of the subgraphs that
+ * contain the node, so a node of a subgraph that is used twice has two ids.
  * @returns {Generator<[string, any]>}
  */
-function* everyNode(graph = rootGraph(), within = "") {
+function* everyNode(graph = rootGraph(), prefix = "") {
   for (const node of graph?.nodes ?? []) {
-    yield [`${within}${node.id}`, node];
-    if (node.subgraph) yield* everyNode(node.subgraph, `${within}${node.id}:`);
+    yield [`${prefix}${node.id}`, node];
+    if (node.subgraph) yield* everyNode(node.subgraph, `${prefix}${node.id}:`);
   }
 }
 
 /**
- * The panels of the open workflow, each with all ids of its node.
+ * Return the panels of the open workflow, each with all ids of its node.
  * @returns {Map<Panel, string[]>}
  */
 function openPanels() {
@@ -86,7 +93,7 @@ function openPanels() {
   return open;
 }
 
-/** The panel of a node, at the foot of it. */
+/** Panel at the foot of a node. */
 class Panel {
   /** @param {any} node */
   constructor(node) {
@@ -107,10 +114,10 @@ class Panel {
     }
     this.height = ROW * this.content.children.length;
     const height = () => this.height;
-    // Shown alone: in neither the workflow nor the prompt, and behind all widgets that are.
+    // The panel is not saved: it is in neither the workflow nor the prompt, and comes after all widgets that are.
     const options = { serialize: false, hideOnZoom: false, margin: 0, getMinHeight: height, getMaxHeight: height };
     node.addDOMWidget(WIDGET, "gag", this.element, options).serialize = false;
-    // Drawn by Vue, the node itself hands the wheel on.
+    // A node that Vue draws passes the wheel to the canvas by itself.
     this.element.onwheel = (event) => {
       if (!vueNodes()) app.canvas.processMouseWheel(event);
     };
@@ -124,7 +131,7 @@ class Panel {
   button(text, title, key) {
     const button = element("button", { textContent: text, title });
     button.onclick = () => {
-      // Nothing is remembered yet of a node that was added just now.
+      // A node that was added just now has no memory yet.
       refresh();
       this.memory[key] = !this.memory[key];
       if (this.memory.pickerOpen && !this.memory.model) void askForBlocks();
@@ -139,7 +146,10 @@ class Panel {
     return this.node.widgets?.find((/** @type {any} */ widget) => widget.name === name);
   }
 
-  /** @param {Record<string, unknown>} values of fields; one step for undo */
+  /**
+   * Set fields, in one step for undo.
+   * @param {Record<string, unknown>} values by the name of the field
+   */
   write(values) {
     app.canvas.emitBeforeChange?.();
     try {
@@ -158,20 +168,20 @@ class Panel {
 
   draw() {
     const { chartOpen = false, pickerOpen = false } = this.memory;
-    // A node that undo or another workflow makes anew gets the page's elements of the one that had its id, if Vue draws
-    // it, and with them a panel that nobody draws any more.
+    // Undo and a change of workflow make new nodes. Vue reuses the page's elements of the old node with the same id,
+    // among them the old panel, which nothing draws any more.
     if (vueNodes() && !this.element.isConnected && this.node.graph === app.canvas.graph) {
       document.querySelector(`[data-node-id="${this.node.id}"] .gag-panel`)?.replaceWith(this.element);
     }
     this.drawBadge();
     show(this.chartButton, this.chart.element, chartOpen, this.content);
-    if (chartOpen) this.chart.draw(this.memory.series);
+    if (chartOpen) this.chart.draw(this.memory.run, setup?.series ?? NO_SERIES);
     if (this.pickerButton) {
       show(this.pickerButton, this.picker.element, pickerOpen, this.content);
       if (pickerOpen) this.picker.draw(this.memory.model, String(this.field("blocks")?.value ?? ""));
     }
-    if (this.presetRow && presets && !this.chooser) {
-      this.chooser = new PresetChooser(presets, this.field.bind(this), this.write.bind(this));
+    if (this.presetRow && setup && !this.chooser) {
+      this.chooser = new PresetChooser(setup.presets, this.field.bind(this), this.write.bind(this));
       this.presetRow.append(this.chooser.element);
     }
     this.chooser?.draw();
@@ -192,14 +202,14 @@ class Panel {
     this.badge.classList.toggle("gag-none", mode === 0 && report?.guided === 0);
   }
 
-  /** Keep the node as high as its panel needs; how high that is, the page knows once it shows the panel. */
+  /** Keep the node as high as its panel needs. The page knows that height only once it shows the panel. */
   resize() {
     const height = this.content.offsetHeight;
     if (!height || height === this.height) return;
-    const grown = height - this.height;
+    const growth = height - this.height;
     this.height = height;
-    const [width, now] = this.node.size;
-    this.node.setSize([width, Math.max(this.node.computeSize()[1], now + Math.min(0, grown))]);
+    const [width, nodeHeight] = this.node.size;
+    this.node.setSize([width, Math.max(this.node.computeSize()[1], nodeHeight + Math.min(0, growth))]);
     this.node.graph?.setDirtyCanvas?.(true, true);
   }
 }
@@ -207,15 +217,16 @@ class Panel {
 const vueNodes = () => Boolean(/** @type {any} */ (globalThis).LiteGraph?.vueNodesMode);
 
 /**
+ * Add an element to a container, or remove it, and mark its button accordingly.
  * @param {Element} button
- * @param {Element} what
+ * @param {Element} part
  * @param {boolean} open
- * @param {Element} within
+ * @param {Element} container
  */
-function show(button, what, open, within) {
+function show(button, part, open, container) {
   button.setAttribute("aria-expanded", String(open));
-  if (open && what.parentElement !== within) within.append(what);
-  if (!open) what.remove();
+  if (open && part.parentElement !== container) container.append(part);
+  if (!open) part.remove();
 }
 
 /** @param {string} route */
@@ -225,15 +236,15 @@ async function ask(route) {
   return answer.json();
 }
 
-async function askForPresets() {
+async function askForSetup() {
   try {
-    presets = await ask("/gag/presets");
+    setup = await ask("/gag/setup");
   } catch {
-    // Files of another version of the pack than the server still runs: the nodes do without.
+    // The server still runs another version of the pack than that of this file: the nodes have no presets to choose.
   }
 }
 
-/** What the server knows of the models that came into the nodes of this workflow, from before the page was loaded. */
+/** Ask the server for the models that came into the nodes of this workflow before the page was loaded. */
 async function askForBlocks() {
   const workflow = rootGraph().id;
   if (!connected()) return;
@@ -241,30 +252,30 @@ async function askForBlocks() {
     const known = await ask(`/gag/blocks?workflow=${encodeURIComponent(workflow)}`);
     for (const [id, model] of Object.entries(known)) memoryOf(workflow, firstId(workflow, id)).model ??= model;
   } catch {
-    // The next run tells.
+    // The next run sends the blocks.
   }
 }
 
 /**
- * Tell the server which charts are open, if that changed, so that it measures for these and no others.
+ * Send the server the list of open charts, if it changed. The server measures for these charts and no others.
  * @param {string[]} nodes
  */
-async function tell(nodes) {
-  if (telling || !connected()) return;
+async function sendOpenCharts(nodes) {
+  if (sending || !connected()) return;
   const body = JSON.stringify({ client: api.clientId, workflow: rootGraph().id, nodes });
-  const now = nodes.length ? body : "";
-  if (now === told) return;
-  telling = true;
-  told = now;
+  const message = nodes.length ? body : "";
+  if (message === sent) return;
+  sending = true;
+  sent = message;
   try {
     const headers = { "Content-Type": "application/json" };
     const answer = await api.fetchApi("/gag/listen", { method: "POST", headers, body });
-    // The connection is so new that the server does not know it: told again.
-    if (answer.status === 409) told = "";
+    // The connection is so new that the server does not know it yet: send again.
+    if (answer.status === 409) sent = "";
   } catch {
-    // The server is gone; once it is back it is told anew.
+    // The server is gone. The list is sent again once it is back.
   } finally {
-    telling = false;
+    sending = false;
   }
 }
 
@@ -278,15 +289,16 @@ function refresh() {
     panel.draw();
     if (panel.memory.chartOpen) charts.push(...ids);
   }
-  if (open.size && !askedForPresets && connected()) {
-    askedForPresets = true;
-    void askForPresets();
+  if (open.size && !askedForSetup && connected()) {
+    askedForSetup = true;
+    void askForSetup();
   }
-  void tell(charts);
+  void sendOpenCharts(charts);
 }
 
 /**
- * The id under which a node is remembered: of a subgraph that is used twice the first one's.
+ * Return the id that the memory of a node has. A node with several ids, in a subgraph that is used more than once, has
+ * its memory under the first of them.
  * @param {string} workflow
  * @param {string} id
  */
@@ -296,7 +308,7 @@ function firstId(workflow, id) {
 }
 
 /**
- * Do something with each message of a kind. What comes for a workflow that is not open is kept for when it is.
+ * Call `act` with each message of a kind. A message for a workflow that is not open waits in its nodes' memories.
  * @param {string} kind
  * @param {(data: any, find: (id: string) => Memory) => void} act
  */
@@ -315,19 +327,20 @@ on("gag.blocks", ({ node, parts, default: chosen }, find) => {
   find(node).model = { parts, default: chosen };
 });
 
-on("gag.chart", ({ run, steps, points }, find) => {
+on("gag.chart", ({ run, steps, series, points }, find) => {
   for (const [id, values] of Object.entries(points)) {
     const memory = find(id);
-    const known = memory.series && memory.series.run === run ? memory.series.points : [];
-    const news = values.map((/** @type {number[]} */ [step, ...numbers]) => [step, numbers]);
-    memory.series = { run, steps, points: new Map([...known, ...news]) };
+    const earlier = memory.run?.id === run ? memory.run : undefined;
+    const added = values.map((/** @type {number[]} */ [step, ...numbers]) => [step, numbers]);
+    const all = new Map([...(earlier?.points ?? []), ...added]);
+    memory.run = { id: run, steps, series: earlier?.series ?? series, points: all };
   }
 });
 
-// A new connection has told the server nothing yet.
+// Nothing has been sent over a new connection yet.
 api.addEventListener("reconnected", () => {
-  told = "";
-  askedForPresets = Boolean(presets);
+  sent = "";
+  askedForSetup = Boolean(setup);
 });
 
 app.registerExtension({
@@ -341,7 +354,7 @@ app.registerExtension({
       try {
         speak(await api.getCustomNodesI18n(), language);
       } catch {
-        // English, then.
+        // The texts stay in English.
       }
     }
     setInterval(refresh, REFRESH_MS);

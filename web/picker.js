@@ -4,16 +4,16 @@ import { element } from "./dom.js";
 import { say } from "./texts.js";
 
 /**
- * The blocks of a model, and which of them are guided where none are named.
+ * Blocks of a model, and those that are guided by default.
  * @typedef {{parts: import("./blocks.js").Parts, default: import("./blocks.js").Chosen}} Model
  */
 
 /** @type {Record<string, import("./texts.js").Name>} */
 const TITLES = { d: "down", m: "middle", u: "up" };
 
-/** A grid of a model's blocks that shows what a text names and, clicked, writes it. */
+/** Grid of the blocks of a model. It shows which blocks a text names. A click on a block writes a new text. */
 export class Picker {
-  /** @param {(text: string) => void} write is called with the new text */
+  /** @param {(text: string) => void} write receives the new text */
   constructor(write) {
     this.write = write;
     this.element = element("div", { className: "gag-picker" });
@@ -33,10 +33,10 @@ export class Picker {
       return;
     }
     const chosen = text.trim() ? parseBlocks(text, model.parts) : model.default;
-    const shown = chosen ?? nothing(model);
+    const shown = chosen ?? chooseNone(model);
     const rows = Object.entries(shown).map(([part, blocks]) => {
-      const cells = blocks.map((block, number) => this.cell(model, shown, part, number, block));
-      const title = part in TITLES ? say(TITLES[part]) : part;
+      const cells = blocks.map((block, index) => this.cell(model, shown, part, index, block));
+      const title = Object.hasOwn(TITLES, part) ? say(TITLES[part]) : part;
       return element("div", { className: "gag-part" }, element("span", {}, title), ...cells);
     });
     const reset = element("button", { textContent: say("default"), title: say("default_tip") });
@@ -51,23 +51,23 @@ export class Picker {
    * @param {Model} model
    * @param {import("./blocks.js").Chosen} shown
    * @param {string} part
-   * @param {number} number
+   * @param {number} index
    * @param {boolean[]} block
    */
-  cell(model, shown, part, number, block) {
+  cell(model, shown, part, index, block) {
     const some = block.some(Boolean);
     const all = block.every(Boolean);
     const cell = element("button", {
       className: "gag-block",
-      textContent: `${number}`,
-      title: say("block_tip", { part, number, guided: block.filter(Boolean).length, of: block.length }),
+      textContent: `${index}`,
+      title: say("block_tip", { part, number: index, guided: block.filter(Boolean).length, of: block.length }),
     });
     cell.setAttribute("aria-pressed", all ? "true" : some ? "mixed" : "false");
     cell.onclick = () => {
       const wanted = structuredClone(shown);
-      wanted[part][number] = block.map(() => !all);
+      wanted[part][index] = block.map(() => !all);
       const text = formatBlocks(wanted);
-      // An empty text is the default, so the last block stays.
+      // The last chosen block cannot be removed, because an empty text means the default.
       if (text) this.write(text === formatBlocks(model.default) ? "" : text);
     };
     return cell;
@@ -78,7 +78,7 @@ export class Picker {
  * @param {Model} model
  * @returns {import("./blocks.js").Chosen}
  */
-function nothing(model) {
+function chooseNone(model) {
   const entries = Object.entries(model.default).map(([part, blocks]) => [part, blocks.map((b) => b.map(() => false))]);
   return Object.fromEntries(entries);
 }

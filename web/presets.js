@@ -2,17 +2,17 @@
 import { element } from "./dom.js";
 import { say } from "./texts.js";
 
-/** @typedef {Record<string, Record<string, unknown>>} Presets by name, the values of the fields */
+/** @typedef {Record<string, Record<string, unknown>>} Presets values of the fields, by the name of the preset */
 
-// No preset is called so.
+// No preset has this name.
 const MODIFIED = "";
 
-/** A list of presets that fills the fields of a node, and shows which preset they are. */
+/** List of presets. It fills the fields of a node, and shows which preset the fields have. */
 export class PresetChooser {
   /**
    * @param {Presets} presets
-   * @param {(name: string) => any} widget of a field of the node; undefined for those that it does not have
-   * @param {(values: Record<string, unknown>) => void} write fields; those that the node does not have are left out
+   * @param {(name: string) => any} widget returns the widget of a field; undefined if the node has no such field
+   * @param {(values: Record<string, unknown>) => void} write sets the fields that the node has
    */
   constructor(presets, widget, write) {
     this.presets = presets;
@@ -25,10 +25,10 @@ export class PresetChooser {
   }
 
   draw() {
-    const same = Object.entries(this.presets).find(([, fields]) =>
+    const shown = Object.entries(this.presets).find(([, fields]) =>
       Object.entries(fields).every(([name, value]) => this.widget(name)?.value === value || !this.widget(name)),
     );
-    const shown = same?.[0] ?? MODIFIED;
-    if (this.select.value !== shown) this.select.value = shown;
+    const name = shown?.[0] ?? MODIFIED;
+    if (this.select.value !== name) this.select.value = name;
   }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-/** What the pack's nodes say in the browser. `python dev.py texts` carries it to locales/, one text a line. */
+/** Texts of the panels, one text a line. `python dev.py texts` copies them to locales/. */
 const ENGLISH = {
-  guiding: "guiding {guided} of {of} layers",
+  guiding: "guiding {guided} of {of} attentions",
   nothing: "not guiding: {why}",
   why_off: "strength is 0",
   why_no_call: "no model call",
@@ -9,6 +9,7 @@ const ENGLISH = {
   why_schedule: "its schedule is 0",
   why_range: "no step within {start} to {end}",
   why_empty: "the prompts are empty",
+  why_no_context: "its text comes another way",
   why_no_positive: "no positive prompt",
   why_not_run: "none of its attentions ran",
   bypassed: "not guiding: bypassed",
@@ -18,11 +19,11 @@ const ENGLISH = {
   blocks: "blocks",
   blocks_tip: "Pick the blocks to guide.",
   gain: "gain",
-  gain_tip: "How much guidance changes what the model reads of the prompt. The line's top is its largest.",
+  gain_tip: "How much guidance changes the attention output. The top of the chart is the largest value so far.",
   parallel: "parallel",
-  parallel_tip: "Share of the direction that lies along what is read; the rest points sideways.",
+  parallel_tip: "Share of the guidance that lies along the attention output; the rest is orthogonal to it.",
   capped: "capped",
-  capped_tip: "Share of spots where the brake (norm_threshold) shortens the guidance.",
+  capped_tip: "Share of query tokens where the cap (norm_threshold) shortens the guidance.",
   unknown: "Run once to see this model's blocks.",
   unnamed: "The text does not name blocks of this model.",
   down: "down",
@@ -30,31 +31,43 @@ const ENGLISH = {
   up: "up",
   block_tip: "{part} {number}: {guided} of {of} text attentions guided",
   default: "default",
-  default_tip: "Guide the model's usual blocks: empties the text.",
+  default_tip: "Guide the default blocks of this model, by clearing the field.",
   preset: "preset",
-  preset_tip: "Fills in the fields of a preset of the GAG node. Strength, range and blocks stay as they are.",
+  preset_tip: "Fill in the fields from a preset of the GAG node. Strength, range and blocks stay as they are.",
   modified: "modified",
 };
 
 /** @typedef {keyof typeof ENGLISH} Name of a text */
 
-/** @type {Partial<Record<string, string>>} */
-let translated = {};
+// Maps, because an object also answers to names that it inherits, such as "constructor".
+/** @type {Map<string, string>} */
+const english = new Map(Object.entries(ENGLISH));
+/** @type {Map<string, string>} */
+let translated = new Map();
 
 /**
- * Say all further texts in another language, where there are translations.
- * @param {Record<string, {gag?: Record<string, string>}>} packs what the packs' locales/ have, by language
+ * Use the texts of another language from now on, where they are translated.
+ * @param {Record<string, {gag?: Record<string, string>}>} packs texts from the locales/ of all packs, by language
  * @param {string} language such as `de` or `zh-TW`
  */
 export function speak(packs, language) {
-  translated = (packs[language] ?? packs[language.split("-")[0]])?.gag ?? {};
+  const texts = (packs[language] ?? packs[language.split("-")[0]])?.gag ?? {};
+  translated = new Map(Object.entries(texts));
 }
 
 /**
- * A text, with values in the places of their names.
+ * True if there is a text of this name.
+ * @param {string} name
+ * @returns {name is Name}
+ */
+export const isText = (name) => english.has(name);
+
+/**
+ * Return a text, with each `{name}` in it replaced by the value of that name.
  * @param {Name} name
  * @param {Record<string, unknown>} [values]
  */
 export function say(name, values = {}) {
-  return (translated[name] ?? ENGLISH[name]).replace(/\{(\w+)\}/g, (_, key) => String(values[key]));
+  const text = translated.get(name) ?? english.get(name) ?? name;
+  return text.replace(/\{(\w+)\}/g, (_, key) => String(values[key]));
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One server and one page for all tests of this folder, which run with ``--browser`` only (see tests/conftest.py)."""
+"""One server and one page for all tests of this folder. They run with ``--browser`` only (see tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from browser import FrontEnd, front_end, what_is_missing
 from comfy_server import ComfyServer
 
-if missing := what_is_missing():  # told once, before any test runs
+if missing := what_is_missing():  # said once, before any test runs
     pytest.exit(missing, returncode=pytest.ExitCode.USAGE_ERROR)
 
 

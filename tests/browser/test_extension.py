@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the pack adds to its nodes in the browser (web/gag.js): in the real front end, on the real server."""
+"""Tests of the panels of guidance nodes (web/gag.js), in the real front end on the real server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TITLES = {"d": "down", "m": "middle", "u": "up"}
 CLOSED = "() => gagApi.socket?.readyState !== WebSocket.OPEN"
 _seeds = itertools.count(int(time.time()))
 
-# In the page: a node of a type, in a subgraph or not, its panel and its fields; and which messages have come.
+# Helpers in the page: find a node by its type, also in subgraphs, its panel and its fields; collect messages.
 HELPERS = """() => {
     const everyNode = graph => graph.nodes.flatMap(n => [n, ...(n.subgraph ? everyNode(n.subgraph) : [])]);
     window.gagNode = type => everyNode(window.app.rootGraph ?? window.app.graph).find(node => node.type === type);
@@ -50,7 +50,7 @@ TO_ADVANCED = """() => {
     advanced.connect(0, gagNode("KSampler"), 0);
     graph.remove(old);
 }"""
-# Moves the canvas so that the foot of a node is in sight, clear of menus.
+# Move the canvas so that the foot of a node is in sight, clear of menus.
 LOOK_AT = """type => {
     const { canvas } = window.app, node = gagNode(type);
     canvas.ds.scale = 1;
@@ -58,7 +58,10 @@ LOOK_AT = """type => {
     canvas.bringToFront?.(node);
     canvas.setDirty(true, true);
 }"""
-# Whether a panel lies whole within its node and over none of its widgets, in either renderer.
+# True if the line of a series has so many points.
+POINTS = """([type, name, count]) => gagPanel(type).querySelector(`polyline[data-series="${name}"]`)
+    ?.getAttribute("points").split(" ").length === count"""
+# True if a panel lies entirely within its node and covers none of its widgets, in either renderer.
 FITS = """type => {
     const node = gagNode(type), panel = gagPanel(type), content = panel.firstElementChild;
     const box = content.getBoundingClientRect(), own = panel.getBoundingClientRect();
@@ -79,7 +82,7 @@ FITS = """type => {
 
 
 class Extension:
-    """The pack's part of an open page; ``errors`` are those in the console that are ours."""
+    """The pack's part of an open page; ``errors`` collects the pack's errors and warnings in the console."""
 
     def __init__(self, page: FrontEnd) -> None:
         self.page = page
@@ -93,8 +96,8 @@ class Extension:
             self.errors.append(message.text)
 
     def open(self, advanced: bool = False, workflow: Json | None = None) -> None:
-        """Open the demo's workflow, as it is in its file or with the advanced node; or another one."""
-        self.page.load(workflow or {**DEMO, "id": str(uuid.uuid4())})  # so that nothing is known of its nodes
+        """Open the demo's workflow, from its file or with the advanced node instead; or another workflow."""
+        self.page.load(workflow or {**DEMO, "id": str(uuid.uuid4())})  # a new id, for which nothing is remembered
         self.page.evaluate(HELPERS)
         if workflow is None:
             self.set_field("KSampler", "steps", STEPS)
@@ -109,7 +112,7 @@ class Extension:
         self.page.evaluate("() => window.app.queuePrompt(0)")
 
     def run(self) -> None:
-        """Run the workflow to its end and to that of its messages."""
+        """Run the workflow, and wait for the last message of the run."""
         before = self.count("execution_success")
         self.queue()
         self.wait_count("execution_success", before + 1)
@@ -121,25 +124,29 @@ class Extension:
         self.page.wait("([kind, count]) => gagSeen[kind].length >= count", [kind, count], timeout_ms=120_000)
 
     def quiet(self) -> int:
-        """Wait until no more messages come to charts, because the server has been told; how many came."""
-        came = -1
-        while came != (came := self.count("gag.chart")):
+        """Wait until no more chart messages come, because the server has the new list; return how many have come."""
+        count = -1
+        while count != (count := self.count("gag.chart")):
             time.sleep(2)
-        return came
+        return count
 
     def model(self) -> Json:
-        """The blocks of the model, as the last message said."""
+        """Return the blocks of the model, from the last message."""
         model: Json = self.page.evaluate("() => gagSeen['gag.blocks'].at(-1)")
         return model
 
     def wait_guided(self, node: str) -> None:
-        """Wait until the badge says that the model's usual layers are guided."""
+        """Wait until the badge says that the model's default attentions are guided."""
         default, parts = self.model()["default"], self.model()["parts"]
         guided = sum(layer for part in default.values() for block in part for layer in block)
-        self.wait_text(node, ".gag-badge", f"guiding {guided} of {sum(map(sum, parts.values()))} layers")
+        self.wait_badge(node, guided, sum(map(sum, parts.values())))
+
+    def wait_badge(self, node: str, guided: int, count: int) -> None:
+        """Wait until the badge says how many attentions are guided."""
+        self.wait_text(node, ".gag-badge", f"guiding {guided} of {count} attentions")
 
     def panel(self, node: str) -> Any:
-        """The panel as it is on the page: in sight, or this fails."""
+        """Return the panel's element, which must be in sight."""
         self.page.evaluate(LOOK_AT, node)
         self.page.wait("type => gagPanel(type).isConnected && gagPanel(type).offsetHeight > 0", node)
         return self.page.page.evaluate_handle("type => gagPanel(type)", node).as_element()
@@ -149,7 +156,7 @@ class Extension:
         panel = self.panel(node)
         (button,) = (found for found in panel.query_selector_all("button") if found.text_content() == text)
         button.click()
-        time.sleep(0.5)  # the server is told meanwhile
+        time.sleep(0.5)  # time for the message to the server
 
     def press(self, part: str, block: int) -> None:
         """Press a block in the picker with the mouse."""
@@ -179,7 +186,7 @@ class Extension:
 
     def wait_blocks(self, chosen: Json) -> None:
         """Wait until the picker shows these blocks as guided, by part."""
-        wanted = [f"{TITLES.get(p, p)}{n}" for p, blocks in chosen.items() for n, on in enumerate(blocks) if all(on)]
+        wanted = [f"{TITLES.get(p, p)}{i}" for p, blocks in chosen.items() for i, on in enumerate(blocks) if all(on)]
         script = """wanted => [...gagPanel("GAGuidanceAdvanced").querySelectorAll(".gag-block[aria-pressed=true]")]
             .map(b => b.parentElement.firstChild.textContent + b.textContent).join() === wanted.join()"""
         self.page.wait(script, wanted)
@@ -191,7 +198,7 @@ class Extension:
 
 @pytest.fixture(scope="module", params=["classic", "vue"])
 def tab(request: pytest.FixtureRequest, server: ComfyServer, page: FrontEnd) -> Iterator[FrontEnd]:
-    """A tab with nodes drawn on the canvas, and one with those of the Vue renderer."""
+    """Two tabs in turn: one draws nodes on the canvas, the other by Vue."""
     server.settings({"Comfy.VueNodes.Enabled": request.param == "vue"})
     with page.beside(server) as opened:
         assert opened.evaluate("() => Boolean(window.LiteGraph.vueNodesMode)") == (request.param == "vue")
@@ -201,7 +208,7 @@ def tab(request: pytest.FixtureRequest, server: ComfyServer, page: FrontEnd) -> 
 
 @pytest.fixture
 def extension(tab: FrontEnd) -> Iterator[Extension]:
-    """No test may leave an error in the page or the console."""
+    """The extension in the tab; a test that leaves an error in the page or the console fails."""
     tab.errors.clear()
     opened = Extension(tab)
     yield opened
@@ -209,7 +216,7 @@ def extension(tab: FrontEnd) -> Iterator[Extension]:
     assert opened.errors == []
 
 
-def test_a_chart_is_drawn_while_it_is_open_and_nothing_comes_otherwise(extension: Extension) -> None:
+def test_a_chart_gets_messages_only_while_it_is_open(extension: Extension) -> None:
     extension.open()
     extension.run()
     assert extension.count("gag.report") == 1
@@ -217,20 +224,55 @@ def test_a_chart_is_drawn_while_it_is_open_and_nothing_comes_otherwise(extension
     extension.click("GAGuidance", "chart")
     extension.set_field("GAGuidance", "start_percent", 0)
     extension.run()
-    drawn = (
-        """() => gagPanel("GAGuidance").querySelector("polyline.gag-gain").getAttribute("points").split(" ").length"""
-    )
-    extension.page.wait(f"steps => ({drawn})() === steps", STEPS)
+    series = extension.page.evaluate("async () => (await (await fetch('/gag/setup')).json()).series")
+    for name in (one["name"] for one in series):
+        extension.page.wait(POINTS, ["GAGuidance", name, STEPS])
     shown = extension.page.evaluate("() => gagPanel('GAGuidance').querySelector('.gag-chart').textContent")
-    assert shown.count("%") == 3
+    assert shown.count("%") == [one["unit"] for one in series].count("%")
     extension.wait_fit("GAGuidance")
-    came = extension.count("gag.chart")
-    assert came >= 1
+    count = extension.count("gag.chart")
+    assert count >= 1
     extension.click("GAGuidance", "chart")
     extension.run()
     assert extension.count("gag.report") == 3
-    assert extension.count("gag.chart") == came
+    assert extension.count("gag.chart") == count
     assert extension.page.evaluate("() => gagPanel('GAGuidance').querySelector('.gag-chart') === null")
+
+
+def test_the_legend_is_there_before_the_first_run(extension: Extension) -> None:
+    extension.open()
+    extension.click("GAGuidance", "chart")
+    series = extension.page.evaluate("async () => (await (await fetch('/gag/setup')).json()).series")
+    texts = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["gag"]
+    script = """wanted => JSON.stringify([...gagPanel("GAGuidance").querySelectorAll("span.gag-series")]
+        .map(label => [label.dataset.series, label.textContent, label.title])) === JSON.stringify(wanted)"""
+    names = [one["name"] for one in series]
+    extension.page.wait(script, [[name, texts[name], texts[f"{name}_tip"]] for name in names])
+
+
+def test_a_chart_draws_any_series_that_a_message_declares(extension: Extension) -> None:
+    """A name without texts, which objects inherit besides, and values outside the range."""
+    extension.open()
+    extension.click("GAGuidance", "chart")
+    extension.page.evaluate("""() => {
+        const series = [
+            { name: "constructor", unit: "", range: [-1, 1], colour: "rgb(0, 0, 255)" },
+            { name: "most", unit: "%", range: [0, null], colour: "rgb(255, 0, 0)" },
+        ];
+        const points = { [gagNode("GAGuidance").id]: [[0, -5, 0.5], [1, 0, 2], [2, 5, 1]] };
+        gagApi.dispatchEvent(new CustomEvent("gag.chart", { detail: { run: -1, steps: 3, series, points } }));
+    }""")
+    extension.page.wait("() => gagPanel('GAGuidance').querySelector('[data-series=constructor]')")
+    shown = extension.page.evaluate("""() => {
+        const parts = [...gagPanel("GAGuidance").querySelectorAll(".gag-series")];
+        return parts.map(part => part.getAttribute("points") ?? `${part.textContent}, ${part.title}`);
+    }""")
+    lines = ["0.00,98.00 50.00,50.00 100.00,2.00", "0.00,74.00 50.00,2.00 100.00,50.00"]
+    assert shown == [*lines, "constructor 5, constructor", "most 100 %, most"]
+    colours = extension.page.evaluate("""() => [...gagPanel("GAGuidance").querySelectorAll("polyline")]
+        .map(line => getComputedStyle(line).stroke)""")
+    assert len(set(colours)) == 2
+    extension.wait_fit("GAGuidance")
 
 
 def test_the_badge_says_what_was_guided_or_why_nothing(extension: Extension) -> None:
@@ -272,15 +314,15 @@ def test_the_picker_and_the_text_agree(extension: Extension) -> None:
     extension.wait_blocks(chosen)
     extension.wait_fit(node)
     extension.run()
-    layers = sum(map(sum, extension.model()["parts"].values()))
+    count = sum(map(sum, extension.model()["parts"].values()))
     guided = sum(layer for part in chosen.values() for block in part for layer in block)
-    extension.wait_text(node, ".gag-badge", f"guiding {guided} of {layers} layers")
+    extension.wait_badge(node, guided, count)
     extension.set_field(node, "blocks", "d9")
     extension.wait_text(node, ".gag-note", "The text does not name blocks of this model.")
     extension.set_field(node, "blocks", "m")
     extension.wait_blocks({"m": [[True]]})
     extension.press("middle", 0)
-    assert extension.field(node, "blocks") == "m", "the last block stays, because an empty text is the default"
+    assert extension.field(node, "blocks") == "m", "the last block stays, because an empty text means the default"
     extension.click(node, "default")
     assert extension.field(node, "blocks") == ""
     extension.wait_blocks(default)
@@ -332,10 +374,10 @@ def test_after_a_reload_the_blocks_are_still_known_and_no_chart_is_open(
 
 
 def test_a_preset_fills_the_fields_and_shows_when_they_differ(extension: Extension) -> None:
-    presets = extension.page.evaluate("async () => (await fetch('/gag/presets')).json()")
+    presets = extension.page.evaluate("async () => (await (await fetch('/gag/setup')).json()).presets")
     node = "GAGuidanceAdvanced"
     extension.open(advanced=True)
-    extension.wait_preset("gentle")  # which is what the node's defaults are
+    extension.wait_preset("gentle")  # the node's defaults are this preset
     extension.set_field(node, "strength", 0.7)
     fields = set(extension.page.evaluate("() => gagNode('GAGuidanceAdvanced').widgets.map(w => w.name)"))
     for name, config in presets.items():
@@ -359,7 +401,7 @@ def test_a_preset_is_one_step_for_undo(extension: Extension) -> None:
     undo = "() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.undo()"
     extension.open(advanced=True)
     extension.wait_preset("gentle")
-    extension.click(node, "chart")  # which makes the front end note what the fields are
+    extension.click(node, "chart")  # makes the front end note the values of the fields
     extension.choose("paper")
     extension.wait_preset("paper")
     time.sleep(0.5)
@@ -371,7 +413,7 @@ def test_a_preset_is_one_step_for_undo(extension: Extension) -> None:
     extension.wait_preset("paper")
 
 
-def test_each_node_is_told_of_itself(extension: Extension) -> None:
+def test_each_node_gets_its_own_messages(extension: Extension) -> None:
     extension.open()
     extension.page.evaluate("""() => {
         const first = window.LiteGraph.createNode("GAGuidanceAdvanced");
@@ -425,8 +467,8 @@ def test_a_node_in_a_subgraph(extension: Extension) -> None:
     assert extension.count("gag.chart") >= 1
 
 
-def test_what_was_shown_survives_undo(extension: Extension) -> None:
-    """Which makes all nodes anew."""
+def test_badge_and_chart_survive_undo(extension: Extension) -> None:
+    """Undo makes all nodes anew."""
     extension.open()
     extension.click("GAGuidance", "chart")
     extension.run()
@@ -434,14 +476,14 @@ def test_what_was_shown_survives_undo(extension: Extension) -> None:
     extension.page.evaluate("async () => { await window.app.loadGraphData(window.app.graph.serialize()); }")
     extension.wait_guided("GAGuidance")
     extension.wait_fit("GAGuidance")
-    came = extension.count("gag.chart")
+    count = extension.count("gag.chart")
     extension.run()
-    assert extension.count("gag.chart") > came
+    assert extension.count("gag.chart") > count
     assert extension.page.evaluate("() => document.querySelectorAll('.gag-panel').length") == 1
 
 
 def test_another_workflow_is_opened_while_one_runs(extension: Extension) -> None:
-    """Its nodes have the same ids, and one of them an open chart."""
+    """The other workflow has nodes of the same ids, and one of them has an open chart."""
     extension.open()
     extension.click("GAGuidance", "chart")
     first = extension.page.evaluate("() => window.app.graph.serialize()")
@@ -453,9 +495,9 @@ def test_another_workflow_is_opened_while_one_runs(extension: Extension) -> None
     extension.queue()
     extension.wait_count("gag.chart", 1)
     extension.page.load(second)
-    came = extension.quiet()
+    count = extension.quiet()
     extension.wait_count("execution_success", 1)
-    assert extension.count("gag.chart") == came
+    assert extension.count("gag.chart") == count
     extension.wait_text("GAGuidance", ".gag-badge", "")
     assert (
         extension.page.evaluate("() => gagPanel('GAGuidance').querySelector('polyline').getAttribute('points')") == ""
@@ -471,13 +513,13 @@ def test_a_node_is_removed_in_the_middle_of_a_run(extension: Extension) -> None:
     extension.queue()
     extension.wait_count("gag.chart", 1)
     extension.page.evaluate("() => window.app.graph.remove(gagNode('GAGuidance'))")
-    came = extension.quiet()
+    count = extension.quiet()
     extension.wait_count("execution_success", 1)
-    assert extension.count("gag.chart") == came, "nobody looks any more"
+    assert extension.count("gag.chart") == count, "no chart is open any more"
     assert extension.page.evaluate("() => document.querySelectorAll('.gag-panel').length") == 0
 
 
-def test_the_wheel_over_a_panel_zooms_as_beside_it(extension: Extension) -> None:
+def test_the_wheel_zooms_over_a_panel_as_beside_it(extension: Extension) -> None:
     extension.open()
     box = extension.panel("GAGuidance").bounding_box()
     extension.page.page.mouse.move(box["x"] + 20, box["y"] + box["height"] / 2)
@@ -529,7 +571,7 @@ def test_everything_can_be_read(theme: str, extension: Extension, server: ComfyS
         server.settings({"Comfy.ColorPalette": "dark"})
         extension.page.go_to(server)
     assert len(contrasts) > 12
-    # Of graphics and large controls 3 is asked for, of text 4.5, by the guidelines for the web.
+    # The guidelines for accessible web content ask for a contrast of 3 for graphics and large controls, 4.5 for text.
     assert [part for part in contrasts if part[1] < 3.0] == []
 
 
@@ -543,7 +585,7 @@ def test_another_tab_gets_nothing_of_a_run(extension: Extension, server: ComfySe
         assert extension.count("gag.chart") == 0
         assert other.count("gag.chart") == other.count("gag.report") == other.count("progress_text") == 0
         assert extension.count("progress_text") >= 1
-        # It is measured for the tab that runs and looks.
+        # A run of the tab with the open chart is measured.
         other.run()
         assert other.count("gag.chart") >= 1
 
@@ -563,7 +605,7 @@ def test_workflows_are_saved_and_queued_as_without_the_extension(
         graphs.append(opened.evaluate("() => window.app.graphToPrompt()"))
     ours, without = graphs
     assert ours["output"] == without["output"]
-    # A node without widgets may have none of it or an empty list.
+    # The value of a node without widgets may be missing or an empty list.
     written, saved = (
         {node["id"]: node.get("widgets_values") or [] for node in nodes if node["type"].startswith("GAG")}
         for nodes in (workflow["nodes"], ours["workflow"]["nodes"])
@@ -580,17 +622,17 @@ def test_workflows_are_saved_and_queued_as_without_the_extension(
 
 @pytest.fixture(scope="module")
 def plain(page: FrontEnd, server: ComfyServer) -> Iterator[FrontEnd]:
-    """A tab that the extension does not reach."""
+    """A tab without the extension."""
     with page.beside(server, without="/gag.js") as opened:
         yield opened
 
 
 def test_the_picker_reads_texts_as_the_server_does(page: FrontEnd) -> None:
-    # In a thread of its own, because the browser's loop runs in this one.
+    # The import needs another thread, because the browser's event loop runs in this one.
     with ThreadPoolExecutor(1) as thread:
         host: Any = thread.submit(importlib.import_module, "host_process").result()
-    blocks = host.pack_module("nodes.blocks")
-    layer = host.pack_module("nodes.families").Layer
+    blocks = host.pack_module("nodes.patching.block_syntax")
+    layer = host.pack_module("nodes.patching.families").Layer
     models = [
         {"d": [1, 1, 2], "m": [10], "u": [2, 2, 1]},
         {"double": [1] * 19, "single": [1] * 38},
@@ -598,6 +640,7 @@ def test_the_picker_reads_texts_as_the_server_does(page: FrontEnd) -> None:
     ]
     terms = ["d", "d0", "d0-1", "m", "m0.3", "u1.0-1", "u2.1", "double", "double 3-5", "single 37", "single0-40", "7"]
     terms += ["19-21", "block 2", "block2-1", "0-29", "x", "", " U0 ", "d2.", ".1", "d.0", "3 - 5", "1.0", "d-1"]
+    terms.append("constructor")  # every object in JavaScript has a property of this name
     texts = [*terms, *(f"{a},{b}" for a in terms for b in terms)]
     script = """async ([models, texts]) => {
         const files = await (await fetch("/extensions")).json();
@@ -610,7 +653,7 @@ def test_the_picker_reads_texts_as_the_server_does(page: FrontEnd) -> None:
     read = 0
     for parts, found in zip(models, page.evaluate(script, [models, texts]), strict=True):
         known = {
-            name: [[layer(name, number, inner) for inner in range(count)] for number, count in enumerate(part)]
+            name: [[layer(name, block, inner) for inner in range(count)] for block, count in enumerate(part)]
             for name, part in parts.items()
         }
         for text, (chosen, written) in zip(texts, found, strict=True):
@@ -644,14 +687,14 @@ def test_the_server_goes_and_comes_back(page: FrontEnd, tmp_path: Path) -> None:
         assert extension.errors == []
         lost.__enter__()
         opened.wait(f"() => !({CLOSED})()")
-        time.sleep(1)  # the server is told of the open chart
+        time.sleep(1)  # time for the message about the open chart
         extension.run()
         assert extension.count("gag.chart") >= 1
         extension.wait_guided(node)
 
 
 def test_a_picture_brings_its_workflow_back(page: FrontEnd, server: ComfyServer) -> None:
-    """Saved by a run and dropped onto the page, as a user does."""
+    """The picture is saved by a run and dropped onto the page, as a user does."""
     extension = Extension(page)
     extension.open(advanced=True)
     extension.set_field("GAGuidanceAdvanced", "guidance_scale", 3.25)
@@ -678,18 +721,18 @@ def test_a_picture_brings_its_workflow_back(page: FrontEnd, server: ComfyServer)
     }""")
     page.wait("count => window.app.graph.nodes.length === count", len(before))
     after = sorted(page.evaluate(state))
-    # Some front ends save what a run wrote on a node (and a gap for the panel before it), which no field gets back.
+    # Some front ends save the text that a run wrote on a node (and a gap for the panel before it). No field gets it.
     kept = [
-        [number, kind, (values or [])[: len(got or [])]]
-        for (number, kind, values), (_, _, got) in zip(sorted(before), after, strict=True)
+        [node_id, kind, (values or [])[: len(got or [])]]
+        for (node_id, kind, values), (_, _, got) in zip(sorted(before), after, strict=True)
     ]
-    assert [[number, kind, got or []] for number, kind, got in after] == kept
+    assert [[node_id, kind, got or []] for node_id, kind, got in after] == kept
     assert next(got for _, kind, got in after if kind == "GAGuidanceAdvanced")[9] == "m,u"
     restored = page.prompt()
     seeds = {node: entry["inputs"].pop("seed", None) for node, entry in restored.items()}
     assert any(seeds.values())
     for entry in queued.values():
-        entry["inputs"].pop("seed", None)  # which the run changed
+        entry["inputs"].pop("seed", None)  # the run changed it
     assert restored == queued
     page.wait("() => Boolean(gagNode('GAGuidanceAdvanced'))")
     extension.panel("GAGuidanceAdvanced")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The pack's nodes in another language, in ComfyUI's real front end."""
+"""Tests of the nodes' texts in another language, in ComfyUI's real front end."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import texts
 from browser import FrontEnd
 from comfy_server import ComfyServer, Json
+from generate import texts
 
-# Front ends that load a language after the packs' own texts lose those; seen in this one, whichever the pack.
+# A front end that loads a language after the packs' texts loses the packs' texts. This one does, with any pack.
 LOSES_THEM = "1.32.9"
 NODE = """id => {
     const node = window.LiteGraph.createNode(id);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The example workflows in ComfyUI's real front end: they open whole, and what it would queue is what we queue."""
+"""Tests of the example workflows in ComfyUI's real front end: it opens them completely, and queues what we queue."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def object_info(server: ComfyServer) -> Json:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_opens_whole_and_queues_what_the_file_says(path: Path, page: FrontEnd, object_info: Json) -> None:
+def test_opens_completely_and_queues_the_file(path: Path, page: FrontEnd, object_info: Json) -> None:
     workflow: Json = json.loads(path.read_text(encoding="utf-8"))
     types = [node["type"] for node in workflow["nodes"]]
     if missing := set(types) - set(object_info) - {"Note", "MarkdownNote"}:
@@ -49,5 +49,5 @@ def test_opens_whole_and_queues_what_the_file_says(path: Path, page: FrontEnd, o
 
 
 def _without_titles(prompt: Json) -> Json:
-    """A prompt without what nodes are called, which the front end takes from its own translations."""
+    """Return a prompt without the titles of its nodes, which the front end takes from its own translations."""
     return {node_id: {key: value for key, value in node.items() if key != "_meta"} for node_id, node in prompt.items()}

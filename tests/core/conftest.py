@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One thread for these tests: their tensors are small, and waiting threads make a busy machine slower still."""
+"""Run these tests on one thread: their tensors are small, and idle threads slow a busy machine down."""
 
 from __future__ import annotations
 

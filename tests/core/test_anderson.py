@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Anderson acceleration on plain fixed-point problems, and as the rule that solves for the guidance's coefficient."""
+"""Anderson acceleration on plain fixed-point problems, and rule "anderson", which solves for its coefficients."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import cases
+import hopfield
 import reference
+from benchmarks.speed.memory import tracked_peak
 from cases import LAYOUTS, MASKS, Shape, shape_id
 from gag_core import (
     GuidanceConfig,
     anderson,
     combine,
     entmax,
-    fused,
     guided_attention,
     guided_joint_attention,
-    hopfield,
     sparse_dense_attention,
 )
-from memory import tracked_peak
+from gag_core.triton import launch
 from properties import ALPHAS, FUZZ_LAYOUTS, PROPERTY, SEEDS, Call, calls, examples
 from tolerances import ARITHMETIC, DTYPES, assert_close
 
@@ -43,7 +43,7 @@ WIDE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
 def problem(seed: int, *batch: int, m: int = 3, n: int = 12) -> tuple[Tensor, Tensor]:
-    """A residual ``[*batch, n]`` and differences ``[*batch, m, n]`` that explain most of it, fp64."""
+    """Make a residual ``[*batch, n]`` and differences ``[*batch, m, n]`` that explain most of it, fp64."""
     differences = cases.random(*batch, m, n, seed=seed, dtype=torch.float64)
     wanted = cases.random(*batch, m, 1, seed=seed + 1, dtype=torch.float64)
     return (wanted * differences).sum(-2) + cases.random(*batch, n, seed=seed + 2, std=0.3, dtype=torch.float64), (
@@ -69,7 +69,7 @@ def test_coefficients_are_those_of_regularised_least_squares(seed: int, m: int, 
 
 
 @pytest.mark.parametrize("m", [1, 2, 5])
-def test_in_single_precision_too(m: int) -> None:
+def test_coefficients_in_single_precision(m: int) -> None:
     f, d = problem(4, 50, m=m)
     found = anderson.coefficients(f.float(), d.float(), regularization=0.01)
     assert found.dtype == torch.float32
@@ -97,7 +97,7 @@ def test_residuals_along_one_line(rho: float) -> None:
 def test_the_predicted_residual_never_rises(
     seed: int, m: int, regularization: float, dtype: torch.dtype, parallel: float, bound: float
 ) -> None:
-    """However parallel the differences, with the bound or without; and it falls where there is something to gain."""
+    """This holds for nearly parallel differences too, with and without the bound. In general position it falls."""
     f, d = problem(seed, 20, m=m)
     d = (d[:, :1] + parallel * d).to(dtype)
     f = f.to(dtype)
@@ -106,7 +106,7 @@ def test_the_predicted_residual_never_rises(
     before = f.double().norm(dim=-1)
     for found in (gamma, bound * anderson.shares(gamma, bound)):
         predicted = (f.double() - (found.double().unsqueeze(-1) * d.double()).sum(-2)).norm(dim=-1)
-        # A coefficient is at most so wrong that its own length's rounding shows.
+        # The error of a coefficient shows at most as a rounding of its own contribution.
         rounding = torch.finfo(dtype).eps * (found.double().abs() * d.double().norm(dim=-1)).sum(-1)
         assert (predicted <= before * (1 + 1e-5) + 8 * rounding).all()
     if parallel == 1.0:
@@ -114,8 +114,8 @@ def test_the_predicted_residual_never_rises(
         assert (predicted < before).double().mean() > 0.9
 
 
-def test_what_cannot_be_solved_is_left_alone() -> None:
-    """No differences, differences at right angles, numbers that are none: the step without extrapolation."""
+def test_unsolvable_problems_have_coefficients_of_zero() -> None:
+    """Zero differences, orthogonal differences and NaN give coefficients of 0: no extrapolation."""
     f = torch.tensor([[1.0, 0.0, 0.0]] * 3)
     d = torch.zeros(3, 2, 3)
     d[1, 0, 1] = d[1, 1, 2] = 1.0
@@ -128,12 +128,12 @@ def test_what_cannot_be_solved_is_left_alone() -> None:
 
 
 def test_a_solution_that_would_raise_the_residual_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As rounding may give one; here every other problem is solved wrongly."""
+    """Rounding may give such a solution. Here every other problem gets a wrong solution."""
     f, d = problem(3, 6)
     right = anderson.coefficients(f, d, regularization=0.01)
-    solve = anderson._solved
+    solve = anderson._solve
     wrong = torch.tensor([1.0, -1.0, 1.0, 30.0, 1.0, math.nan], dtype=torch.float64).unsqueeze(-1)
-    monkeypatch.setattr(anderson, "_solved", lambda *arguments: wrong * solve(*arguments))
+    monkeypatch.setattr(anderson, "_solve", lambda *arguments: wrong * solve(*arguments))
     found = anderson.coefficients(f, d, regularization=0.01)
     assert torch.equal(found[::2], right[::2]) and (right[::2] != 0).all()
     assert torch.equal(found[1::2], torch.zeros(3, 3, dtype=torch.float64))
@@ -141,8 +141,8 @@ def test_a_solution_that_would_raise_the_residual_is_not_taken(monkeypatch: pyte
 
 @pytest.mark.parametrize("m", [1, 3])
 @pytest.mark.parametrize("size", [1e-34, 1e-25, 1e-10, 1e10, 1e25, 1e34], ids="size={}".format)
-def test_coefficients_have_no_unit(m: int, size: float) -> None:
-    """Residual and differences in another unit give the same; of the differences alone, the inverse."""
+def test_coefficients_do_not_depend_on_a_common_scale(m: int, size: float) -> None:
+    """Scaling residual and differences changes nothing; scaling the differences alone divides the coefficients."""
     f, d = (tensor.float() for tensor in problem(2, 10, m=m))
     expected = anderson.coefficients(f, d, regularization=0.01)
     torch.testing.assert_close(
@@ -162,7 +162,7 @@ def test_shares_by_hand() -> None:
 
 
 def linear(seed: int, n: int, radius: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A, b and the fixed point of ``x -> A x + b``, A symmetric with eigenvalues up to ``radius``."""
+    """Make A, b and the fixed point of ``x -> A x + b``, A symmetric with eigenvalues up to ``radius``."""
     rotation = torch.linalg.qr(cases.random(n, n, seed=seed, dtype=torch.float64)).Q
     values = torch.linspace(-radius / 2, radius, n, dtype=torch.float64)
     a = rotation @ torch.diag(values) @ rotation.T
@@ -191,7 +191,7 @@ def test_a_bound_of_zero_is_picards_iteration() -> None:
 
 @pytest.mark.parametrize("n", [2, 4, 6])
 def test_a_linear_problem_is_solved_in_as_many_steps_as_it_has_dimensions(n: int) -> None:
-    """With all differences kept type II is GMRES, which ends after n steps; Picard is far from it then."""
+    """With all differences kept, type II is GMRES, which ends after n steps. Picard's iteration is then far away."""
     a, b, exact = linear(3, n, 0.95)
     start = torch.zeros(n, dtype=torch.float64)
     errors = {
@@ -206,7 +206,7 @@ def test_a_linear_problem_is_solved_in_as_many_steps_as_it_has_dimensions(n: int
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 @pytest.mark.parametrize("bound", [math.inf, 20.0])
-def test_it_beats_picard_on_linear_problems(depth: int, bound: float) -> None:
+def test_anderson_beats_picard_on_linear_problems(depth: int, bound: float) -> None:
     a, b, exact = linear(5, 30, 0.98)
     start = cases.random(8, 30, seed=6, dtype=torch.float64)
     settings: dict[str, Any] = {"steps": 25, "regularization": 1e-8}
@@ -217,39 +217,39 @@ def test_it_beats_picard_on_linear_problems(depth: int, bound: float) -> None:
 
 
 class Memory:
-    """Retrieval from 20 random patterns of 8 dimensions, from 30 starts; ``cold`` is beta times ``|X|^2``."""
+    """Retrieval from 20 random patterns of 8 dimensions, from 30 starts; ``beta_norm`` is beta times ``|X|^2``."""
 
-    def __init__(self, alpha: float, cold: float) -> None:
+    def __init__(self, alpha: float, beta_norm: float) -> None:
         self.alpha = alpha
         self.x = cases.random(20, 8, seed=7, dtype=torch.float64)
         self.start = cases.random(30, 8, seed=8, dtype=torch.float64)
-        self.beta = cold / float(torch.linalg.matrix_norm(self.x, 2).square())
+        self.beta = beta_norm / float(torch.linalg.matrix_norm(self.x, 2).square())
 
     def image(self, state: Tensor) -> Tensor:
         return reference.entmax(self.beta * state @ self.x.T, self.alpha) @ self.x
 
-    def left(self, steps: int, depth: int) -> Tensor:
-        """How far the states are from a fixed point after some steps."""
+    def residual(self, steps: int, depth: int) -> Tensor:
+        """Compute the distance of the states from a fixed point after some steps."""
         state = anderson.fixed_point(self.image, self.start, steps=steps, depth=depth, regularization=1e-10)
         return (self.image(state) - state).norm(dim=-1)
 
 
-@pytest.mark.parametrize("alpha, cold", [(1.0, 14.0), (1.5, 6.0)])
-def test_it_beats_picard_on_hopfield_retrieval(alpha: float, cold: float) -> None:
-    """Where the iteration converges, but slowly."""
-    memory = Memory(alpha, cold)
-    picard, found = memory.left(12, 0), memory.left(12, 4)
+@pytest.mark.parametrize("alpha, beta_norm", [(1.0, 14.0), (1.5, 6.0)])
+def test_anderson_beats_picard_on_hopfield_retrieval(alpha: float, beta_norm: float) -> None:
+    """The iteration converges here, but slowly."""
+    memory = Memory(alpha, beta_norm)
+    picard, found = memory.residual(12, 0), memory.residual(12, 4)
     assert picard.median() > 1e-4
     assert (found < picard).all()
     assert found.median() < 1e-3 * picard.median()
-    assert memory.left(60, 4).max() < 1e-12
+    assert memory.residual(60, 4).max() < 1e-12
 
 
-def test_it_does_not_where_sparse_retrieval_ends_by_itself() -> None:
-    """Cold, it is at a pattern or a mean of a few after some steps, from one piece of a bent map to another."""
+def test_picard_beats_anderson_at_low_temperature() -> None:
+    """At low temperature Picard's iteration reaches a pattern, or a mean of a few patterns, after some steps."""
     memory = Memory(1.5, 20.0)
-    assert memory.left(12, 0).median() < 1e-12
-    assert memory.left(12, 4).median() > 1e-6
+    assert memory.residual(12, 0).median() < 1e-12
+    assert memory.residual(12, 4).median() > 1e-6
 
 
 def test_problems_of_a_batch_do_not_mix() -> None:
@@ -276,7 +276,7 @@ PROBLEMS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("w0", [0.3, 0.01])
 def test_the_iterates_are_scipys(name: str, depth: int, w0: float) -> None:
-    """scipy.optimize.anderson finds the root of F(x) = T(x) - x; mixing 1, M and w0 are what they are here."""
+    """scipy.optimize.anderson finds the root of F(x) = T(x) - x; M is the depth, w0 the root of the regularisation."""
     function = PROBLEMS[name]
     start = np.array([0.1, -0.4, 0.7, 0.2])
     theirs: list[Any] = []
@@ -332,10 +332,10 @@ def with_depth(config: GuidanceConfig, depth: int) -> GuidanceConfig:
 def allowed(
     q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, expected: Tensor, compute: Callable[..., Tensor]
 ) -> Tensor:
-    """fp32 error that each token may have, ``[B, H, N, 1]``: how far roundings of q and k move the reference itself.
+    """Compute the fp32 error that each token may have, ``[B, H, N, 1]``, from the effect of roundings of q and k.
 
-    A retrieval of a retrieval magnifies errors, and a coefficient does so where the differences are small or parallel;
-    how much depends on the token.
+    The effect is measured on the reference. A retrieval of a retrieval magnifies errors. A coefficient magnifies them
+    where the differences are small or parallel. So the error depends on the token.
     """
     error = torch.full_like(expected[..., :1], 2 * ARITHMETIC * float(v.double().abs().max()))
     error = error * (1.0 + config.guidance_scale) if config.guidance_scale < 100 else error * 20.0
@@ -374,13 +374,13 @@ def assert_matches(
     expected = compute(q, k)
     assert result.dtype == q.dtype
     if q.dtype == torch.float64:
-        # The same code as in fp32, so that here the formulas show as they are.
+        # The code is the same as in fp32, so this tests the formulas without rounding.
         assert_close(result, expected, error=1e-7 * float(v.abs().max()) * (1 + config.guidance_scale))
         return
     error = allowed(q, k, v, config, expected, compute)
     if text is not None and base is None and q.dtype != torch.float32:
         error += 2 * torch.finfo(q.dtype).eps * float(v.double().abs().max())  # torch's own attention
-    # Where a rounding decides over what is read, three samples do not always tell; such tokens are few.
+    # Where a rounding decides which keys are read, three samples do not always show it. Such tokens are few.
     moved = error > 0.02 * v.double().abs().max()
     assert moved.double().mean() < 0.05
     assert torch.isfinite(result).all()
@@ -402,7 +402,7 @@ def test_configs(name: str, depth: int, dtype: torch.dtype) -> None:
     base = cases.random(*q.shape, seed=20, dtype=dtype) if depth == 2 else None
     config = with_depth(CONFIGS[name], depth)
     if name == "unregularised" and depth > 1 and dtype != torch.float64:
-        # Roundings decide where differences are nearly parallel; that it is finite is all that is promised.
+        # Roundings decide where differences are nearly parallel. Only finite numbers are promised.
         assert torch.isfinite(guided_attention(q, k, v, config, base=base)).all()
         return
     assert_matches(q, k, v, config, base=base)
@@ -467,14 +467,14 @@ def test_joint_attention_leaves_the_text_rows_alone(depth: int) -> None:
 
 
 def parts(q: Tensor, k: Tensor, v: Tensor, alpha: float = 1.5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S, D and, in key space, s and d."""
+    """Compute S and D, and s and d in key space."""
     sparse, dense = sparse_dense_attention(q, k, v, alpha=alpha)
     s, d = sparse_dense_attention(q, k, k, alpha=alpha)
     return sparse, dense, s, d
 
 
 def solved_lambda(q: Tensor, k: Tensor, alpha: float = 1.5) -> Tensor:
-    """Depth 1 in a formula, ``[B, H, N, 1]``: lambda = radius <q / |q|, s - d> / |s - d|^2 - 1."""
+    """Compute lambda at depth 1 by its formula, ``[B, H, N, 1]``: lambda = radius <q / |q|, s - d> / |s - d|^2 - 1."""
     _, _, s, d = parts(q, k, k, alpha)
     p = reference.softmax(reference.attention_logits(q, k))
     radius = (p.unsqueeze(-1) * (k.unsqueeze(-3) - d.unsqueeze(-2)).square()).sum((-2, -1)).sqrt().unsqueeze(-1)
@@ -493,7 +493,7 @@ def test_depth_one_is_a_formula() -> None:
 
 
 def test_lambda_takes_both_signs_and_both_sides_of_the_bound() -> None:
-    """So that what is said above and below of either is said of something."""
+    """So none of the tests of these cases is empty."""
     q, k, _ = cases.qkv(SMALL, dtype=torch.float64)
     found = solved_lambda(q, k)
     for case in (found < 0, (found > 0) & (found < 0.5), found > 0.5):
@@ -505,7 +505,7 @@ def test_lambda_takes_both_signs_and_both_sides_of_the_bound() -> None:
     seed=SEEDS, alpha=ALPHAS, std=st.sampled_from([0.3, 1.0, 2.0]), heads=st.integers(1, 3), keys=st.integers(2, 60)
 )
 def test_lambda_never_points_away_from_the_query(seed: int, alpha: float, std: float, heads: int, keys: int) -> None:
-    """lambda >= -1: whatever is solved for lies on the sparse side of the dense read-out."""
+    """lambda >= -1: the result lies on the sparse side of the dense read-out."""
     q, k, v = cases.qkv(Shape(1, heads, 12, keys, 8), seed=seed, std=std, dtype=torch.float64)
     sparse, dense = sparse_dense_attention(q, k, v, alpha=alpha)
     out = guided_attention(q, k, v, dataclasses.replace(UNBOUNDED, alpha=alpha))
@@ -514,7 +514,7 @@ def test_lambda_never_points_away_from_the_query(seed: int, alpha: float, std: f
     assert (along >= -1e-6 * out.norm(dim=-1) * r.norm(dim=-1)).all()
 
 
-def test_it_is_the_nearest_point_to_the_query() -> None:
+def test_the_result_is_the_nearest_point_to_the_query() -> None:
     """With keys as values, out is the point of the line through d and s that is nearest to the state of the query."""
     q, k, _ = cases.qkv(SMALL, dtype=torch.float64)
     s, d = sparse_dense_attention(q, k, k)
@@ -529,10 +529,10 @@ def test_it_is_the_nearest_point_to_the_query() -> None:
 
 @pytest.mark.parametrize("name", ["relative", "paper-cap", "merged-orthogonal", "sparsemax-half", "free"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_at_its_bound_it_is_rule_gag(name: str, dtype: torch.dtype) -> None:
-    """Where the lambda that is solved for is larger than guidance_scale, it is guidance_scale.
+def test_at_the_bound_the_rule_is_gag(name: str, dtype: torch.dtype) -> None:
+    """guidance_scale takes the place of a solved lambda that is larger.
 
-    The rules read the values in products of different widths, which some processors round differently.
+    The two rules multiply weights and values in products of different widths, which some processors round differently.
     """
     q, k, v = cases.qkv(SMALL, dtype=dtype)
     config = dataclasses.replace(CONFIGS[name], guidance_scale=0.05, merge_heads=False)
@@ -586,7 +586,7 @@ def test_off_is_base_bit_for_bit(dtype: torch.dtype, depth: int) -> None:
     regularization=st.sampled_from([0.0, 0.01]),
 )
 def test_the_bound_holds(seed: int, depth: int, bound: float, std: float, regularization: float) -> None:
-    """out - S is bound times a mean of differences of read-outs, none of which is longer than two values are."""
+    """out - S is at most the bound times a difference of read-outs, which is at most that of two values."""
     q, k, v = cases.qkv(Shape(1, 2, 20, 30, 8), seed=seed, std=std)
     config = dataclasses.replace(
         FREE, guidance_scale=bound, anderson_depth=depth, anderson_regularization=regularization
@@ -612,15 +612,15 @@ def test_more_regularisation_is_nearer_to_plain_sparse_attention() -> None:
         assert away[0] > away[1] > away[2] > away[3] and away[3] < 1e-4 * away[0]
 
 
-def test_deeper_reads_differ() -> None:
+def test_depths_give_different_results() -> None:
     q, k, v = cases.qkv(SMALL)
     outs = [guided_attention(q, k, v, with_depth(FREE, depth)) for depth in range(1, 6)]
     assert all((a - b).abs().max() > 0.01 for i, a in enumerate(outs) for b in outs[:i])
 
 
 @pytest.mark.parametrize("depth", [2, 3])
-def test_the_residual_that_is_predicted_falls_with_depth(depth: int) -> None:
-    """More retrievals to combine leave less: in the reference, whose numbers the implementation has."""
+def test_the_predicted_residual_falls_with_depth(depth: int) -> None:
+    """More retrievals leave a smaller residual, in the reference that the implementation is tested against."""
     q, k, v = cases.qkv(Shape(1, 2, 10, 40, 12), dtype=torch.float64)
     bias = torch.zeros(40, dtype=torch.float64)
     for n in range(10):
@@ -652,7 +652,7 @@ GAUGES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, float]]] = {
 
 @depths
 @pytest.mark.parametrize("gauge", GAUGES)
-def test_what_attention_does_not_see_changes_nothing(gauge: str, depth: int) -> None:
+def test_changes_that_attention_does_not_see_change_nothing(gauge: str, depth: int) -> None:
     q, k, v = cases.qkv(SMALL, dtype=torch.float64)
     q_changed, k_changed, factor = GAUGES[gauge](q, k)
     assert not (torch.equal(q, q_changed) and torch.equal(k, k_changed))
@@ -669,7 +669,7 @@ def test_what_attention_does_not_see_changes_nothing(gauge: str, depth: int) -> 
 
 @depths
 def test_an_offset_of_all_keys_costs_no_precision(depth: int) -> None:
-    """In single precision, with keys a thousand times as far from the origin as from each other."""
+    """This is in single precision, with keys a thousand times as far from the origin as from each other."""
     q, k, v = cases.qkv(SMALL)
     q[..., 0] = 0.0  # or the logits would be rounded to the size of the offset already
     k[..., 0] += 1000.0
@@ -677,8 +677,8 @@ def test_an_offset_of_all_keys_costs_no_precision(depth: int) -> None:
     assert_close(guided_attention(q, k, v, config), reference.guided_attention(q, k, v, config), error=5e-4)
 
 
-def test_a_matrix_that_stretches_key_space_changes_it() -> None:
-    """What the docstring leaves out: there is no measure of residuals that such a matrix would keep."""
+def test_a_matrix_that_stretches_key_space_changes_the_result() -> None:
+    """The docstring excludes it: no measure of residuals is invariant under such a matrix."""
     q, k, v = cases.qkv(SMALL, dtype=torch.float64)
     stretch = torch.diag(torch.linspace(0.3, 3.0, 16, dtype=torch.float64))
     changed = q @ stretch, k @ torch.linalg.inv(stretch)
@@ -689,7 +689,7 @@ def test_a_matrix_that_stretches_key_space_changes_it() -> None:
 @pytest.mark.parametrize("factor", [1e-3, 50.0])
 @depths
 def test_the_result_scales_with_the_values(depth: int, factor: float) -> None:
-    """The coefficients do not depend on values at all."""
+    """The coefficients do not depend on the values."""
     q, k, v = cases.qkv(SMALL, dtype=torch.float64)
     config = with_depth(FREE, depth)
     torch.testing.assert_close(
@@ -760,7 +760,7 @@ def test_huge_logits(std: float, depth: int) -> None:
 @pytest.mark.parametrize("size", [0.0, 1e-40, 1e-25, 1e-12, 1e12, 1e18], ids="size={}".format)
 @depths
 def test_keys_and_queries_of_any_size(depth: int, size: float) -> None:
-    """The logits are ordinary ones where sizes make up for each other, and so is the result."""
+    """Logits and result are ordinary where the sizes of queries and keys make up for each other."""
     q, k, v = cases.qkv(SMALL)
     config = with_depth(SOLVED, depth)
     out = guided_attention(q, k * torch.tensor(size), v, config)
@@ -841,7 +841,7 @@ def peak(shape: Shape, depth: int, dtype: torch.dtype = torch.float32) -> int:
     "shape, dtype", [(Shape(1, 8, 2048, 512, 40), torch.float32), (Shape(1, 24, 512, 512, 64), torch.bfloat16)], ids=str
 )
 def test_memory_is_a_small_multiple_of_the_output_and_the_keys(shape: Shape, dtype: torch.dtype, depth: int) -> None:
-    """However deep: then chunks are smaller. (Nor is a value read back from the device, or this would fail.)"""
+    """This holds for every depth, because chunks get smaller. Reading a value back from the device would fail."""
     output, keys = (shape.batch * shape.heads * tokens * shape.dim * 4 for tokens in (shape.queries, shape.keys))
     logits = shape.batch * shape.heads * shape.queries * shape.keys * 4
     assert peak(shape, depth, dtype) < min(3 * output + 4 * keys, logits)
@@ -855,14 +855,14 @@ def test_more_queries_need_their_output_only() -> None:
 # --- who computes it, and who cannot ------------------------------------------------------------------------------
 
 
-def test_the_kernels_leave_it_to_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+def test_the_kernels_do_not_run_rule_anderson(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_runs_on", lambda device: True)
     q, _, v = cases.qkv(SMALL)
-    assert fused.takes(q, v, dataclasses.replace(SOLVED, rule="gag"))
-    assert not fused.takes(q, v, SOLVED)
+    assert launch.can_run(q, v, dataclasses.replace(SOLVED, rule="gag"))
+    assert not launch.can_run(q, v, SOLVED)
 
 
-def test_two_read_outs_do_not_tell_the_coefficient() -> None:
+def test_combine_refuses_rule_anderson() -> None:
     sparse, dense, _, _ = parts(*cases.qkv(SMALL))
     with pytest.raises(ValueError, match=r"^rule must be 'gag' or 'pladis' .*guided_attention\), got 'anderson'\.$"):
         combine(sparse, dense, SOLVED)
@@ -891,7 +891,7 @@ def test_settings_are_refused_in_a_sentence(fields: dict[str, Any], words: list[
     GuidanceConfig(guidance_scale=-1.0)  # with the other rules it may be negative
 
 
-def test_other_rules_do_not_see_its_settings() -> None:
+def test_other_rules_ignore_the_anderson_settings() -> None:
     q, k, v = cases.qkv(SMALL)
     for rule in ("gag", "pladis"):
         plain = GuidanceConfig(rule=rule)
@@ -899,8 +899,8 @@ def test_other_rules_do_not_see_its_settings() -> None:
         assert torch.equal(guided_attention(q, k, v, plain), guided_attention(q, k, v, other))
 
 
-def test_the_theory_and_the_rule_retrieve_the_same() -> None:
-    """The sparse retrieval in key space is that of a Hopfield memory whose patterns are the keys."""
+def test_key_space_retrieval_is_that_of_the_hopfield_theory() -> None:
+    """The retrieval in key space is that of a Hopfield memory whose patterns are the keys."""
     q, k, _ = cases.qkv(SMALL, dtype=torch.float64)
     for alpha in (1.0, 1.5):
         found = hopfield.retrieve(q, k, beta=0.25, alpha=alpha)

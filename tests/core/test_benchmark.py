@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The benchmark command runs, what it compares computes the same, and it judges its own numbers rightly."""
+"""The benchmark command: it runs, its methods compute the same, and its goals are judged correctly."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import attention as benchmark
 import cases
-import methods
 import reference
+from benchmarks.speed import attention as benchmark
+from benchmarks.speed import methods
+from benchmarks.speed.methods import ALPHAS, ANDERSON, EAGER, FUSED, PACKAGE, SDPA, SORT
 from gag_core import GuidanceConfig
-from methods import ALPHAS, ANDERSON, EAGER, FUSED, PACKAGE, SDPA, SORT
 from tolerances import assert_close
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ TEXT = 24
 
 @pytest.mark.parametrize("method", [EAGER, SORT, PACKAGE], ids=lambda method: method.name)
 def test_every_method_computes_the_same(method: methods.Method) -> None:
-    """A baseline that computes something else, or less, would be no baseline."""
+    """Otherwise the comparison of their times would be unfair."""
     q, k, v = cases.qkv(cases.Shape(2, 3, 20, 77, 16))
     with methods.swapped(method.swaps()):
         assert_close(method.attention(0)(q, k, v), reference.guided_attention(q, k, v, GuidanceConfig()), error=1e-3)
@@ -42,16 +42,16 @@ def test_every_method_computes_the_same_joint_attention(method: methods.Method) 
 
 @pytest.mark.parametrize("method", [*ANDERSON, *ALPHAS], ids=lambda method: method.name)
 @pytest.mark.parametrize("text", [0, TEXT])
-def test_the_rows_of_other_settings_compute_them(method: methods.Method, text: int) -> None:
+def test_methods_with_other_settings_compute_them(method: methods.Method, text: int) -> None:
     q, k, v = cases.qkv(cases.Shape(1, 2, 40, 40, 16), dtype=torch.float64)
     if text:
         expected = reference.guided_joint_attention(q, k, v, slice(0, text), method.config)
     else:
         expected = reference.guided_attention(q, k, v, method.config)
     assert_close(method.attention(text)(q, k, v), expected, error=1e-5)
-    some = slice(None, None, 7)
-    found = methods.exact(q, k, v, text, some, method.config)
-    assert_close(found.guided, expected[:, :, some], error=1e-5)
+    checked = slice(None, None, 7)
+    found = methods.exact(q, k, v, text, checked, method.config)
+    assert_close(found.guided, expected[:, :, checked], error=1e-5)
 
 
 def test_the_command_times_other_settings_if_asked(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_the_command_times_other_settings_if_asked(tmp_path: Path) -> None:
 
 
 def test_the_swapped_function_is_the_one_that_runs() -> None:
-    """Else every row of the table would be the same method."""
+    """Otherwise every row of the table would be the same method."""
     calls = []
 
     def guide(out: torch.Tensor, *_: object, **__: object) -> None:
@@ -81,15 +81,15 @@ def test_the_swapped_function_is_the_one_that_runs() -> None:
 @pytest.mark.parametrize("text", [0, TEXT])
 def test_the_exact_attention(text: int) -> None:
     q, k, v = cases.qkv(cases.Shape(2, 3, 60, 60, 16))
-    some = slice(None, None, 7)
-    found = methods.exact(q, k, v, text, some)
+    checked = slice(None, None, 7)
+    found = methods.exact(q, k, v, text, checked)
     if text:
         expected = reference.guided_joint_attention(q, k, v, slice(0, text), GuidanceConfig())
     else:
         expected = reference.guided_attention(q, k, v, GuidanceConfig())
-    assert_close(found.guided, expected[:, :, some], error=1e-9)
+    assert_close(found.guided, expected[:, :, checked], error=1e-9)
     plain = torch.matmul(reference.softmax(reference.attention_logits(q, k)), v.double())
-    assert_close(found.plain, plain[:, :, some], error=1e-9)
+    assert_close(found.plain, plain[:, :, checked], error=1e-9)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -107,18 +107,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: 
     for shape in ("custom: 300 x 77, B1 H2 d16", "custom: 300 x 300, text 64, B1 H2 d16"):
         assert all(f"| {shape} | {name} |" in printed for name in names)
     for row in results["results"]:
-        numbers = [value for value in row.values() if isinstance(value, float)]
-        assert len(numbers) >= 7 and all(math.isfinite(number) for number in numbers)
+        values = [value for value in row.values() if isinstance(value, float)]
+        assert len(values) >= 7 and all(math.isfinite(value) for value in values)
         assert 0 < row["best_ms"] <= row["median_ms"] and row["error"] < 1e-2
-    # The goals for the error hold on any machine; those for time are not for these small shapes.
+    # The goals for errors hold on any machine. Those for time do not apply to such small shapes.
     errors = [goal for goal in results["goals"] if "error" in goal["goal"]]
     assert errors and all(goal["met"] for goal in errors)
     assert any(FUSED.name in note for note in results["notes"])
 
 
-def row(method: methods.Method, shape: benchmark.Shape, **numbers: float) -> benchmark.Row:
+def row(method: methods.Method, shape: benchmark.Shape, **values: float) -> benchmark.Row:
     ones = dict.fromkeys(benchmark.Row._fields[2:], 1.0)
-    return benchmark.Row(shape, method.name, **{**ones, **numbers})
+    return benchmark.Row(shape, method.name, **{**ones, **values})
 
 
 def test_the_goals_go_by_the_worst_shape() -> None:
@@ -139,19 +139,19 @@ def test_the_goals_go_by_the_worst_shape() -> None:
     assert not on_gpu["adds at most 0.2 of the joint attention (Flux)"]["met"]
 
 
-def test_in_a_joint_attention_what_is_added_is_compared() -> None:
-    taken = {
-        method.name: benchmark.Taken([time], extra=0, error=1e-7)
+def test_in_a_joint_attention_the_added_times_are_compared() -> None:
+    measured = {
+        method.name: benchmark.Measured([time], extra=0, error=1e-7)
         for method, time in ((SDPA, 10.0), (EAGER, 12.0), (SORT, 30.0))
     }
     joint = benchmark.SHAPES["flux-1024"][0]
-    by_name = {row.method: row for row in benchmark.compared(joint, taken, output=1)}
+    by_name = {row.method: row for row in benchmark.compared(joint, measured, output=1)}
     assert by_name[EAGER.name].faster_than_sort == 10.0 and by_name[EAGER.name].times_sdpa == 1.2
-    by_name = {row.method: row for row in benchmark.compared(joint._replace(text=0), taken, output=1)}
+    by_name = {row.method: row for row in benchmark.compared(joint._replace(text=0), measured, output=1)}
     assert by_name[EAGER.name].faster_than_sort == 2.5
 
 
-def test_shapes_are_refused_in_words() -> None:
+def test_wrong_shapes_are_refused_with_a_message() -> None:
     for wrong in ("4096x77", "sdxl", "1x2x0x4x5", "1x2x8x9x5x4", "1x2x8x8x5x9"):
         with pytest.raises(argparse.ArgumentTypeError) as raised:
             benchmark.parse_shapes(wrong)
@@ -159,7 +159,7 @@ def test_shapes_are_refused_in_words() -> None:
 
 
 @pytest.mark.parametrize("wrong", [["--device", "tpu"], ["--device", "meta"], ["--repeats", "0"], ["--threads", "-1"]])
-def test_options_are_refused_in_words(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_refused_with_a_message(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         benchmark.main(wrong)
     assert raised.value.code == 2 and wrong[1] in capsys.readouterr().err

@@ -42,13 +42,13 @@ CONFIGS |= {f"merged-{name}": dataclasses.replace(config, merge_heads=True) for 
 def read_outs(
     *size: int, seed: int = 0, dtype: torch.dtype = torch.float32, distance: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """A sparse read-out and a dense one near it."""
+    """Make a sparse read-out and a dense one near it."""
     sparse = cases.random(*size, seed=seed)
     return sparse.to(dtype), (sparse + cases.random(*size, seed=seed + 1, std=distance)).to(dtype)
 
 
 def error_of(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> float:
-    """S and D are exact here, so only the formula's own fp32 roundings count."""
+    """Compute the allowed error. S and D are exact here, so only the fp32 roundings of the formula count."""
     reach = (1 + abs(config.guidance_scale)) * (1 + abs(config.orthogonal_scale)) * (1 + abs(config.strength))
     return 0.05 * ARITHMETIC * reach * float(torch.maximum(sparse.double().abs().max(), dense.double().abs().max()))
 
@@ -105,7 +105,7 @@ def test_off_is_dense_exactly(merge: bool) -> None:
 
 
 def guidance_of(out: Tensor, sparse: Tensor, config: GuidanceConfig) -> Tensor:
-    """g, recovered from ``out = S + lambda g``."""
+    """Recover g from ``out = S + lambda g``."""
     return (out.double() - sparse.double()) / config.guidance_scale
 
 
@@ -121,18 +121,16 @@ def guidance_of(out: Tensor, sparse: Tensor, config: GuidanceConfig) -> Tensor:
 def test_the_guidance_never_exceeds_its_cap(
     seed: int, zeta: float, eta: float, mode: str, merge: bool, distance: float
 ) -> None:
-    """And where it was longer, it has exactly that length and its old direction."""
+    """A longer guidance vector is shortened to the cap and keeps its direction."""
     sparse, dense = read_outs(2, 3, 10, 16, seed=seed, distance=distance)
     config = GuidanceConfig(orthogonal_scale=zeta, norm_threshold=eta, norm_mode=mode, merge_heads=merge)
     free = dataclasses.replace(config, norm_threshold=math.inf)
     capped, uncapped = (guidance_of(combine(sparse, dense, c), sparse, c) for c in (config, free))
     if merge:
         sparse, capped, uncapped = (x.transpose(1, 2).flatten(2) for x in (sparse, capped, uncapped))
-    cap = torch.full_like(capped[..., :1], eta)
-    if mode == "relative":
-        cap = eta * sparse.double().norm(dim=-1, keepdim=True)
+    limit = reference.cap_limit(sparse.double().norm(dim=-1, keepdim=True), config)
     before, after = uncapped.norm(dim=-1, keepdim=True), capped.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(after, torch.minimum(before, cap), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after, reference.cap(before, limit), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(capped * before, uncapped * after, rtol=1e-3, atol=1e-4 * float(before.max()))
 
 
@@ -143,7 +141,7 @@ def test_both_sides_of_the_cap_occur_above() -> None:
     assert (lengths < 1.0).any() and (lengths > 1.0).any()
 
 
-def test_a_hand_made_token() -> None:
+def test_one_token_by_hand() -> None:
     """S = (2, 0), D = (1, -3): r = (1, 3), r_par = (1, 0), r_perp = (0, 3)."""
     sparse, dense = torch.tensor([[[[2.0, 0.0]]]]), torch.tensor([[[[1.0, -3.0]]]])
 
@@ -162,7 +160,7 @@ def test_a_hand_made_token() -> None:
 
 
 def test_merged_heads_share_one_geometry() -> None:
-    """The same as one head of all the dimensions."""
+    """Merged heads give the same as one head with all dimensions."""
     sparse, dense = read_outs(2, 5, 7, 8, distance=2.0)
     config = GuidanceConfig(orthogonal_scale=0.2, norm_threshold=3.0)
     one_head = [x.transpose(1, 2).reshape(2, 1, 7, 40) for x in (sparse, dense)]
@@ -187,7 +185,7 @@ def test_merging_one_head_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("zeta", [0.0, 1.0], ids="zeta={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_zero_sparse_read_out(dtype: torch.dtype, zeta: float, mode: str, merge: bool) -> None:
-    """It has no direction: the discrepancy counts as orthogonal."""
+    """A zero S has no direction, so all of the discrepancy counts as orthogonal."""
     _, dense = read_outs(2, 3, 5, 8, dtype=dtype)
     sparse = torch.zeros_like(dense)
     config = GuidanceConfig(orthogonal_scale=zeta, norm_mode=mode, norm_threshold=1.0, merge_heads=merge)
@@ -212,7 +210,7 @@ def test_equal_read_outs_are_a_fixed_point(name: str) -> None:
     "name", ["paper", "gentle", "no-cap", "orthogonal", "orthogonal-tight-relative", "pladis", "merged-gentle"]
 )
 def test_small_and_large_values(name: str, size: float) -> None:
-    """Right to full relative precision, though <S, S> comes close to the ends of fp32."""
+    """Results have full relative precision, though <S, S> comes close to the ends of the range of fp32."""
     sparse, dense = (size * x for x in read_outs(2, 3, 5, 8))
     config = CONFIGS[name]
     assert_close(
@@ -235,7 +233,7 @@ def test_squares_beyond_fp32_give_no_nan(name: str, size: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_results_saturate_at_the_range_of_the_dtype(name: str, dtype: torch.dtype) -> None:
-    """Finite in, finite out, up to the largest number there is."""
+    """Finite inputs give finite results, up to the largest number of the dtype."""
     largest = torch.finfo(dtype).max
     sparse = torch.tensor([[[[1.0, 1.0, -1.0, 0.5]]]], dtype=dtype) * largest
     dense = torch.tensor([[[[0.1, 0.2, -0.3, 0.9]]]], dtype=dtype) * largest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""GuidanceConfig: the defaults of the issue, validation in words, immutability."""
+"""GuidanceConfig: defaults, validation with clear messages, immutability."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_replace_keeps_the_rest_and_validates() -> None:
         ("merge_heads", True),
     ],
 )
-def test_takes_what_is_allowed(field: str, value: Any) -> None:
+def test_accepts_allowed_values(field: str, value: Any) -> None:
     assert getattr(GuidanceConfig(**{field: value}), field) == value
 
 
@@ -94,7 +94,7 @@ def test_takes_what_is_allowed(field: str, value: Any) -> None:
         ("strength", math.inf, ["finite"]),
     ],
 )
-def test_refuses_what_is_not_in_one_sentence(field: str, value: Any, allowed: list[str]) -> None:
+def test_refuses_other_values_in_one_sentence(field: str, value: Any, allowed: list[str]) -> None:
     with pytest.raises(ValueError) as raised:
         GuidanceConfig(**{field: value})
     message = str(raised.value)
@@ -105,7 +105,7 @@ def test_refuses_what_is_not_in_one_sentence(field: str, value: Any, allowed: li
 
 @pytest.mark.parametrize("field", ["guidance_scale", "norm_threshold", "orthogonal_scale", "alpha", "strength"])
 @pytest.mark.parametrize("value", ["1.5", None, [1.5], 1.5 + 0j, True], ids=repr)
-def test_refuses_what_is_no_number(field: str, value: Any) -> None:
+def test_refuses_values_that_are_no_numbers(field: str, value: Any) -> None:
     with pytest.raises((TypeError, ValueError)) as raised:
         GuidanceConfig(**{field: value})
     assert field in str(raised.value) and repr(value) in str(raised.value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The pages: what they link to is there, what they tell to run exists, and every message has its place in them."""
+"""The pages: links lead somewhere, commands exist, examples run, and every message is explained."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/**/*.md")])
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
-# Where messages for users come from. Those of the rest of gag_core are for who calls it as a library.
-MODULES = sorted([*ROOT.glob("nodes/*.py"), ROOT / "gag_core" / "config.py", ROOT / "gag_core" / "fused.py"])
-SAYING = {"log.warning", "log.info", "log.error", "show_on_node", "_error", "notes.append"}
+# Files with messages for users. Messages of other files of gag_core are for callers of the library.
+CORE = ROOT / "gag_core"
+MODULES = sorted([*ROOT.glob("nodes/**/*.py"), CORE / "config.py", CORE / "triton" / "launch.py"])
+MESSAGE_CALLS = {"log.warning", "log.info", "log.error", "send_text", "_error", "notes.append"}
 ANYTHING = "…"
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 @every_page
-def test_what_a_page_links_to_is_there(page: Path) -> None:
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
         path, _, anchor = target.partition("#")
@@ -37,7 +38,7 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link can point to in a page: its headings, as GitHub names them."""
+    """Return the anchors of a page: its headings, as GitHub names them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -48,10 +49,20 @@ def test_commands_of_a_page_exist(page: Path) -> None:
     help_of_dev = (ROOT / "dev.py").read_text(encoding="utf-8")
     for command in re.findall(r"python (?:\S*/)?dev\.py (\w+)", text):
         assert re.search(rf"^  {command} ", help_of_dev, flags=re.MULTILINE), f"{page.name}: dev.py {command}"
-    for script in re.findall(r"python ((?:dev|benchmarks|training)/\w+\.py)", text):
-        assert (ROOT / script).exists(), f"{page.name}: {script}"
-    for module in re.findall(r"python -m (training\.\w+)", text):
-        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), f"{page.name}: {module}"
+    for module in re.findall(r"python dev\.py run (\w+\.[\w.]*\w)", text):
+        path = Path(module.replace(".", "/")).with_suffix(".py")
+        assert (ROOT / path).exists() or (ROOT / "dev" / path).exists(), f"{page.name}: {module}"
+    assert not re.findall(r"python (?:-m training|(?:dev|benchmarks|training)/)", text), (
+        f"{page.name} runs a script without dev.py"
+    )
+
+
+def test_commands_of_dev_py_have_modules() -> None:
+    modules = re.findall(r'^    "\w+": "([\w.]+)",$', (ROOT / "dev.py").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(modules) >= 7
+    for module in modules:
+        path = Path(module.replace(".", "/")).with_suffix(".py")
+        assert (ROOT / path).exists() or (ROOT / "dev" / path).exists(), module
 
 
 @every_page
@@ -78,11 +89,11 @@ def test_every_message_is_in_troubleshooting() -> None:
     assert not missing, "docs/troubleshooting.md does not have:\n" + "\n".join(missing)
 
 
-def test_troubleshooting_has_no_message_that_is_gone() -> None:
+def test_troubleshooting_has_no_old_message() -> None:
     known = {plain(message) for message in messages()}
-    told = re.findall(r"^- `([^`]+)`", TROUBLESHOOTING.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    gone = [message for message in map(plain, told) if not any(one in message or message in one for one in known)]
-    assert told and not gone, "docs/troubleshooting.md still has:\n" + "\n".join(gone)
+    quoted = re.findall(r"^- `([^`]+)`", TROUBLESHOOTING.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    gone = [message for message in map(plain, quoted) if not any(one in message or message in one for one in known)]
+    assert quoted and not gone, "docs/troubleshooting.md still has:\n" + "\n".join(gone)
 
 
 def plain(text: str) -> str:
@@ -90,7 +101,7 @@ def plain(text: str) -> str:
 
 
 def messages() -> set[str]:
-    """What the pack can say to users, with … in the place of what is filled in."""
+    """Collect the messages of the pack to users, with … in the place of values that are filled in."""
     found: set[str] = set()
     for module in MODULES:
         tree = ast.parse(module.read_text(encoding="utf-8"))
@@ -101,17 +112,18 @@ def messages() -> set[str]:
             for target in targets:
                 if isinstance(node, (ast.Assign, ast.AugAssign)) and isinstance(target, ast.Name):
                     values.setdefault(target.id, []).append(node.value)
-        said: list[ast.expr] = []
+        expressions: list[ast.expr] = []
         for node in nodes:
-            if isinstance(node, ast.Call) and (called := ast.unparse(node.func)).endswith((*SAYING, "Error")):
-                said += node.args if called.endswith("Error") else node.args[:1]
-            elif isinstance(node, ast.FunctionDef) and node.name == "_why_nothing":
-                # The few words on the node, and the end of the sentence in the log.
-                returned = [one.value for one in ast.walk(node) if isinstance(one, ast.Return)]
-                said += [part for value in returned if isinstance(value, ast.Tuple) for part in value.elts]
-        said += [value for one in said if isinstance(one, ast.Name) for value in values.get(one.id, [])]
+            if isinstance(node, ast.Call) and (called := ast.unparse(node.func)).endswith((*MESSAGE_CALLS, "Error")):
+                expressions += node.args if called.endswith("Error") else node.args[:1]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "NothingGuided":
+                # After the reason's name: the few words on the node, and the end of the sentence in the log.
+                expressions += node.args[1:]
+            elif isinstance(node, ast.FunctionDef) and node.name == "sentence":
+                expressions += [one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value]
+        expressions += [value for one in expressions if isinstance(one, ast.Name) for value in values.get(one.id, [])]
         constants = {name: assigned[0] for name, assigned in values.items() if name.isupper()}
-        templates = (template_of(one, constants) for one in said)
+        templates = (template_of(one, constants) for one in expressions)
         found.update(template.strip() for template in templates if len(words(template)) >= 2)
     return found
 
@@ -121,7 +133,7 @@ def words(text: str) -> list[str]:
 
 
 def template_of(node: ast.expr, constants: dict[str, ast.expr]) -> str:
-    """The text of an expression as far as it stands in the source."""
+    """Return the text of an expression, with … for each part that is not written in the source."""
     if isinstance(node, ast.Constant):
         return re.sub(r"%[gds]|\{\}", ANYTHING, node.value) if isinstance(node.value, str) else ANYTHING
     if isinstance(node, ast.JoinedStr):

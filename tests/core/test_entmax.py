@@ -23,7 +23,7 @@ INF = math.inf
 
 
 def oracles(logits: Tensor, alpha: float) -> dict[str, Tensor]:
-    """The weights of every oracle that handles this alpha."""
+    """Compute the weights by every oracle that supports this alpha."""
     if alpha == 1.0:
         return {"softmax": torch.softmax(logits.double(), -1)}
     found = {"bisection": reference.entmax_by_bisection(logits, alpha)}
@@ -84,10 +84,10 @@ def test_crafted_rows(row: list[float], alpha: float) -> None:
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 1.75, 2.0], ids="alpha={}".format)
 @pytest.mark.parametrize("keys", [16, 77, 96, 154, 256, 512, 1024, 4608], ids="keys={}".format)
 def test_many_ties_at_the_edge_of_the_support(keys: int, alpha: float) -> None:
-    """Where the search is slowest."""
+    """The search for the threshold is slowest for such rows."""
     logits = cases.ties_at_the_edge(keys, alpha)
     weights, expected = entmax(logits, alpha), reference.entmax(logits, alpha)
-    # Many small errors add up in what is read, so their sum counts. At alpha 1.5 torch's norm of many keys is rounded.
+    # Many small errors add up in a read-out, so their sum counts. At alpha 1.5 torch's norm of many keys is rounded.
     error = 4e-6 + max(0, keys - 512) * 2.0**-26 if alpha == 1.5 else 4e-6
     assert (weights.double() - expected).abs().sum(-1).max() < error
 
@@ -95,13 +95,13 @@ def test_many_ties_at_the_edge_of_the_support(keys: int, alpha: float) -> None:
 @pytest.mark.parametrize("alpha", EVERY_ALPHA, ids="alpha={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_entries_weigh_nothing(dtype: torch.dtype, alpha: float) -> None:
-    """``-inf`` entries get 0, and the others what they get without them."""
+    """``-inf`` entries get weight 0, and all others the weight that they get without the ``-inf`` entries."""
     logits = cases.random(9, 60, seed=5, std=2.0, dtype=dtype)
     masked = torch.full((9, 100), -INF, dtype=dtype)
-    places = torch.randperm(100, generator=torch.Generator().manual_seed(6))[:60]
-    masked[:, places] = logits
+    indices = torch.randperm(100, generator=torch.Generator().manual_seed(6))[:60]
+    masked[:, indices] = logits
     weights = entmax(masked, alpha)
-    assert_close(weights[:, places], reference.entmax(logits, alpha), error=WEIGHTS)
+    assert_close(weights[:, indices], reference.entmax(logits, alpha), error=WEIGHTS)
     assert (weights[masked == -INF] == 0).all()
 
 
@@ -193,19 +193,19 @@ def test_refuses_an_alpha_out_of_range(alpha: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64], ids=str)
-def test_refuses_what_is_no_floating_point_tensor(dtype: torch.dtype) -> None:
+def test_refuses_other_dtypes(dtype: torch.dtype) -> None:
     with pytest.raises((TypeError, ValueError), match=str(dtype)):
         entmax(torch.zeros(2, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize("wrong", [[1.0, 2.0], 3.0, None], ids=repr)
-def test_refuses_what_is_no_tensor(wrong: Any) -> None:
+def test_refuses_other_types(wrong: Any) -> None:
     with pytest.raises(TypeError, match="tensor"):
         entmax(wrong)
 
 
 @pytest.mark.parametrize("dim", [3, -4, 17])
-def test_refuses_a_dimension_that_is_not_there(dim: int) -> None:
+def test_refuses_a_dimension_that_does_not_exist(dim: int) -> None:
     with pytest.raises((ValueError, IndexError)) as raised:
         entmax(torch.zeros(2, 3, 4), dim=dim)
     assert str(dim) in str(raised.value) and "dim" in str(raised.value)
@@ -236,7 +236,7 @@ def test_any_row_gives_the_weights_of_bisection(row: list[float], alpha: float) 
 def test_weights_are_a_distribution(seed: int, std: float, alpha: float, keys: int, dtype: torch.dtype) -> None:
     weights = entmax(cases.random(5, keys, seed=seed, std=std, dtype=dtype), alpha)
     assert (weights >= 0).all() and (weights <= 1).all()
-    # Every weight was rounded by itself: the roundings of a row add up to one of its sum at most.
+    # Each weight is rounded on its own. The roundings of a row add up to at most one rounding of the sum.
     assert ((weights.double().sum(-1) - 1).abs() <= ROUNDING[dtype] + WEIGHTS).all()
 
 
@@ -259,7 +259,7 @@ def test_a_shift_of_the_logits_changes_nothing(seed: int, alpha: float, shift: f
 @PROPERTY
 @hypothesis.given(seed=SEEDS, std=STDS, alpha=ALPHAS, keys=st.integers(2, 300))
 def test_optimality_conditions(seed: int, std: float, alpha: float, keys: int) -> None:
-    """One tau serves a whole row: x - p^(alpha - 1) is the same on the support, and no x off it exceeds it.
+    """One tau holds for a whole row: x - p^(alpha - 1) equals tau on the support, and x is at most tau elsewhere.
 
     These conditions characterise the solution without any oracle. tau lies in the bracket of the method.
     """
@@ -286,7 +286,7 @@ def test_the_support_shrinks_as_alpha_grows(seed: int, std: float, keys: int) ->
 
 
 def test_alphas_give_different_supports() -> None:
-    """So that the property above cannot hold by all of them being one function."""
+    """So the property above is not true just because all alphas give the same."""
     logits = cases.random(6, 200, seed=3, std=3.0)
     sizes = [float((entmax(logits, alpha) > 0).float().sum(-1).mean()) for alpha in (1.0, 1.25, 1.5, 2.0)]
     assert sizes[0] == 200 and sizes[0] > sizes[1] > sizes[2] > sizes[3]
@@ -302,7 +302,7 @@ def test_order_of_the_weights_is_that_of_the_logits(seed: int, std: float, alpha
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0], ids="alpha={}".format)
 def test_half_precision_is_computed_in_fp32(dtype: torch.dtype, alpha: float) -> None:
-    """Equal to the fp32 computation on the same numbers, rounded once."""
+    """The result equals the fp32 computation on the same numbers, rounded once."""
     logits = cases.random(50, 300, seed=15, std=3.0, dtype=dtype)
     assert torch.equal(entmax(logits, alpha), entmax(logits.float(), alpha).to(dtype))
 
@@ -310,7 +310,7 @@ def test_half_precision_is_computed_in_fp32(dtype: torch.dtype, alpha: float) ->
 @pytest.mark.parametrize("alpha", EVERY_ALPHA, ids="alpha={}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_logits_stay_finite(dtype: torch.dtype, alpha: float) -> None:
-    """The whole finite range of the dtype in one row: differences overflow, weights do not."""
+    """One row has the whole finite range of the dtype: differences overflow, weights do not."""
     largest = torch.finfo(dtype).max
     logits = torch.tensor([[largest, -largest, 0.0], [-largest] * 3, [largest, largest, -largest]], dtype=dtype)
     expected = torch.tensor([[1.0, 0.0, 0.0], [1 / 3] * 3, [0.5, 0.5, 0.0]])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Thousands of calls nobody thought of: finite stays finite, rows stay apart, every error is a sentence of ours."""
+"""Thousands of random calls: finite stays finite, rows do not mix, every error is a clear sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gag_core import (
 from properties import FLOATS, FUZZ_LAYOUTS, SEEDS, TAME, TAME_MASKS, VALUES, Call, calls, end_of, examples
 from tolerances import assert_close
 
-# Every setting to both of its ends and beyond what a node would ever ask for.
+# All settings up to both ends of their ranges, and beyond the ranges of the nodes.
 CONFIGS = st.builds(
     GuidanceConfig,
     rule=st.sampled_from(["gag", "pladis"]),
@@ -55,7 +55,7 @@ WIDE = st.sampled_from([torch.float32, torch.float64])
 
 @st.composite
 def text_slices(draw: st.DrawFn, tokens: int) -> slice:
-    """Where the text is in a sequence, in one of the ways to say it."""
+    """Draw the text tokens of a sequence, in one of the ways to write such a slice."""
     start = draw(st.integers(0, tokens - 1))
     stop = draw(st.integers(start + 1, tokens))
     ends = (None if start == 0 and draw(st.booleans()) else start), (None if stop == tokens else stop)
@@ -73,7 +73,7 @@ def guided_joint(call: Call, text: slice, config: GuidanceConfig) -> Tensor:
 
 
 def check_output(out: Tensor, call: Call, *, merged_for_free: bool = True) -> None:
-    """What callers rely on, whatever the numbers."""
+    """Check the properties of an output that hold for all numbers."""
     assert out.shape == (*call.q.shape[:3], call.v.shape[3])
     assert out.dtype == call.q.dtype
     assert torch.isfinite(out).all()
@@ -105,7 +105,7 @@ def test_guided_joint_attention_of_finite_numbers_is_finite(
     out = guided_joint(call, text, config)
     check_output(out, call)
     if call.base is not None:
-        # Text tokens are the host's, and with strength 0 all tokens are.
+        # Text tokens keep the host's output, and with strength 0 all tokens do.
         untouched = slice(None) if config.strength == 0.0 else text
         assert torch.equal(out[:, :, untouched], call.base[:, :, untouched])
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(call.tensors, before, strict=True))
@@ -113,7 +113,7 @@ def test_guided_joint_attention_of_finite_numbers_is_finite(
 
 @examples(300)
 @hypothesis.given(call=calls(), alpha=st.sampled_from([1.0, 1.001, 1.5, 2.0]))
-def test_both_readings_of_finite_numbers_are_averages_of_the_values(call: Call, alpha: float) -> None:
+def test_both_read_outs_of_finite_numbers_are_averages_of_the_values(call: Call, alpha: float) -> None:
     sparse, dense = sparse_dense_attention(call.q, call.k, call.v, alpha=alpha, mask=call.mask, scale=call.scale)
     largest = call.v.double().abs().amax()
     for out in (sparse, dense):
@@ -155,7 +155,7 @@ def test_entmax_of_any_logits_is_a_distribution(z: Tensor, alpha: float, data: s
 
 @examples(400)
 @hypothesis.given(call=calls(), config=CONFIGS, second=st.sampled_from(list(VALUES)))
-def test_combining_any_two_readings_is_finite(call: Call, config: GuidanceConfig, second: str) -> None:
+def test_combining_any_two_read_outs_is_finite(call: Call, config: GuidanceConfig, second: str) -> None:
     sparse = call.q
     other = VALUES[second](cases.random(*sparse.shape, seed=7, dtype=sparse.dtype), end_of(sparse.dtype))
     before = [sparse.clone(), other.clone()]
@@ -169,7 +169,7 @@ def test_combining_any_two_readings_is_finite(call: Call, config: GuidanceConfig
 
 
 def error_of(call: Call, text: slice, config: GuidanceConfig) -> Tensor:
-    """fp32 error that a guided row may have, ``[B, H, N, 1]``; without end where S cancels and has no direction.
+    """Compute the fp32 error that a guided row may have, ``[B, H, N, 1]``; unbounded where S cancels to 0.
 
     Errors of the read-outs are relative to the values, grow with the logits, and are multiplied by the extrapolation.
     """
@@ -205,7 +205,7 @@ def test_guided_joint_attention_is_near_the_reference(call: Call, config: Guidan
     )
     error = error_of(call, text, config)
     if call.base is None:
-        # torch's own attention gives the joint output, rounded to the dtype and, in half precision, on the way.
+        # torch's own attention gives the joint output. It rounds to the dtype, in half precision also on the way.
         error += 2 * torch.finfo(call.q.dtype).eps * float(call.v.double().abs().amax())
     assert_close(guided_joint(call, text, config), expected, error=error)
 
@@ -242,9 +242,9 @@ POISONS = st.sampled_from([math.nan, math.inf, -math.inf])
 
 @st.composite
 def poisoned(draw: st.DrawFn, call: Call) -> tuple[Call, Call, str, tuple[int, int, int]]:
-    """The call without and with NaN or infinity at one place of its queries, keys, values or base; where that is."""
+    """Draw the call without and with one NaN or infinity in q, k, v or base, the tensor's name, and the position."""
     name = draw(st.sampled_from(["q", "k", "v", *([] if call.base is None else ["base"])]))
-    # Both laid out alike, so that the same kernels run and all other bits can be compared.
+    # Both have the same layout, so that the same kernels run and all other bits can be compared.
     clean: Tensor = getattr(call, name).contiguous().clone()
     bad = clean.clone()
     batch, head, token, channel = (draw(st.integers(0, size - 1)) for size in bad.shape)
@@ -257,22 +257,22 @@ def poisoned(draw: st.DrawFn, call: Call) -> tuple[Call, Call, str, tuple[int, i
     return with_tensor(clean), with_tensor(bad), name, (batch, head, token)
 
 
-def untouched(shape: torch.Size, name: str, place: tuple[int, int, int], merge_heads: bool) -> Tensor:
-    """Which rows ``[B, H, N]`` of the output have nothing to do with the poisoned place."""
-    batch, head, token = place
-    reached = torch.zeros(shape[:3], dtype=torch.bool)
-    # Merged heads measure the heads of a token together; the base is only added to.
+def untouched(shape: torch.Size, name: str, position: tuple[int, int, int], merge_heads: bool) -> Tensor:
+    """Return True for each row ``[B, H, N]`` of the output that does not depend on the poisoned position."""
+    batch, head, token = position
+    affected = torch.zeros(shape[:3], dtype=torch.bool)
+    # Merged heads take norms over all heads of a token. To the base the guidance is only added.
     heads = slice(None) if merge_heads and name != "base" else head
     tokens = token if name in ("q", "base") else slice(None)
-    reached[batch, heads, tokens] = True
-    return ~reached
+    affected[batch, heads, tokens] = True
+    return ~affected
 
 
 @examples(500)
 @hypothesis.given(call=calls(values=("normal", "large", "ties"), queries=1), config=CONFIGS, data=st.data())
 def test_nan_and_infinity_stay_in_their_row_and_head(call: Call, config: GuidanceConfig, data: st.DataObject) -> None:
-    clean, bad, name, place = data.draw(poisoned(call))
-    rows = untouched(call.q.shape, name, place, config.merge_heads)
+    clean, bad, name, position = data.draw(poisoned(call))
+    rows = untouched(call.q.shape, name, position, config.merge_heads)
     assert torch.equal(guided(bad, config)[rows], guided(clean, config)[rows])
 
 
@@ -282,8 +282,8 @@ def test_nan_and_infinity_stay_in_their_row_and_head_of_a_joint_sequence(
     call: Call, config: GuidanceConfig, data: st.DataObject
 ) -> None:
     text = data.draw(text_slices(call.shape.keys))
-    clean, bad, name, place = data.draw(poisoned(call))
-    rows = untouched(call.q.shape, name, place, config.merge_heads)
+    clean, bad, name, position = data.draw(poisoned(call))
+    rows = untouched(call.q.shape, name, position, config.merge_heads)
     assert torch.equal(guided_joint(bad, text, config)[rows], guided_joint(clean, text, config)[rows])
 
 
@@ -309,24 +309,24 @@ NUMBERS = st.floats() | st.integers(-3, 3) | st.sampled_from([10**400, True])
 JUNK = st.none() | NUMBERS | st.text(max_size=3) | st.sampled_from([[], (), {}, object(), torch.float32, slice(0, 2)])
 ENDS = st.none() | st.integers(-5, 7) | st.sampled_from(["a", 1.0, True, math.nan])
 ANYTHING = JUNK | TENSORS
-# What comes nearer to being right than anything at all does.
+# Arguments that are nearly valid.
 OWN: dict[str, st.SearchStrategy[Any]] = {
     "text": st.builds(slice, ENDS, ENDS, ENDS) | ANYTHING,
     "scale": NUMBERS | ANYTHING,
     "alpha": NUMBERS | ANYTHING,
 }
 FIELDS = [field.name for field in dataclasses.fields(GuidanceConfig)]
-# Every message begins with what is wrong and ends with what was given.
+# Every message starts with the name of the wrong argument and ends with the given value.
 SENTENCE = re.compile(
     r"(q|k|v|q, k and v|q and k|k and v|mask|base|config|text|scale|alpha|sparse|dense|sparse and dense|attention|"
     r"joint attention|dim|entmax|" + "|".join(FIELDS) + r") (must|needs)\b.* got .+\.",
-    # What was given may be a text with line ends of its own.
+    # The given value may be a string that contains line ends.
     re.DOTALL,
 )
 
 
 def refused_in_a_sentence(call: Callable[[], object]) -> bool:
-    """Whether a call was refused; in any other way than by a sentence of ours the test fails."""
+    """Return True if a call was refused with one of the sentences of gag_core; any other error fails the test."""
     try:
         call()
     except (ValueError, TypeError) as error:
@@ -346,7 +346,7 @@ GOOD: dict[str, Any] = {
     "scale": None,
     "alpha": 1.5,
 }
-TAKES = {
+ARGUMENTS = {
     guided_attention: ("q", "k", "v", "config", "base", "mask", "scale"),
     guided_joint_attention: ("q", "k", "v", "text", "config", "base", "mask", "scale"),
     sparse_dense_attention: ("q", "k", "v", "alpha", "mask", "scale"),
@@ -354,18 +354,18 @@ TAKES = {
 
 
 @examples(1500)
-@hypothesis.given(function=st.sampled_from(list(TAKES)), data=st.data())
+@hypothesis.given(function=st.sampled_from(list(ARGUMENTS)), data=st.data())
 def test_a_wrong_attention_call_is_refused_in_a_sentence(function: Callable[..., Any], data: st.DataObject) -> None:
-    names = TAKES[function]
+    names = ARGUMENTS[function]
     wrong = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
     changes = {name: data.draw(OWN.get(name, ANYTHING), label=name) for name in wrong}
     refused_in_a_sentence(lambda: function(**{name: GOOD[name] for name in names} | changes))
 
 
 @examples(300)
-@hypothesis.given(function=st.sampled_from(list(TAKES)), data=st.data())
-def test_what_is_no_tensor_is_never_taken(function: Callable[..., Any], data: st.DataObject) -> None:
-    names = TAKES[function]
+@hypothesis.given(function=st.sampled_from(list(ARGUMENTS)), data=st.data())
+def test_arguments_that_are_no_tensors_are_refused(function: Callable[..., Any], data: st.DataObject) -> None:
+    names = ARGUMENTS[function]
     name = data.draw(st.sampled_from(["q", "k", "v", "config"])) if "config" in names else "q"
     junk = data.draw(JUNK)
     assert refused_in_a_sentence(lambda: function(**{n: GOOD[n] for n in names} | {name: junk}))
@@ -395,7 +395,7 @@ def test_a_wrong_config_is_refused_in_a_sentence(changes: dict[str, Any]) -> Non
 @examples(100)
 @hypothesis.given(layouts=st.lists(st.sampled_from(list(FUZZ_LAYOUTS)), min_size=3, max_size=3), seed=SEEDS)
 def test_strides_change_nothing(layouts: list[str], seed: int) -> None:
-    """The same numbers in any memory layout give the same result; broadcast ones are compared with their copies."""
+    """Memory layouts do not change the result; broadcast tensors are compared with copies."""
     config = GuidanceConfig(guidance_scale=2.0)
     tensors = cases.qkv(cases.Shape(2, 3, 5, 7, 8), seed=seed)
     arranged = [FUZZ_LAYOUTS[layout](x) for layout, x in zip(layouts, tensors, strict=True)]

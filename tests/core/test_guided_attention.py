@@ -52,7 +52,7 @@ def assert_matches(
         error = error.amax(1, keepdim=True)
     # fp32 logits carry an error relative to their size, and the weights inherit it.
     error = error * (1.0 + 0.02 * float(reference.attention_logits(q, k, scale=scale).abs().max()))
-    # A read-out that cancels to nearly nothing has no direction in fp32; such rows are left out, and are few.
+    # A read-out that cancels to nearly 0 has no direction in fp32. Such rows are left out, and are few.
     usable = (error < 0.05 * v.double().abs().max() * (1 + abs(config.guidance_scale))).expand(result.shape)
     assert usable.double().mean() > 0.9
     assert result.dtype == q.dtype
@@ -84,7 +84,7 @@ def test_configs(name: str, with_base: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 1.75, 2.0], ids="alpha={}".format)
 @pytest.mark.parametrize("keys", [77, 256, 512], ids="keys={}".format)
 def test_many_ties_at_the_edge_of_the_support(keys: int, alpha: float) -> None:
-    """There the threshold is hardest to find, and an error of it moves many weights."""
+    """The threshold is hardest to find for such rows, and its error changes many weights."""
     q, k, v = cases.with_logits(cases.ties_at_the_edge(keys, alpha), 16)
     config = GuidanceConfig(alpha=alpha, guidance_scale=2.0, norm_mode="relative", norm_threshold=0.1)
     result = guided_attention(q, k, v, config, scale=1.0)
@@ -126,7 +126,7 @@ def test_masks(mask: str, name: str, with_base: bool) -> None:
 @pytest.mark.parametrize("mask", ["bool-some-rows-empty", "additive-inf"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fully_masked_rows_are_the_hosts(dtype: torch.dtype, mask: str, alpha: float) -> None:
-    """Zeros without a host's output, and exactly that output with one."""
+    """They are zero without a base, and exactly the base with one."""
     q, k, v = cases.qkv(SMALL, dtype=dtype)
     made = MASKS[mask](SMALL)
     config = GuidanceConfig(alpha=alpha)
@@ -150,7 +150,7 @@ def test_everything_masked() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_equals_its_two_halves(name: str) -> None:
+def test_equals_combine_of_the_two_read_outs(name: str) -> None:
     q, k, v = cases.qkv(SMALL)
     config = CONFIGS[name]
     sparse, dense = sparse_dense_attention(q, k, v, alpha=config.alpha)
@@ -159,7 +159,7 @@ def test_equals_its_two_halves(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_base_only_shifts_the_result(name: str) -> None:
-    """Guidance is what is added; it does not depend on the host's output."""
+    """Guidance is added, and does not depend on the host's output."""
     q, k, v = cases.qkv(SMALL)
     base = cases.random(*q.shape, seed=20)
     _, dense = sparse_dense_attention(q, k, v)
@@ -235,14 +235,14 @@ def test_a_query_does_not_see_the_others(shape: Shape, masked: str) -> None:
 def test_few_chunks_of_about_one_size(
     shape: tuple[int, int, int, int], keys: int, whole_heads: bool, chunks: int
 ) -> None:
-    """What is small is one, a few queries at the end are not one more, and every query and head is in one chunk."""
+    """A small call is one chunk, a few queries at the end are not one more, and each query and head is in one chunk."""
     q, value_dim = torch.empty(shape), shape[3]
-    held, copied = max(2 * keys, keys + 2 * value_dim, 3 * value_dim), 2 * keys * value_dim
+    per_query, per_head = max(2 * keys, keys + 2 * value_dim, 3 * value_dim), 2 * keys * value_dim
     seen, sizes = torch.zeros(shape[:3]), []
-    for part, places in eager.chunks(q, held=held, copied=copied, whole_heads=whole_heads):
-        for place in places:
-            seen[place] += 1
-            sizes.append(seen[place].numel())
+    for part, chunks_of_part in eager.chunks(q, per_query=per_query, per_head=per_head, whole_heads=whole_heads):
+        for chunk in chunks_of_part:
+            seen[chunk] += 1
+            sizes.append(seen[chunk].numel())
             assert not whole_heads or seen[part].shape[1] == shape[1]
     assert (seen == 1).all() and len(sizes) == chunks
     assert not sizes or min(sizes) > 0.6 * max(sizes)
@@ -267,11 +267,11 @@ def test_many_chunks_against_the_reference() -> None:
 
 @pytest.mark.parametrize("name", ["gentle", "orthogonal-merged", "sparsemax-half"])
 @pytest.mark.parametrize("mask", ["bool-per-head", "bool-per-key", "additive"])
-def test_heads_in_parts_against_the_reference(mask: str, name: str) -> None:
+def test_split_heads_against_the_reference(mask: str, name: str) -> None:
     """With so many keys each head is a part by itself, unless heads are merged."""
     shape = Shape(2, 3, 20, 700, 64)
     q, k, v = cases.qkv(shape)
-    parts = list(eager.chunks(q, held=2 * shape.keys, copied=2 * shape.keys * shape.dim))
+    parts = list(eager.chunks(q, per_query=2 * shape.keys, per_head=2 * shape.keys * shape.dim))
     assert len(parts) == shape.batch * shape.heads
     tensor = cases.MASKS[mask](shape)
     base = cases.random(*q.shape, seed=20)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""guided_joint_attention: image queries reading text keys are guided at constant text mass, nothing else is."""
+"""guided_joint_attention: only image queries on text keys are guided, at constant text mass."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import cases
 import reference
 from cases import LAYOUTS, MASKS, Shape
 from gag_core import GuidanceConfig, guided_attention, guided_joint_attention
-from gag_core.eager import chunks
-from gag_core.joint import logsumexp_of_logits
+from gag_core.eager import chunks, logsumexp_of_logits
 from properties import PROPERTY, SEEDS
 from tolerances import DTYPES, ROUNDING, assert_close
 from work import WorkCounter
@@ -53,7 +52,7 @@ def is_text(text: slice, tokens: int = TOKENS) -> Tensor:
 def error_of(q: Tensor, v: Tensor, config: GuidanceConfig, with_base: bool) -> float:
     error = 5e-5 * float(v.double().abs().max()) * (1 + config.guidance_scale)
     if not with_base and q.dtype in (torch.float16, torch.bfloat16):
-        # torch's own attention rounds its weights to the dtype; that is the host's output, not ours to improve.
+        # torch's own attention rounds its weights to the dtype, and that is the host's output.
         error += 2 * ROUNDING[q.dtype] * float(v.double().abs().max())
     return error
 
@@ -173,8 +172,8 @@ def test_off_or_alpha_one_is_joint_attention(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_guidance_does_not_depend_on_what_the_image_holds(name: str) -> None:
-    """Other image values: same text mass, same text read-outs, so the very same addition to the host's output."""
+def test_guidance_does_not_depend_on_the_image_values(name: str) -> None:
+    """Other image values leave the text mass and the text read-outs, so also the guidance that is added."""
     q, k, v = cases.qkv(SHAPE)
     base = cases.random(*q.shape, seed=20)
     other = v.clone()
@@ -211,7 +210,7 @@ def test_works_in_inference_mode() -> None:
 @pytest.mark.parametrize("masked", ["unmasked", "bool-full", "additive"])
 @pytest.mark.parametrize("text", ["first", "last", "middle", "all-but-one"])
 def test_the_mass_is_the_joint_softmax_on_text(text: str, masked: str, with_base: bool) -> None:
-    """m, recovered from the result as the length of its step along GAG(S_T, D_T) - D_T."""
+    """m is recovered from the result as the length of its step along GAG(S_T, D_T) - D_T."""
     q, k, v = cases.qkv(SHAPE)
     part = TEXTS[text]
     rows = ~is_text(part)
@@ -231,7 +230,7 @@ def test_the_mass_is_the_joint_softmax_on_text(text: str, masked: str, with_base
 
 
 def test_a_text_mass_of_one_is_guided_attention_over_the_text() -> None:
-    """Image keys hidden from the image queries: text is all there is to read."""
+    """Image keys are masked for image queries, so that they read only text."""
     q, k, v = cases.qkv(SHAPE)
     text = TEXTS["first"]
     rows = ~is_text(text)
@@ -247,8 +246,8 @@ def test_a_text_mass_of_one_is_guided_attention_over_the_text() -> None:
         torch.testing.assert_close(own[:, :, rows], alone, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_a_text_mass_of_nearly_one_is_too() -> None:
-    """The same without a mask: image keys so unlike the queries that their weight vanishes."""
+def test_a_text_mass_of_nearly_one_is_guided_attention_over_the_text() -> None:
+    """Without a mask, the logits of image keys are so low here that their weight vanishes."""
     q, k, v = cases.qkv(SHAPE)
     text = TEXTS["last"]
     rows = ~is_text(text)
@@ -307,7 +306,7 @@ def test_huge_logits(std: float, dtype: torch.dtype, with_base: bool) -> None:
 @pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
 @pytest.mark.parametrize("offset", [1e6, 1e7, 3e7], ids="offset={}".format)
 def test_the_mass_never_exceeds_one(offset: float, with_base: bool) -> None:
-    """All logits far from 0 but near each other: the roundings of lse_T - lse_all must not count as mass."""
+    """Logits are far from 0 but near each other: the roundings of lse_T - lse_all must not count as mass."""
     shape = Shape(1, 4, 120, 120, 40)
     q, k, v = cases.qkv(shape)
     q[..., 0] = k[..., 0] = (offset * 40**0.5) ** 0.5
@@ -404,11 +403,11 @@ def test_any_call(tokens: int, start: int, length: int, seed: int, name: str, wi
 
 
 @pytest.mark.parametrize("mask", [None, "bool-per-head", "additive-inf"])
-def test_the_logsumexp_of_heads_in_parts(mask: str | None) -> None:
+def test_the_logsumexp_of_split_heads(mask: str | None) -> None:
     """With so many keys each head of a batch row is a part by itself."""
     shape = Shape(2, 3, 20, 700, 128)
     q, k, _ = cases.qkv(shape)
-    assert len(list(chunks(q, held=2 * shape.keys, copied=shape.keys * shape.dim))) == shape.batch * shape.heads
+    assert len(list(chunks(q, per_query=2 * shape.keys, per_head=shape.keys * shape.dim))) == shape.batch * shape.heads
     tensor = None if mask is None else MASKS[mask](shape)
     logits = reference.attention_logits(q, k, tensor)
     result = logsumexp_of_logits(q, k, tensor, shape.dim**-0.5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Hopfield energies, retrieval and its Jacobians against their definitions, and what has to hold of them."""
+"""Hopfield energies, retrieval and Jacobians against their definitions, and properties that they must have."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import cases
+import hopfield
 import reference
-from gag_core import hopfield
+from gag_core import measures
 from properties import ALPHAS, PROPERTY, SEEDS
 
 EVERY_ALPHA = [1.0, 1.1, 1.25, 1.5, 1.75, 2.0]
@@ -32,7 +33,7 @@ alphas = pytest.mark.parametrize("alpha", EVERY_ALPHA, ids="alpha={}".format)
 def memory(
     seed: int, *, batch: tuple[int, ...] = (2,), states: int = 5, patterns: int = 9, dim: int = 6
 ) -> tuple[Tensor, Tensor]:
-    """States ``[*batch, states, dim]`` and patterns ``[*batch, patterns, dim]``, fp64."""
+    """Make states ``[*batch, states, dim]`` and patterns ``[*batch, patterns, dim]``, fp64."""
     x = cases.random(*batch, patterns, dim, seed=seed + 1, dtype=torch.float64)
     return cases.random(*batch, states, dim, seed=seed, std=1.5, dtype=torch.float64), x
 
@@ -42,7 +43,7 @@ def weights_of(seed: int, alpha: float, *size: int, std: float = 1.5) -> Tensor:
 
 
 def jacobian_by_differences(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-6) -> Tensor:
-    """``[..., n_out, n_in]`` of a function of the last axis, by central differences."""
+    """Compute the Jacobian ``[..., n_out, n_in]`` of a function of the last axis, by central differences."""
     columns = []
     for i in range(at.shape[-1]):
         shift = torch.zeros(at.shape[-1], dtype=at.dtype)
@@ -74,7 +75,7 @@ def test_the_dense_energy_is_that_of_modern_hopfield_networks(beta: float) -> No
 
 @pytest.mark.parametrize("beta", [0.05, 1.0, 5.0])
 def test_the_sparse_energy_is_that_of_sparse_hopfield_networks(beta: float) -> None:
-    """Of sparsemax the conjugate has a closed form: half of 1 and of the sum of z^2 - tau^2 over the support."""
+    """The conjugate of sparsemax has a closed form: half of 1 plus the sum of z^2 - tau^2 over the support."""
     xi, x = memory(2)
     z = beta * xi @ x.transpose(-1, -2)
     p = reference.entmax(z, 2.0)
@@ -88,7 +89,7 @@ def test_the_sparse_energy_is_that_of_sparse_hopfield_networks(beta: float) -> N
 @PROPERTY
 @hypothesis.given(seed=SEEDS, alpha=ANY_ALPHA, beta=BETAS)
 def test_no_other_weights_give_a_lower_energy(seed: int, alpha: float, beta: float) -> None:
-    """The conjugate is a maximum over the simplex: any weights in its place give an energy as high or higher."""
+    """The conjugate is a maximum over the simplex: any other weights give an energy at least as high."""
     xi, x = memory(seed)
     z = beta * xi @ x.transpose(-1, -2)
     energy = hopfield.energy(xi, x, beta=beta, alpha=alpha)
@@ -119,7 +120,7 @@ def test_retrieval_never_raises_the_energy(
 
 
 @alphas
-def test_the_energy_falls_in_earnest(alpha: float) -> None:
+def test_the_energy_falls_by_more_than_rounding(alpha: float) -> None:
     xi, x = memory(3)
     image = hopfield.retrieve(xi, x, beta=1.0, alpha=alpha)
     fall = hopfield.energy(xi, x, beta=1.0, alpha=alpha) - hopfield.energy(image, x, beta=1.0, alpha=alpha)
@@ -150,18 +151,18 @@ def test_a_pattern_far_from_the_others_is_retrieved_exactly_only_by_sparse_retri
 
 def test_entropies_by_hand() -> None:
     rows = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 0.0]])
-    assert hopfield.entropy(rows).tolist() == pytest.approx([0.0, math.log(2), math.log(4), 0.0])
+    assert measures.entropy(rows).tolist() == pytest.approx([0.0, math.log(2), math.log(4), 0.0])
     assert hopfield.effective_support(rows).tolist() == pytest.approx([1.0, 2.0, 4.0, 1.0])
-    assert hopfield.support_size(rows).tolist() == [1.0, 2.0, 4.0, 0.0]
+    assert measures.support_size(rows).tolist() == [1.0, 2.0, 4.0, 0.0]
     assert hopfield.tsallis_entropy(rows, 1.0).tolist() == pytest.approx([0.0, math.log(2), math.log(4), 0.0])
-    # At alpha 2 it is Gini's: half of 1 - sum p^2.
+    # At alpha 2 it is the Gini index, half of 1 - sum p^2.
     assert hopfield.tsallis_entropy(rows[:3], 2.0).tolist() == pytest.approx([0.0, 0.25, 0.375])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_entropy_of_tsallis_goes_over_into_that_of_shannon(dtype: torch.dtype) -> None:
+def test_the_entropy_of_tsallis_tends_to_that_of_shannon(dtype: torch.dtype) -> None:
     p = weights_of(6, 1.0, 20, 30).to(dtype)
-    shannon = hopfield.entropy(p)
+    shannon = measures.entropy(p)
     for difference in (1e-3, 1e-6, 1e-9, 1e-12):
         near = hopfield.tsallis_entropy(p, 1.0 + difference)
         torch.testing.assert_close(near, shannon, atol=20 * difference + ROUNDING[dtype], rtol=0)
@@ -179,7 +180,7 @@ def test_the_entropy_of_tsallis_is_its_definition(seed: int, alpha: float, n: in
 @hypothesis.given(seed=SEEDS, alpha=ANY_ALPHA, n=st.integers(1, 40))
 def test_the_effective_support_lies_within_the_support(seed: int, alpha: float, n: int) -> None:
     p = weights_of(seed, alpha, 6, n)
-    effective, size = hopfield.effective_support(p), hopfield.support_size(p)
+    effective, size = hopfield.effective_support(p), measures.support_size(p)
     assert (effective >= 1.0 - 1e-12).all() and (effective <= size * (1 + 1e-12)).all() and (size <= n).all()
 
 
@@ -198,12 +199,12 @@ def test_separation_by_hand() -> None:
 
 @PROPERTY
 @hypothesis.given(seed=SEEDS, alpha=ALPHAS, n=st.integers(2, 20), std=st.sampled_from([0.5, 3.0, 10.0]))
-def test_a_gap_of_one_over_alpha_minus_one_is_what_one_hot_weights_take(
+def test_weights_are_one_hot_from_a_gap_of_one_over_alpha_minus_one(
     seed: int, alpha: float, n: int, std: float
 ) -> None:
     z = cases.random(40, n, seed=seed, std=std, dtype=torch.float64)
     gap = hopfield.separation(z)
-    alone = hopfield.support_size(reference.entmax(z, alpha)) == 1
+    alone = measures.support_size(reference.entmax(z, alpha)) == 1
     margin = 1.0 / (alpha - 1.0)
     clear = (gap - margin).abs() > 1e-6
     assert torch.equal(alone[clear], (gap >= margin)[clear])
@@ -235,7 +236,7 @@ def test_the_jacobian_of_weights_is_that_of_a_gradient_map(seed: int, alpha: flo
 
 
 def test_the_norms_are_reached() -> None:
-    """1/2 by softmax between two, 1 by sparsemax, and nearly 1 by 1.5-entmax with many small weights beside a large."""
+    """1/2 for softmax of two keys, 1 for sparsemax, nearly 1 for 1.5-entmax with one large weight and many small."""
     halves = torch.tensor([0.5, 0.5], dtype=torch.float64)
     assert torch.linalg.matrix_norm(hopfield.weights_jacobian(halves, 1.0), 2).item() == pytest.approx(0.5)
     assert torch.linalg.matrix_norm(hopfield.weights_jacobian(halves, 2.0), 2).item() == pytest.approx(1.0)
@@ -273,7 +274,7 @@ def test_the_jacobian_of_retrieval(alpha: float, beta: float) -> None:
 def test_the_bound_on_the_contraction_holds(seed: int, alpha: float, beta: float, near: float) -> None:
     a, x = memory(seed, states=12)
     b = a + near * memory(seed + 7, states=12)[0]
-    measured = hopfield.contraction(
+    measured = measures.contraction(
         a, b, hopfield.retrieve(a, x, beta=beta, alpha=alpha), hopfield.retrieve(b, x, beta=beta, alpha=alpha)
     )
     bound = hopfield.contraction_bound(x, beta=beta, alpha=alpha)
@@ -284,8 +285,8 @@ def test_the_bound_on_the_contraction_holds(seed: int, alpha: float, beta: float
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5], ids="alpha={}".format)
-def test_what_the_bound_says_and_what_it_does_not(alpha: float) -> None:
-    """Below 1 every start ends in one fixed point; above 1 retrieval may contract or spread, and both occur."""
+def test_contraction_below_and_above_a_bound_of_one(alpha: float) -> None:
+    """With a bound below 1 all starts end in one fixed point. Above 1 retrieval may contract or spread; both occur."""
     xi, x = memory(10, states=200)
     size = torch.linalg.matrix_norm(x, 2).square().max().item()
     gentle = 0.9 * (2.0 if alpha == 1.0 else 1.0) / size
@@ -296,14 +297,14 @@ def test_what_the_bound_says_and_what_it_does_not(alpha: float) -> None:
     torch.testing.assert_close(state, state[..., :1, :].expand_as(state), atol=1e-9, rtol=0)
     a, b = xi[..., :100, :], xi[..., 100:, :]
     images = [hopfield.retrieve(states, x, beta=1.0, alpha=alpha) for states in (a, b)]
-    ratios = hopfield.contraction(a, b, *images)
+    ratios = measures.contraction(a, b, *images)
     assert hopfield.contraction_bound(x, beta=1.0, alpha=alpha).min() > 1.0
     assert (ratios < 1.0).any() and (ratios > 1.0).any()
 
 
 def test_one_state_twice_contracts_to_nothing() -> None:
     a = torch.ones(3, 4)
-    assert hopfield.contraction(a, a, a, a + 1).tolist() == [0.0, 0.0, 0.0]
+    assert measures.contraction(a, a, a, a + 1).tolist() == [0.0, 0.0, 0.0]
 
 
 # --- how they may be called ---------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ def test_one_state_twice_contracts_to_nothing() -> None:
 
 @alphas
 def test_leading_dimensions_broadcast(alpha: float) -> None:
-    """States of a batch and heads, patterns of the heads alone: as with the patterns repeated."""
+    """States have a batch and heads, patterns only heads: the result is that with repeated patterns."""
     xi, _ = memory(11, batch=(2, 3))
     _, x = memory(12, batch=(3,))
     for function in (hopfield.retrieve, hopfield.energy, hopfield.retrieval_jacobian):
@@ -324,7 +325,7 @@ def test_leading_dimensions_broadcast(alpha: float) -> None:
 @alphas
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_is_read_back_from_the_device(dtype: torch.dtype, alpha: float) -> None:
-    """Of these tensors only shapes are known: whoever asks for a value fails."""
+    """Only the shapes of these tensors are known: reading a value would fail."""
     with FakeTensorMode():
         xi, x, p = (torch.empty(size, dtype=dtype) for size in ((2, 5, 6), (2, 9, 6), (2, 5, 9)))
         out = [
@@ -334,9 +335,9 @@ def test_nothing_is_read_back_from_the_device(dtype: torch.dtype, alpha: float) 
             hopfield.weights_jacobian(p, alpha),
             hopfield.tsallis_entropy(p, alpha),
             hopfield.effective_support(p),
-            hopfield.support_size(p),
+            measures.support_size(p),
             hopfield.separation(p),
-            hopfield.contraction(xi, xi, xi, xi),
+            measures.contraction(xi, xi, xi, xi),
         ]
     assert all(tensor.dtype == dtype for tensor in out)
 
@@ -367,9 +368,11 @@ def test_wrong_calls_are_refused_in_a_sentence(case: str, function: Callable[...
 
 
 def test_every_function_cites_its_source() -> None:
-    functions = [
-        value for name, value in vars(hopfield).items() if callable(value) and not name.startswith("_")
-    ]  # fmt: skip
-    ours = [function for function in functions if getattr(function, "__module__", "") == hopfield.__name__]
-    assert len(ours) == 11
-    assert all("Source: arXiv" in (function.__doc__ or "") for function in ours)
+    theory = [
+        value
+        for name, value in vars(hopfield).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == hopfield.__name__
+    ]
+    assert len(theory) == 8
+    for function in (*theory, measures.contraction, measures.entropy, measures.support_size):
+        assert "Source: arXiv" in (function.__doc__ or ""), function.__name__

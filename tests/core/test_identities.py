@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What follows from the mathematics alone, without the reference (arXiv 2603.02531 v2 and derivations from it)."""
+"""Identities that follow from the mathematics alone (arXiv 2603.02531 v2 and derivations from it)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cases
+import reference
 from cases import Shape
 from gag_core import GuidanceConfig, entmax, guided_attention, sparse_dense_attention
 from properties import ALPHAS, PROPERTY, SEEDS, SHAPES
@@ -23,7 +24,7 @@ MODES = st.sampled_from(["absolute", "relative"])
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    """Equal up to ``tolerance`` of the largest number there."""
+    """Compare up to ``tolerance`` of the largest number."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1e-30, float(expected.abs().max())))
 
 
@@ -105,14 +106,15 @@ def test_3_plain_sparse_attention_is_not_vanilla() -> None:
 def test_4_without_the_orthogonal_part_guidance_is_a_gain(
     shape: Shape, seed: int, scale: float, eta: float, mode: str, merge: bool, strength: float
 ) -> None:
-    """out = S (1 + lambda c min(1, cap / (|c| ||S||))), c = 1 - <D, S> / ||S||^2, per head or over all of them."""
+    """out = S (1 + lambda c cap(x) / x), x = |c| ||S||, c = 1 - <D, S> / ||S||^2, per head or over all heads."""
     q, k, v = cases.qkv(shape, seed=seed)
     sparse, dense = (x.double() for x in sparse_dense_attention(q.double(), k.double(), v.double()))
     axes = (1, 3) if merge else (3,)
     square = (sparse * sparse).sum(axes, keepdim=True)
     c = 1 - (dense * sparse).sum(axes, keepdim=True) / square
-    cap = eta * square.sqrt() if mode == "relative" else torch.full_like(square, eta)
-    shrink = (cap / (c.abs() * square.sqrt()).clamp_min(1e-300)).clamp_max(1.0)
+    limit = eta * square.sqrt() if mode == "relative" else torch.full_like(square, eta)
+    length = c.abs() * square.sqrt()
+    shrink = reference.cap(length, limit) / length.clamp_min(1e-300)
     gained = sparse * (1 + scale * c * shrink)
     config = GuidanceConfig(
         guidance_scale=scale, norm_threshold=eta, norm_mode=mode, merge_heads=merge, strength=strength
@@ -126,7 +128,7 @@ def test_4_without_the_orthogonal_part_guidance_is_a_gain(
 
 @PROPERTY
 @hypothesis.given(seed=SEEDS, alpha=ALPHAS, std=st.sampled_from([0.3, 1.0, 3.0]), keys=st.integers(2, 80))
-def test_6_sparse_weights_favour_what_grows_with_the_logits(seed: int, alpha: float, std: float, keys: int) -> None:
+def test_6_sparse_weights_favour_large_logits(seed: int, alpha: float, std: float, keys: int) -> None:
     """q / p grows in z on the support, so that <q - p, f(z)> >= 0 for every increasing f."""
     z = cases.random(8, keys, seed=seed, std=std, dtype=torch.float64).sort(-1).values
     q, p = entmax(z, alpha), torch.softmax(z, -1)
@@ -153,7 +155,7 @@ def test_6_the_retrieval_property_is_not_vacuous() -> None:
     xi, x, v = cases.qkv(Shape(1, 2, 200, 77, 16))
     sparse, dense = sparse_dense_attention(xi, x, x)
     assert (((sparse - dense) * xi).sum(-1) > 0.01).double().mean() > 0.9
-    # It speaks of K = V only: with other values the discrepancy may point either way along xi.
+    # The property needs K = V. With other values the discrepancy may point either way along xi.
     sparse, dense = sparse_dense_attention(xi, x, v)
     assert (((sparse - dense) * xi).sum(-1) < -0.01).any()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Calls that cannot be right are refused in words: what was given, and what is allowed."""
+"""Invalid calls are refused with the given value and the allowed ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS = 12
 
 
 def good(**changes: Any) -> dict[str, Any]:
-    """Arguments that fit any of the attention calls, with some replaced."""
+    """Make valid arguments of any attention call, with some replaced."""
     q, k, v = cases.qkv(cases.Shape(2, 3, TOKENS, TOKENS, 8))
     return {"q": q, "k": k, "v": v, "mask": None} | changes
 
@@ -42,7 +42,7 @@ def zeros(*size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
     return torch.zeros(size, dtype=dtype, device=device)
 
 
-# What is wrong, and words that a message about it must have.
+# By name of the error: wrong arguments, and words that the message must have.
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "q of rank 3": ({"q": zeros(2, TOKENS, 8)}, ["q", "(2, 12, 8)", "head"]),
     "k of rank 5": ({"k": zeros(1, 2, 3, TOKENS, 8)}, ["k", "(1, 2, 3, 12, 8)", "head"]),
@@ -83,7 +83,7 @@ def assert_refused(call: Callable[[], object], words: list[str]) -> None:
     missing = [word for word in words if word not in message]
     assert not missing, f"{missing} not in: {message}"
     assert "\n" not in message
-    # A sentence of ours, not torch's words about some operator inside.
+    # A sentence of gag_core, not a message of torch about some operator inside.
     assert not any(inner in message for inner in ("aten", "expanded size", "mat1", "Sizes of tensors", "The size of"))
 
 
@@ -168,10 +168,10 @@ def test_joint_attention_needs_one_sequence() -> None:
 @pytest.mark.parametrize("config", [None, {"alpha": 1.5}, 1.5], ids=repr)
 def test_config(config: Any) -> None:
     q, k, v = (good()[name] for name in "qkv")
-    kind = type(config).__name__
-    assert_refused(lambda: guided_attention(q, k, v, config), ["GuidanceConfig", kind])
-    assert_refused(lambda: guided_joint_attention(q, k, v, slice(0, 4), config), ["GuidanceConfig", kind])
-    assert_refused(lambda: combine(q, q, config), ["GuidanceConfig", kind])
+    type_name = type(config).__name__
+    assert_refused(lambda: guided_attention(q, k, v, config), ["GuidanceConfig", type_name])
+    assert_refused(lambda: guided_joint_attention(q, k, v, slice(0, 4), config), ["GuidanceConfig", type_name])
+    assert_refused(lambda: combine(q, q, config), ["GuidanceConfig", type_name])
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_combine(sparse: Any, dense: Any, words: list[str]) -> None:
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "0.5"], ids=repr)
 @pytest.mark.parametrize("call", ["sparse_dense", "guided", "joint"])
 def test_scale(call: str, scale: Any) -> None:
-    """A scale that is no finite number would give NaN everywhere, or a message about an operator."""
+    """Otherwise such a scale would give NaN everywhere, or a message about an operator."""
     q, k, v = (good()[name] for name in "qkv")
     calls: dict[str, Callable[[], object]] = {
         "sparse_dense": lambda: sparse_dense_attention(q, k, v, scale=scale),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The Triton kernels go through the compilers of the cards that they are for, fit on them, and do not too much.
+"""The Triton kernels compile for all supported cards, fit on them, and execute few instructions.
 
-There is no card here. Triton's compilers need none, so the kernels are launched the real way up to the driver, which a
-stand-in takes the place of: it names the card, states how much shared memory a program of it has, and runs nothing.
-What NVIDIA's compiler made of them is read from its own listing of the program: how wide memory is read, how many
-instructions a warp executes (those in loops as often as Newton steps are done), and how many of them are spills.
+These tests need no card, because Triton's compilers need none. The kernels are launched as usual up to the driver. A
+stand-in takes the place of the driver: it names the card, states the shared memory of a program, and runs nothing. The
+listing of NVIDIA's compiler shows how wide memory is read, how many instructions a warp executes (those in loops are
+counted once for each Newton step), and how many of these are spills.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from pathlib import Path
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from gag_core import GuidanceConfig, fused
+from gag_core import GuidanceConfig
 from gag_core.entmax import newton_steps
+from gag_core.triton import launch
 
 built = []
 dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -42,7 +43,7 @@ def listed(binary, *what):
         return subprocess.run([dump, *what, file.name], capture_output=True, text=True, check=True).stdout
 
 def executed(binary):
-    '''Numbers of instructions by name, those in loops as often as there are Newton steps.'''
+    '''Count instructions by name; those in loops count once for each Newton step.'''
     found = re.findall(r"/[*]([0-9a-f]{4,})[*]/ +(?:@!?U?P[T0-9]+ +)?([A-Z0-9_.]+)([^;]*);", listed(binary, "-sass"))
     program = [(int(place, 16), name, rest) for place, name, rest in found if name != "NOP"]
     back = [(int(to[1], 16), place) for place, name, rest in program
@@ -73,7 +74,7 @@ class Driver:
         return 0, 0, 0, 0, 1024
 
 def heads(tokens, dim, dtype):
-    '''As models pass them.'''
+    '''Make heads in the layout that models have.'''
     return torch.zeros(1, tokens, 8 * dim, dtype=dtype).view(1, tokens, 8, dim).transpose(1, 2)
 
 targets = [GPUTarget("cuda", number, 32) for number in (80, 90, 120)] + [GPUTarget("hip", "gfx1100", 32)]
@@ -91,14 +92,14 @@ for number, target in enumerate(targets):
         mask = torch.ones(1, 1, 1, keys, dtype=torch.bool) if alpha != 1.5 or dtype == torch.float32 else None
         rest = (q, mask, 1.0, torch.zeros(1, 8, 70)) if dim == 128 else (None, mask, 1.0, None)
         config = GuidanceConfig(norm_mode="relative", alpha=alpha)
-        fused._launch(torch.empty_like(q), q, k, k, config, *rest)
+        launch._launch(torch.empty_like(q), q, k, k, config, *rest)
 print(json.dumps(built))
 """
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The compiled programs; of a process in which Triton is not interpreted."""
+    """Compile the programs in a process of its own, in which Triton is not interpreted."""
     cache = tmp_path_factory.mktemp("triton")
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(cache), "TRITON_CACHE_DIR": str(cache)}
     run = subprocess.run(
@@ -119,7 +120,7 @@ def named(program: dict[str, Any]) -> str:
 
 
 def count(program: dict[str, Any], *names: str) -> int:
-    """How many instructions whose names begin so a warp executes."""
+    """Count the instructions that a warp executes whose names start with one of ``names``."""
     return sum(number for name, number in program["executed"].items() if name.startswith(names))
 
 
@@ -140,7 +141,7 @@ def test_shared_memory_of_a_consumer_card_is_enough(built: list[dict[str, Any]])
 
 
 def test_registers_are_enough(built: list[dict[str, Any]]) -> None:
-    """But for a few bytes a thread: what does not fit goes through memory, again and again."""
+    """Except for a few bytes per thread: numbers that do not fit go through memory again and again."""
     for program in built:
         assert program["stack"] <= 100, named(program)
     for program in on_nvidia(built):
@@ -148,7 +149,7 @@ def test_registers_are_enough(built: list[dict[str, Any]]) -> None:
 
 
 def test_memory_is_read_and_written_as_widely_as_it_lies_there(built: list[dict[str, Any]]) -> None:
-    """16 bytes at once, but for the few numbers that remain of the last keys."""
+    """16 bytes are read at once, except for the last few keys."""
     for program in on_nvidia(built):
         if program["dtype"] == "torch.float32" or program["alpha"] != 1.5:  # with a mask, whose numbers are bytes
             continue
@@ -163,7 +164,7 @@ def test_memory_is_read_and_written_as_widely_as_it_lies_there(built: list[dict[
     [(77, 40, 2300), (77, 64, 2300), (77, 160, 3300), (231, 160, 3900), (256, 128, 5500), (512, 128, 5400)],
 )
 def test_few_instructions(built: list[dict[str, Any]], keys: int, dim: int, most: int) -> None:
-    """What a warp executes for its share of a block of queries, so that a change for the worse is seen."""
+    """Count the instructions of a warp for its share of a block of queries, to notice a change for the worse."""
     found = [one for one in on_nvidia(built) if (one["keys"], one["dim"], one["alpha"]) == (keys, dim, 1.5)]
     found = [one for one in found if one["dtype"] != "torch.float32"]
     assert len(found) == 3

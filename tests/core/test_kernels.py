@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The Triton kernels in Triton's interpreter, against the fp64 reference; and who computes what.
+"""The Triton kernels in Triton's interpreter, against the fp64 reference, and the choice of the implementation.
 
-The interpreter runs the kernels' own code on the CPU, program by program. What it cannot show is speed, and whether a
-card's compiler takes them: see test_kernel_builds.py. With GAG_TEST_DEVICE=cuda these tests run on the card instead, as
-they do by themselves where there is one (the last test).
+The interpreter runs the code of the kernels on the CPU, program by program. It shows neither speed nor errors of a
+card's compiler: see test_kernel_builds.py. With GAG_TEST_DEVICE=cuda these tests run on the card instead. The last test
+does that where there is a card.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,24 @@ from torch import Tensor
 import cases
 import reference
 from cases import LAYOUTS, MASKS, Shape, shape_id
-from gag_core import GuidanceConfig, eager, fused, guided_attention, guided_joint_attention
+from gag_core import GuidanceConfig, eager, guided_attention, guided_joint_attention
+from gag_core.attention import use_implementation
+from gag_core.triton import launch
 from properties import SEEDS, examples
 from tolerances import SMALLEST_STEP
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton is published for Linux"),
-    # The interpreter computes in NumPy, which warns of every infinity that the kernels take care of.
+    # The interpreter computes in NumPy, which warns about infinities that the kernels handle.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
 DEVICE = torch.device(os.environ.get("GAG_TEST_DEVICE", "cpu"))
-# On a card they are left out: they are of the interpreter alone, or start the run on a card. Other runs have them.
-interpreted_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="of the interpreter, or of what a CPU does")
+# Tests of the interpreter itself, and the test that starts the run on a card, are skipped on a card.
+interpreted_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="only for the interpreter")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Keys: one, a prompt, two and three prompts, a long one that is computed in several passes; each needs other tiles.
+# Keys: one, one, two and three prompts, and long texts, which take several passes. Each needs other tiles.
 SHAPES = [
     Shape(1, 1, 3, 1, 32),
     Shape(2, 2, 20, 77, 40),
@@ -67,7 +70,7 @@ CONFIGS = {
 }
 # Goals of the kernels: fp32 close to fp64 relative to the output's norm, half precision close to torch's attention.
 FP32_ERROR = 2e-5
-# The interpreter cuts bf16 off where cards round it.
+# The interpreter truncates bf16 where cards round.
 HALF_ERROR = {torch.float16: 4.0, torch.bfloat16: 8.0 if DEVICE.type == "cpu" else 4.0}
 
 
@@ -87,12 +90,12 @@ def launched(
     scale: float | None = None,
     joint_lse: Tensor | None = None,
 ) -> Tensor:
-    """What the kernel writes into such an output."""
+    """Let the kernel write to ``out``, and return the result."""
     mask = mask if mask is None else mask[(None,) * (4 - mask.ndim)]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     out, q, k, v = (tensor.to(DEVICE) for tensor in (out, q, k, v))
     base, mask, joint_lse = (one if one is None else one.to(DEVICE) for one in (base, mask, joint_lse))
-    fused._launch(out, q, k, v, config, base, mask, scale, joint_lse)
+    launch._launch(out, q, k, v, config, base, mask, scale, joint_lse)
     return out.cpu()
 
 
@@ -140,7 +143,7 @@ def test_configs(name: str, with_base: bool, shape: Shape) -> None:
 @pytest.mark.parametrize("alpha", [1.05, 1.25, 1.5, 1.75, 2.0], ids="alpha={}".format)
 @pytest.mark.parametrize("keys", [77, 128, 700], ids="keys={}".format)
 def test_many_ties_at_the_edge_of_the_support(keys: int, alpha: float) -> None:
-    """Where the search for the threshold takes most steps."""
+    """The search for the threshold takes most steps for such rows."""
     q, k, v = cases.with_logits(cases.ties_at_the_edge(keys, alpha), 16)
     assert_matches(q, k, v, dataclasses.replace(CONFIGS["gentle"], alpha=alpha), scale=1.0)
 
@@ -157,15 +160,15 @@ def test_layouts(layout: str) -> None:
 @interpreted_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reductions_as_a_card_does_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By functions of ours, which the interpreter calls number by number, and so only here."""
+    """Custom reductions are used on cards. The interpreter calls them for each number, so only this test uses them."""
     from triton.language import constexpr
 
-    from gag_core import kernels
+    from gag_core.triton import kernels
 
     tensors = cases.qkv(Shape(1, 1, 3, 20, 16), dtype=dtype, std=1.0)
     expected = by_kernel(*tensors, CONFIGS["gentle"])
     called = set()
-    for function in (kernels._added_pairs, kernels._first):
+    for function in (kernels._add_pairs, kernels._keep):
 
         def recorded(*args: object, original: Any = function.fn) -> Any:
             called.add(original.__name__)
@@ -174,7 +177,7 @@ def test_reductions_as_a_card_does_them(dtype: torch.dtype, monkeypatch: pytest.
         monkeypatch.setattr(function, "fn", recorded)
     monkeypatch.setattr(kernels, "FEW_EXCHANGES", constexpr(True))
     torch.testing.assert_close(by_kernel(*tensors, CONFIGS["gentle"]), expected, rtol=1e-5, atol=1e-5)
-    assert called == {"_added_pairs"}  # an axis of one number, as of _first, needs no function to be called
+    assert called == {"_add_pairs"}  # an axis of one number, as of _keep, needs no function to be called
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -214,8 +217,8 @@ def test_flat_and_peaked_logits(std: float, shape: Shape) -> None:
     assert_matches(*cases.qkv(shape, std=std), CONFIGS["gentle"])
 
 
-def test_blocks_of_long_text_that_are_passed_over() -> None:
-    """All that can be read stands in one block of keys; the others lie far below the threshold."""
+def test_blocks_of_long_text_that_are_skipped() -> None:
+    """All keys above the threshold are in one block; the other blocks lie far below it."""
     q, k, v = cases.qkv(LONG)
     k[:, :, :256] *= 0.01
     k[:, :, 300:] *= 0.01
@@ -226,7 +229,7 @@ def test_blocks_of_long_text_that_are_passed_over() -> None:
 def test_the_text_part_of_a_joint_attention(shape: Shape) -> None:
     q, k, v = cases.qkv(shape)
     joint_lse = reference.attention_logits(q, k).logsumexp(-1) + cases.random(*q.shape[:3], seed=5).abs()
-    # A query whose share is more than all, by rounding, and one that reads nothing in the whole sequence.
+    # The mass of the first query exceeds 1 by rounding; the second query reads nothing in the whole sequence.
     joint_lse[..., 0] -= 5.0
     mask = torch.ones(1, 1, shape.queries, 1, dtype=torch.bool)
     mask[:, :, 1] = False
@@ -302,18 +305,28 @@ def test_any_call(seed: int, queries: int, keys: int, dim: int, dtype: torch.dty
     assert (result - expected).double().norm() <= limit * expected.double().norm()
 
 
-# --- who computes what -----------------------------------------------------------------------------------------
+# --- choice of the implementation ----------------------------------------------------------------------------------
+
+
+def guide_as_on_a_card(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, **options: Tensor | float | None
+) -> None:
+    """Pick the implementation for CPU tensors as ``default_guide`` does for tensors on a card."""
+    guide = launch.guide if launch.can_run(q, v, config) else eager.guide
+    guide(out, q, k, v, config, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels are chosen for CPU tensors as they are for a card's."""
-    # A run on a card (GAG_TEST_DEVICE) has no interpreter, which alone takes CPU tensors; every other run has it.
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use the kernels for CPU tensors as on a card."""
+    # In a run on a card (GAG_TEST_DEVICE) the interpreter is off, and only the interpreter takes CPU tensors.
     if DEVICE.type != "cpu":
         pytest.skip("the interpreter is off")
-    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
-    monkeypatch.setattr(fused, "_failed", set())
-    monkeypatch.setattr(fused, "_warned", set())
+    monkeypatch.setattr(launch, "_runs_on", lambda device: True)
+    monkeypatch.setattr(launch, "_failed", set())
+    monkeypatch.setattr(launch, "_warned", set())
+    with use_implementation(guide_as_on_a_card):
+        yield
 
 
 def not_eager(*args: object, **kwargs: object) -> None:
@@ -335,11 +348,11 @@ def test_the_public_functions_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("config", [GuidanceConfig(alpha=1.04), GuidanceConfig(merge_heads=True)], ids=str)
-def test_what_the_kernels_do_not_know_is_computed_without_them(
+def test_unsupported_settings_are_computed_without_the_kernels(
     config: GuidanceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = cases.qkv(SMALL)
-    monkeypatch.setattr(fused, "_launch", not_eager)
+    monkeypatch.setattr(launch, "_launch", not_eager)
     torch.testing.assert_close(
         guided_attention(q, k, v, config).double(),
         reference.guided_attention(q, k, v, config),
@@ -350,11 +363,11 @@ def test_what_the_kernels_do_not_know_is_computed_without_them(
 
 def test_a_cpu_is_not_given_the_kernels() -> None:
     q, _, v = cases.qkv(SMALL)
-    assert not fused.takes(q, v, CONFIGS["paper"])
+    assert not launch.can_run(q, v, CONFIGS["paper"])
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_a_kernel_that_fails_is_named_once_and_replaced(
+def test_a_kernel_that_fails_is_logged_once_and_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = []
@@ -364,7 +377,7 @@ def test_a_kernel_that_fails_is_named_once_and_replaced(
         raise RuntimeError("ptxas died of\nold age")
 
     q, k, v = cases.qkv(SMALL)
-    monkeypatch.setattr(fused, "_launch", broken)
+    monkeypatch.setattr(launch, "_launch", broken)
     with caplog.at_level(logging.WARNING):
         results = [guided_attention(q, k, v, CONFIGS["paper"]) for _ in range(3)]
         other = cases.qkv(Shape(1, 1, 4, 9, 16))
@@ -377,20 +390,20 @@ def test_a_kernel_that_fails_is_named_once_and_replaced(
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_does_not_count_as_a_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("full")
 
     q, k, v = cases.qkv(SMALL)
-    monkeypatch.setattr(fused, "_launch", full)
+    monkeypatch.setattr(launch, "_launch", full)
     with pytest.raises(torch.OutOfMemoryError):
         guided_attention(q, k, v, CONFIGS["paper"])
-    assert fused.takes(q, v, CONFIGS["paper"])
+    assert launch.can_run(q, v, CONFIGS["paper"])
 
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_compiled_graph_does_not_break(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a model is compiled: one graph, in which a kernel is one operator; and its failure is mended inside."""
+    """A compiled model is one graph, and a kernel one operator in it, which handles a failure of the kernel."""
     torch.compiler.reset()
     q, k, v = cases.qkv(SMALL)
     joint = cases.qkv(Shape(1, 2, 40, 40, 32))
@@ -407,7 +420,7 @@ def test_a_compiled_graph_does_not_break(monkeypatch: pytest.MonkeyPatch) -> Non
         for ours, expected in zip(compiled(), expected_pair, strict=True):
             assert torch.equal(ours, expected)
             assert ours.stride() == expected.stride()
-    monkeypatch.setattr(fused, "_launch", lambda *args: 1 / 0)
+    monkeypatch.setattr(launch, "_launch", lambda *args: 1 / 0)
     for ours, expected in zip(compiled(), model(), strict=True):
         torch.testing.assert_close(ours, expected)
 
@@ -426,17 +439,17 @@ def test_a_compiled_graph_does_not_break(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_tiles(length: int, largest: int, widths: list[int]) -> None:
-    found = fused.tiles(length, largest)
+    found = launch.tiles(length, largest)
     assert [width for _, width in found] == widths
     assert [first for first, _ in found] == [sum(widths[:i]) for i in range(len(widths))]
 
 
-# Skipped where there is no such card: nothing can stand for one, and the interpreter runs the same tests there.
+# Skipped where there is no such card. The interpreter runs the same tests there.
 @interpreted_only
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or not fused._runs_on(torch.device("cuda")), reason="no card that the kernels run on"
+    not torch.cuda.is_available() or not launch._runs_on(torch.device("cuda")), reason="no card that the kernels run on"
 )
-def test_the_same_on_this_machines_card() -> None:
+def test_the_same_tests_on_the_card_of_this_machine() -> None:
     environment = {**os.environ, "GAG_TEST_DEVICE": "cuda"}
     environment.pop("TRITON_INTERPRET")
     run = subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""gag_core as a library: what it exports, and that it needs torch alone."""
+"""gag_core as a library: public names and signatures, no dependency but torch, replaced implementations, masks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+import cases
 import gag_core
+from gag_core.attention import default_guide, use_implementation
+from gag_core.numerics import mask_part
+from gag_core.triton import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = {
@@ -52,7 +60,7 @@ def test_docstrings_cite_their_source(name: str) -> None:
 
 
 def test_imports_from_the_root_with_torch_alone() -> None:
-    """In a process of its own, in the root of the repository, as a user of the library has it."""
+    """In a process of its own, in the root of the repository, as for a user of the library."""
     script = """
 import json, sys
 import torch
@@ -70,3 +78,52 @@ print(json.dumps([list(out.shape), bool(out.isfinite().all()), sorted(new), sort
     foreign = {name for name in new if name not in sys.stdlib_module_names} - {"gag_core", "torch"}
     assert not foreign, f"gag_core pulls in {sorted(foreign)}"
     assert not {name for name in modules if name.partition(".")[0].startswith("comfy") or name == "nodes"}
+
+
+def test_a_triton_without_a_spec_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub in sys.modules may have no spec, and find_spec raises a ValueError for it."""
+    stub = ModuleType("triton")
+    stub.__spec__ = None
+    monkeypatch.setitem(sys.modules, "triton", stub)
+    assert not launch._has_triton()
+
+
+def test_the_implementation_is_replaced_for_the_time_of_a_block() -> None:
+    q, k, v = cases.qkv(cases.Shape(1, 2, 5, 7, 8))
+    expected = gag_core.guided_attention(q, k, v, gag_core.GuidanceConfig())
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        def guide(*arguments: Any, **options: Any) -> None:
+            calls.append(name)
+            default_guide(*arguments, **options)
+
+        return guide
+
+    def call() -> Tensor:
+        return gag_core.guided_attention(q, k, v, gag_core.GuidanceConfig())
+
+    with use_implementation(counted("outer")):
+        assert torch.equal(call(), expected)
+        with pytest.raises(KeyError), use_implementation(counted("inner")):
+            call()
+            raise KeyError
+        call()
+    call()
+    assert calls == ["outer", "inner", "outer"]
+
+
+def test_part_of_a_mask() -> None:
+    def part(mask: Tensor, *indices: Any, **named: Any) -> Tensor:
+        found = mask_part(mask, *indices, **named)
+        assert found is not None
+        return found
+
+    mask = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    first, picked = slice(0, 1), torch.tensor([3, 0])
+    assert mask_part(None, first) is None
+    assert torch.equal(part(mask, first, slice(1, 3), slice(2, 4)), mask[:1, 1:3, 2:4])
+    assert torch.equal(part(mask, keys=slice(1, 3)), mask[..., 1:3])
+    assert torch.equal(part(mask, first, queries=picked), mask[:1].index_select(2, picked))
+    for shape in ((1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 5), (2, 3, 4, 1), (1, 1, 1, 1)):
+        assert part(torch.zeros(shape), *[slice(1, 2)] * 4).shape == (1, 1, 1, 1)

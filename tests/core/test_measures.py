@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a probe measures, against plain fp64 twins, and over everything that floats can be."""
+"""The measures of a probe against plain fp64 twins, and finite results for all finite inputs."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ CONFIGS = {
     "no cap": GuidanceConfig(norm_threshold=math.inf, alpha=1.25),
 }
 SHAPES = [cases.Shape(2, 3, 7, 5, 8), cases.Shape(1, 2, 5, 1, 4), cases.Shape(1, 4, 9, 77, 16)]
-# Averages of numbers that are fp32; a token at the border of a cap or of the support may fall on the other side.
+# Averages of fp32 numbers. A token at the border of the cap or of the support may fall on the other side.
 CLOSE = 2e-4
 
 
 def check(actual: Tensor, expected: dict[str, list[float]], close: float = CLOSE) -> None:
     assert torch.isfinite(actual).all()
-    for place, name in enumerate(NAMES):
+    for index, name in enumerate(NAMES):
         wanted = torch.tensor(expected[name], dtype=torch.float64)
-        off = (actual[:, place].double() - wanted).abs()
+        off = (actual[:, index].double() - wanted).abs()
         assert (off <= close * (1.0 + wanted.abs())).all(), (
-            f"{name}: {actual[:, place].tolist()}, not {wanted.tolist()}"
+            f"{name}: {actual[:, index].tolist()}, not {wanted.tolist()}"
         )
 
 
@@ -81,7 +81,7 @@ def test_scale_and_mass_of_a_joint_attention() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"merge_heads": True}, {"anderson_depth": 3}, {"orthogonal_scale": 0.5}])
-def test_of_rule_anderson_gain_and_cap_are_those_of_its_result(settings: dict[str, object]) -> None:
+def test_gain_and_cap_of_rule_anderson_are_those_of_its_result(settings: dict[str, object]) -> None:
     q, k, v = cases.qkv(SHAPES[0], seed=7)
     config = GuidanceConfig(rule="anderson", guidance_scale=3.0, norm_threshold=0.02, norm_mode="relative", **settings)  # type: ignore[arg-type]
     out = dict(zip(NAMES, measure(q, k, v, config)[0].tolist(), strict=True))
@@ -104,9 +104,9 @@ def test_identities(seed: int, alpha: float, std: float) -> None:
     out = dict(zip(NAMES, measure(q, k, v, GuidanceConfig(alpha=alpha))[0].tolist(), strict=True))
     assert 0.0 <= out["parallel"] <= 1.0 + 1e-6
     assert 1.0 <= out["support"] <= 9.0
-    # Of each query at most log of its support; the mean of logs is at most the log of the mean.
+    # The entropy of each query is at most the log of its support, and the mean of logs at most the log of the mean.
     assert out["entropy_sparse"] <= math.log(out["support"]) + 1e-5
-    # Sparse weights are the more peaked ones.
+    # Sparse weights are more peaked than dense ones.
     assert out["entropy_sparse"] <= out["entropy_dense"] + 1e-4
     assert out["entropy_dense"] <= math.log(9.0) + 1e-5
     assert out["mass"] == 1.0
@@ -121,12 +121,12 @@ def test_alpha_1_has_no_discrepancy() -> None:
     assert out["entropy_sparse"] == out["entropy_dense"]
 
 
-def test_contraction_depends_on_nothing_that_attention_cannot_tell() -> None:
+def test_contraction_does_not_depend_on_changes_that_attention_does_not_see() -> None:
     q, k, v = cases.qkv(SHAPES[2], seed=9)
-    place = NAMES.index("contraction")
+    index = NAMES.index("contraction")
 
     def contraction(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> float:
-        return float(measure(q, k, v, CONFIGS["gentle"], scale=scale)[0, place])
+        return float(measure(q, k, v, CONFIGS["gentle"], scale=scale)[0, index])
 
     plain = contraction(q, k, v)
     turn = torch.linalg.qr(cases.random(16, 16, seed=10))[0]
@@ -139,7 +139,7 @@ def test_contraction_depends_on_nothing_that_attention_cannot_tell() -> None:
 
 @examples(300)
 @hypothesis.given(call=calls(), config=st.sampled_from(list(CONFIGS.values())), joint=st.booleans())
-def test_nothing_but_numbers_comes_out(call: Call, config: GuidanceConfig, joint: bool) -> None:
+def test_measures_are_finite(call: Call, config: GuidanceConfig, joint: bool) -> None:
     mask = None if call.mask is None else call.mask[(None,) * (4 - call.mask.ndim)]
     lse = None
     if joint:
@@ -164,10 +164,10 @@ def test_a_sample_is_of_different_tokens_in_order(tokens: int, most: int) -> Non
 @pytest.mark.parametrize("width", [16, 24, 32, 40, 52, 64, 80, 96, 128, 168])
 @pytest.mark.parametrize("height", [48, 64, 96])
 def test_a_sample_falls_into_all_parts_of_a_picture(width: int, height: int) -> None:
-    """Each quarter of its columns and of its rows, and each of the sixteen fields, gets its share within a half."""
+    """Each quarter of the columns and rows gets its share within a half, and no field of a 4 x 4 grid is empty."""
     picked = sample_queries(width * height, 128)
-    for place in (picked % width * 4 // width, picked // width * 4 // height):
-        shares = torch.bincount(place, minlength=4) / len(picked)
+    for quarter in (picked % width * 4 // width, picked // width * 4 // height):
+        shares = torch.bincount(quarter, minlength=4) / len(picked)
         assert (shares - 0.25).abs().max() < 0.125, shares
     fields = torch.bincount(picked % width * 4 // width + 4 * (picked // width * 4 // height), minlength=16)
     assert (fields > 0).all(), fields
@@ -178,21 +178,21 @@ def test_word_shares_equal_the_reference() -> None:
     q, k, _ = cases.qkv(shape, seed=12)
     words = [(1,), (2, 3), (5, 6, 0)]
     columns = torch.zeros(7, 3)
-    for place, word in enumerate(words):
-        columns[list(word), place] = 1.0
+    for index, word in enumerate(words):
+        columns[list(word), index] = 1.0
     for mask in (None, cases.bool_some_rows_empty(shape)):
         out = word_shares(q, k, columns, mask=mask)
         torch.testing.assert_close(out.double(), measures_reference.word_shares(q, k, words, mask), atol=2e-6, rtol=0)
 
 
-def test_word_shares_of_batch_rows_in_parts_equal_the_reference() -> None:
+def test_word_shares_in_chunks_equal_the_reference() -> None:
     shape = cases.Shape(3, 4, 700, 77, 16)
     q, k, _ = cases.qkv(shape, seed=12)
-    assert len(list(chunks(q, held=2 * 77, copied=77 * 16, whole_heads=True))) == shape.batch
+    assert len(list(chunks(q, per_query=2 * 77, per_head=77 * 16, whole_heads=True))) == shape.batch
     mask, words = cases.bool_per_key(shape), [(1,), (2, 3), (76, 0)]
     columns = torch.zeros(77, 3)
-    for place, word in enumerate(words):
-        columns[list(word), place] = 1.0
+    for index, word in enumerate(words):
+        columns[list(word), index] = 1.0
     out = word_shares(q, k, columns, mask=mask)
     torch.testing.assert_close(out.double(), measures_reference.word_shares(q, k, words, mask), atol=2e-6, rtol=0)
 
@@ -202,7 +202,7 @@ def test_word_shares_of_all_tokens_are_one() -> None:
     torch.testing.assert_close(word_shares(q, k, torch.ones(77, 1)), torch.ones(1, 1, 300))
 
 
-def test_the_gain_of_a_read_out_is_what_combine_makes_of_it() -> None:
+def test_the_gain_is_that_of_combine() -> None:
     q, k, v = cases.qkv(SHAPES[0], seed=14)
     config = CONFIGS["paper"]
     sparse, dense = sparse_dense_attention(q, k, v)
@@ -212,7 +212,7 @@ def test_the_gain_of_a_read_out_is_what_combine_makes_of_it() -> None:
     torch.testing.assert_close(measure(q, k, v, config)[:, NAMES.index("gain")].double(), expected, rtol=1e-4, atol=0)
 
 
-def test_what_is_no_config_is_refused() -> None:
+def test_another_type_of_config_is_refused() -> None:
     q, k, v = cases.qkv(SHAPES[1])
     with pytest.raises(TypeError, match=r"config must be a GuidanceConfig, got dict\."):
         measure(q, k, v, {})  # type: ignore[arg-type]

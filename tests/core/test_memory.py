@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Bounded memory, measured by the storages alive (deterministic, the same on every machine)."""
+"""Bounded memory, measured by the storages that are alive: deterministic, the same on every machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import cases
+from benchmarks.speed.memory import MIB, StorageTracker, profiled_peak, tracked_peak
 from cases import Shape
-from gag_core import GuidanceConfig, entmax, guided_attention, guided_joint_attention, joint, sparse_dense_attention
-from memory import MIB, StorageTracker, profiled_peak, tracked_peak
+from gag_core import GuidanceConfig, eager, entmax, guided_attention, guided_joint_attention, sparse_dense_attention
 
 PAPER = GuidanceConfig()
 
@@ -75,7 +75,7 @@ def test_repeats_agree() -> None:
 @pytest.mark.parametrize("size", [(64, 77), (64, 4608), (1024, 512)], ids=str)
 @pytest.mark.parametrize("dim", [0, 1], ids="dim={}".format)
 def test_entmax_needs_a_few_tensors_of_its_inputs_size(dim: int, size: tuple[int, int], alpha: float) -> None:
-    """The result and up to three more in fp32; sorting with its indices and sums needs about eleven."""
+    """The result and up to three more tensors in fp32; sorting with its indices and sums needs about eleven."""
     with FakeTensorMode():
         logits = torch.empty(size)
         peak = tracked_peak(lambda: entmax(logits, alpha, dim=dim))
@@ -98,7 +98,7 @@ def fake(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def guided_peak(shape: Shape, config: GuidanceConfig = PAPER, dtype: torch.dtype = torch.float32) -> int:
-    """Peak of guided_attention, from shapes alone."""
+    """Measure the peak of guided_attention from shapes alone."""
     with FakeTensorMode():
         q = fake(shape.batch, shape.heads, shape.queries, shape.dim, dtype=dtype)
         k, v = (fake(shape.batch, shape.heads, shape.keys, shape.dim, dtype=dtype) for _ in "kv")
@@ -114,8 +114,8 @@ def output_bytes(shape: Shape) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_shapes_alone_tell_the_peak(dtype: torch.dtype) -> None:
-    """So that the sizes below can be those of real models without their computation."""
+def test_shapes_alone_give_the_peak(dtype: torch.dtype) -> None:
+    """So the sizes below can be those of real models without their computation."""
     shape = Shape(1, 4, 1024, 512, 16)
     q, k, v = cases.qkv(shape, dtype=dtype)
     assert guided_peak(shape, dtype=dtype) == tracked_peak(lambda: guided_attention(q, k, v, PAPER))
@@ -177,7 +177,7 @@ def test_masks_are_not_expanded(dtype: torch.dtype, size: tuple[int, ...]) -> No
 @pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 def test_joint_attention_holds_no_square_of_the_sequence(masked: bool, with_base: bool) -> None:
-    """Measured for real: torch's own attention is part of it."""
+    """Measured with real tensors, because torch's own attention is part of it."""
     shape = Shape(1, 8, 1536, 1536, 16)
     q, k, v = cases.qkv(shape)
     base = cases.random(*q.shape, seed=20) if with_base else None
@@ -194,14 +194,14 @@ def test_joint_attention_holds_no_square_of_the_sequence(masked: bool, with_base
 @pytest.mark.parametrize("shape", [(1, 1, 333, -1), (1, 1, 1, -1), (2, 1, 1, -1), (2, 24, 333, -1), (2, 1, 333, 1)])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "part of a wider one"])
 def test_a_bias_that_heads_share_is_not_copied_for_each(shape: tuple[int, ...], keys: int, layout: str) -> None:
-    """The kernel itself runs on CUDA alone; what it is given is made anywhere."""
+    """The kernel runs only on CUDA, but its arguments can be made on any device."""
     own = (*shape[:3], keys if shape[3] == -1 else shape[3])
     bias = torch.randn(*own[:2], own[3], own[2]).transpose(-1, -2) if layout == "transposed" else torch.randn(own)
     if layout == "part of a wider one":
         bias = torch.cat((bias, torch.randn(*own[:3], 5)), dim=-1)[..., : own[3]]
     full = (2, 24, 333, keys)
-    aligned = joint._aligned(bias, full)
+    aligned = eager._aligned_bias(bias, full)
     assert torch.equal(aligned, bias.expand(full))
-    assert aligned.stride(-1) == 1 and all(step % joint._BIAS_ALIGNMENT == 0 for step in aligned.stride()[:-1])
+    assert aligned.stride(-1) == 1 and all(step % eager._BIAS_ALIGNMENT == 0 for step in aligned.stride()[:-1])
     rows = bias.numel() // bias.shape[-1]
     assert aligned.untyped_storage().nbytes() <= max(bias.untyped_storage().nbytes(), 4 * rows * (keys + 15))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The quality benchmark's arithmetic: pairs, what is kept of results, the controls' attention, and its page."""
+"""Quality benchmark: statistics of pairs, result files, the attention of the controls, and the page."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from scipy import stats
 
 import cases
 import gag_core
-import quality_checkpoint
-import quality_page
-import quality_rows
 import reference
-from gag_core import attention as picks
-from methods import guided_by, swapped
-from quality_methods import BASELINE, CFG, FAMILIES, METHODS, SHARPER, SPARSE, Method, at_temperature
-from quality_results import BITS, REPORT, TUNE, Cell, Key, Line, Outcome, Results
-from quality_statistics import Paired, holm, mean, paired, share
+from benchmarks.quality import checkpoint, comparisons, evidence
+from benchmarks.quality.methods import BASELINE, CFG, FAMILIES, METHODS, SHARPER, SPARSE, Method, at_temperature
+from benchmarks.quality.records import BITS, REPORT, TUNE, Cell, Key, Line, Outcome, Results
+from benchmarks.quality.statistics import Paired, holm, mean, paired, share
+from benchmarks.speed.methods import guided_by, swapped
+from gag_core.attention import default_guide
 from tolerances import assert_close
 
 CELL = Cell("unet", "abc" * 20, 8, 1.0)
@@ -58,19 +56,19 @@ def test_pairs_are_compared_caption_by_caption() -> None:
 
 
 def test_the_standard_error_is_that_of_the_differences() -> None:
-    """Agresti and Min's, which at many captions is the plain one."""
+    """The standard error of Agresti and Min equals the plain one for many captions."""
     generator = np.random.default_rng(1)
     baseline = _marks(generator, 0.4, 5000)
     method = np.where(_marks(generator, 0.2, 5000), _marks(generator, 0.5, 5000), baseline)
     plain = (method.astype(float) - baseline).std() / math.sqrt(5000)
     assert paired(baseline, method).error == pytest.approx(plain, rel=0.01)
-    # Half a caption more in each of the four cells.
-    gained, lost, number = paired(baseline, method).gained, paired(baseline, method).lost, 5002
-    spread = (gained + 0.5 + lost + 0.5) / number - ((gained - lost) / number) ** 2
-    assert paired(baseline, method).error == pytest.approx(math.sqrt(spread / number), rel=1e-12)
+    # Half a caption is added to each of the four cells.
+    gained, lost, count = paired(baseline, method).gained, paired(baseline, method).lost, 5002
+    spread = (gained + 0.5 + lost + 0.5) / count - ((gained - lost) / count) ** 2
+    assert paired(baseline, method).error == pytest.approx(math.sqrt(spread / count), rel=1e-12)
 
 
-def test_two_equal_methods_have_an_error_all_the_same() -> None:
+def test_two_equal_methods_still_have_a_standard_error() -> None:
     right = np.array([True, False] * 50)
     versus = paired(right, right)
     assert versus.difference == 0 and versus.p == 1 and 0 < versus.error < 0.02
@@ -121,13 +119,13 @@ def test_pairs_of_different_captions_are_refused() -> None:
 def test_holm_against_its_definition() -> None:
     values = [0.01, 0.04, 0.03, 0.005, 1.0]
     rejected_at = []
-    for number in range(len(values)):
+    for index in range(len(values)):
         # The smallest level at which the step-down procedure rejects this hypothesis.
         order = sorted(range(len(values)), key=values.__getitem__)
         needed = 0.0
         for rank, other in enumerate(order):
             needed = max(needed, values[other] * (len(values) - rank))
-            if other == number:
+            if other == index:
                 break
         rejected_at.append(min(1.0, needed))
     assert holm(values) == pytest.approx(rejected_at)
@@ -140,17 +138,17 @@ def test_means_and_shares_against_scipy() -> None:
     assert share(values > 0.5)[1] == pytest.approx((values > 0.5).std() / 10)
 
 
-def test_lines_come_back_as_they_were(tmp_path: Path) -> None:
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
     generator = np.random.default_rng(5)
     marks = generator.integers(0, 64, 70).astype(np.uint8)
-    prices = generator.random((2, 70)).astype(np.float32)
-    line = Line(Key(CELL, TUNE, "GAG", "scale 1"), 0, Outcome(marks, *prices), 2.5, {"torch": "2"})
+    side_effects = generator.random((2, 70)).astype(np.float32)
+    line = Line(Key(CELL, TUNE, "GAG", "scale 1"), 0, Outcome(marks, *side_effects), 2.5, {"torch": "2"})
     back = Line.of_json(line.json())
     assert back.key == line.key and back.versions == line.versions
     assert np.array_equal(back.outcome.marks, marks)
-    assert np.abs(back.outcome.saturation - prices[0]).max() <= 0.5 / 255 + 1e-6
-    told = json.loads(line.json())
-    assert told["everything"] == int(((marks & BITS["everything"]) != 0).sum()) and told["captions"] == 70
+    assert np.abs(back.outcome.saturation - side_effects[0]).max() <= 0.5 / 255 + 1e-6
+    fields = json.loads(line.json())
+    assert fields["everything"] == int(((marks & BITS["everything"]) != 0).sum()) and fields["captions"] == 70
 
 
 def test_relations_are_rated_among_the_captions_that_have_one() -> None:
@@ -158,7 +156,7 @@ def test_relations_are_rated_among_the_captions_that_have_one() -> None:
     assert Outcome(marks, *np.zeros((2, 4), np.float32)).rate("relation") == 0.5
 
 
-def test_the_score_is_the_share_of_what_was_asked_for() -> None:
+def test_the_score_is_the_share_of_right_attributes_among_those_stated() -> None:
     relation = BITS["has_relation"]
     marks = np.array([relation | BITS["relation"] | BITS["colour"], BITS["count"], relation | BITS["colour"]], np.uint8)
     assert Outcome(marks, *np.zeros((2, 3), np.float32)).score() == pytest.approx([2 / 4, 1 / 3, 1 / 4])
@@ -169,7 +167,7 @@ def test_later_captions_join_the_earlier_ones(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.add(_line(BASELINE, right[:3]))
     results.add(_line(BASELINE, right[3:], first=3))
-    results.add(_line(BASELINE, ~right[:2], first=1))  # twice: the first counts
+    results.add(_line(BASELINE, ~right[:2], first=1))  # measured twice: the first result counts
     for again in (results, Results(tmp_path)):
         outcome = again.outcome(Key(CELL, TUNE, BASELINE.family, ""))
         assert outcome is not None and np.array_equal(outcome.right(), right)
@@ -185,14 +183,14 @@ def test_the_best_setting_is_chosen_on_tune_alone(tmp_path: Path) -> None:
     results.add(_line(third, np.array([False, False, True, True])))
     results.add(_line(mild, np.ones(4, bool), split=REPORT))
     best = results.best(CELL, "PLADIS")
-    assert best is not None and best[0] == strong.setting  # of equals the milder
-    assert len(best[1]) == 4  # as many captions as all of them have
+    assert best is not None and best[0] == strong.setting  # the milder of two equal settings
+    assert len(best[1]) == 4  # the captions that all settings have
     assert results.best(CELL, "GAG") is None
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> Results:
-    """CFG helps, sparse alone harms, GAG helps no more than a sharper softmax does, the gentle preset does nothing."""
+    """Results in which CFG helps, sparse alone harms, GAG helps as much as a sharper softmax, gentle does nothing."""
     generator = np.random.default_rng(6)
     results = Results(tmp_path)
     for split, captions in ((TUNE, 400), (REPORT, 800)):
@@ -208,8 +206,8 @@ def study(tmp_path: Path) -> Results:
 
 
 def test_verdicts(study: Results) -> None:
-    rows = quality_rows.rows_of(study, CELL)
-    quality_rows.adjusted(rows)
+    rows = comparisons.rows_of(study, CELL)
+    comparisons.adjust(rows)
     assert {row.family: row.verdict for row in rows} == {
         CFG: "better",
         SPARSE: "worse",
@@ -223,20 +221,20 @@ def test_verdicts(study: Results) -> None:
 def test_a_claim_needs_both_controls() -> None:
     good, bad = Paired(9, 0.1, 0.01, 9, 0, 0.001), Paired(9, 0.1, 0.1, 5, 4, 0.9)
     empty = _outcome(np.array([True]))
-    for controls, said in (
+    for controls, verdict in (
         ({SPARSE: good, SHARPER: good}, "better, and better than both controls"),
         ({SPARSE: good, SHARPER: bad}, "better, but not better than the controls"),
         ({SPARSE: good}, "better, but not better than the controls"),
     ):
-        row = quality_rows.Row(CELL, "GAG", "", None, empty, empty, good, controls, p=0.001)
-        assert row.verdict == said
+        row = comparisons.Row(CELL, "GAG", "", None, empty, empty, good, controls, p=0.001)
+        assert row.verdict == verdict
 
 
 def test_the_page_is_written_from_the_files(study: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = np.arange(800) < 400
-    monkeypatch.setattr(quality_page, "lengths", lambda captions: (half[:captions], ~half[:captions]))
+    monkeypatch.setattr(evidence, "lengths", lambda captions: (half[:captions], ~half[:captions]))
     page, plots = tmp_path / "docs" / "evidence.md", tmp_path / "assets" / "evidence"
-    files = quality_page.write(study.folder, page, plots)
+    files = evidence.write(study.folder, page, plots)
     assert files[0] == page and all(file.stat().st_size < 150_000 for file in files) and len(files) == 3
     text = page.read_text(encoding="utf-8")
     baseline = study.outcome(Key(CELL, REPORT, BASELINE.family, ""))
@@ -248,13 +246,13 @@ def test_the_page_is_written_from_the_files(study: Results, tmp_path: Path, monk
     assert f"\n{command} --captions 400 --held-out 800\n" in text
     for file in files[1:]:
         assert f"(../assets/evidence/{file.name})" in text
-    quality_page.write(study.folder, page, plots)
+    evidence.write(study.folder, page, plots)
     assert page.read_text(encoding="utf-8") == text
 
 
-def test_seeds_are_told_side_by_side_with_their_mean(tmp_path: Path) -> None:
+def test_models_of_several_seeds_stand_side_by_side_with_their_mean(tmp_path: Path) -> None:
     base = np.arange(1000) < 300
-    by_cell: dict[Cell, list[quality_rows.Row]] = {}
+    by_cell: dict[Cell, list[comparisons.Row]] = {}
     results = Results(tmp_path)
     cells = [
         Cell("unet-seed0", "a", 8, 1.0), Cell("unet-seed1", "b", 8, 1.0),
@@ -263,49 +261,48 @@ def test_seeds_are_told_side_by_side_with_their_mean(tmp_path: Path) -> None:
     for cell, gained in zip(cells, (40, 80, 10, 10), strict=True):
         results.add(_line(BASELINE, base, REPORT, cell=cell))
         results.add(_line(_method("preset gentle"), np.arange(1000) < 300 + gained, REPORT, cell=cell))
-        by_cell[cell] = quality_rows.rows_of(results, cell)
+        by_cell[cell] = comparisons.rows_of(results, cell)
     first, second = (f"+{100 * gained / 1000:.1f} ± " for gained in (40, 80))
-    (row,) = (line for line in quality_page.seeds(by_cell).splitlines() if line.startswith("| preset gentle"))
+    (row,) = (line for line in evidence.seeds(by_cell).splitlines() if line.startswith("| preset gentle"))
     assert f"| {first}" in row and f"| {second}" in row
-    # The standard error over two models is half their difference. Of the captions 40 are gained by both models and 40
-    # by one of them.
+    # The standard error over two models is half their difference. Both models gain 40 captions, one gains 40 more.
     gains = np.repeat([1.0, 0.5, 0.0], [40, 40, 920])
     over_captions = 100 * gains.std(ddof=1) / math.sqrt(1000)
     assert f"| +6.0 ± 2.0; {over_captions:.1f} |" in row
-    assert quality_page.seeds({cell: by_cell[cell] for cell in cells[1:]}) == ""
+    assert evidence.seeds({cell: by_cell[cell] for cell in cells[1:]}) == ""
 
 
-def test_attributes_are_counted_where_they_are_asked_for_and_marked_where_they_can_be_told_from_chance() -> None:
+def test_attributes_are_counted_where_stated_and_marked_where_significant() -> None:
     relation, colour = BITS["has_relation"] | BITS["relation"], BITS["colour"]
     captions = np.arange(1000)
-    # Of 1,000 captions 600 have a relation: 300 of these are right at first; guidance rights 90 more, and 1 colour.
+    # Of 1,000 captions 600 have a relation, 300 of them right without guidance. Guidance makes 90 more right, and 1
+    # colour.
     base = np.where(captions < 600, BITS["has_relation"], 0) | np.where(captions < 300, relation, 0)
     guided = base | np.where((captions >= 300) & (captions < 390), relation, 0) | np.where(captions == 0, colour, 0)
     before, after = (Outcome(marks.astype(np.uint8), *np.zeros((2, 1000), np.float32)) for marks in (base, guided))
     versus = paired(before.right(), after.right())
-    row = quality_rows.Row(CELL, "preset gentle", "strength 0.25", None, after, before, versus, {})
-    lines = quality_page.attributes({CELL: [row]}).splitlines()
+    row = comparisons.Row(CELL, "preset gentle", "strength 0.25", None, after, before, versus, {})
+    lines = evidence.attributes({CELL: [row]}).splitlines()
     assert lines[0] == "| | colour | shape | count | relation |"
     _, title, colours, shapes, counts, relations, _ = (cell.strip() for cell in lines[2].split("|"))
     assert title == CELL.title
     assert relations.startswith("**+15.0 ±") and relations.endswith("**")
     assert colours.startswith("+0.1 ±") and shapes.startswith("+0.0 ±") and counts == shapes
-    said = "colour more often in 0 and less often in 0, shape more often in 0 and less often in 0, "
-    assert lines[-1] == f"Measurably right, of 1: {said}count more often in 0 and less often in 0, " + (
-        "relation more often in 1 and less often in 0."
-    )
-    assert quality_page.attributes({CELL: [dataclasses.replace(row, family="GAG")]}) == ""
+    others = "; ".join(f"{name} more often right in 0, less often in 0" for name in ("colour", "shape", "count"))
+    relations = "relation more often right in 1, less often in 0"
+    assert lines[-1] == f"Significant differences in 1 rows: {others}; {relations}."
+    assert evidence.attributes({CELL: [dataclasses.replace(row, family="GAG")]}) == ""
 
 
 def test_no_results_no_page(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no held-out results"):
-        quality_page.write(tmp_path, tmp_path / "page.md", tmp_path)
+        evidence.write(tmp_path, tmp_path / "page.md", tmp_path)
     assert not (tmp_path / "page.md").exists()
 
 
 def test_every_family_has_distinct_settings() -> None:
     assert len({(method.family, method.setting) for method in METHODS}) == len(METHODS)
-    assert len({(method.family, method.setting) for method in quality_checkpoint.COMPARED}) == 6
+    assert len({(method.family, method.setting) for method in checkpoint.COMPARED}) == 6
     for family in FAMILIES:
         curves = {m.curve for m in METHODS if m.family == family}
         for curve in curves - {""}:
@@ -321,7 +318,7 @@ TEXT = 24
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("with_base", [False, True])
 def test_temperature_is_a_factor_of_the_logits(temperature: float, guided: bool, with_base: bool) -> None:
-    """A softmax at temperature T is the softmax of logits over T, and so is what guidance makes of them."""
+    """A softmax at temperature T is the softmax of logits / T; guidance then acts on these logits."""
     q, k, v = cases.qkv(cases.Shape(2, 3, 20, 30, 16))
     scale = 16**-0.5 / temperature
     sparse, dense = reference.sparse_dense_attention(q, k, v, scale=scale)
@@ -330,13 +327,13 @@ def test_temperature_is_a_factor_of_the_logits(temperature: float, guided: bool,
     if with_base:
         base = torch.randn(q.shape, generator=torch.Generator().manual_seed(7))
         expected = base + expected - reference.sparse_dense_attention(q, k, v)[1]
-    with swapped(guided_by(at_temperature(picks._guide, temperature, guided=guided))()):
+    with swapped(guided_by(at_temperature(default_guide, temperature, guided=guided))()):
         out = gag_core.guided_attention(q, k, v, CONFIG, base=base)
     assert_close(out, expected, error=1e-4)
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_temperature_leaves_the_text_mass_of_a_joint_attention(guided: bool) -> None:
+def test_temperature_keeps_the_text_mass_of_a_joint_attention(guided: bool) -> None:
     q, k, v = cases.qkv(cases.Shape(2, 3, 60, 60, 16))
     image = slice(TEXT, 60)
     joint = reference.sparse_dense_attention(q, k, v)[1]
@@ -344,19 +341,19 @@ def test_temperature_leaves_the_text_mass_of_a_joint_attention(guided: bool) -> 
     mass = logits.softmax(-1)[:, :, image, :TEXT].sum(-1, keepdim=True)
     text = (q[:, :, image], k[:, :, :TEXT], v[:, :, :TEXT])
     sparse, soft = reference.sparse_dense_attention(*text, scale=16**-0.5 / 2)
-    read = reference.combine(sparse, soft, CONFIG) if guided else soft
+    read_out = reference.combine(sparse, soft, CONFIG) if guided else soft
     expected = joint.clone()
-    expected[:, :, image] += mass * (read - reference.sparse_dense_attention(*text)[1])
-    with swapped(guided_by(at_temperature(picks._guide, 2.0, guided=guided))()):
+    expected[:, :, image] += mass * (read_out - reference.sparse_dense_attention(*text)[1])
+    with swapped(guided_by(at_temperature(default_guide, 2.0, guided=guided))()):
         out = gag_core.guided_joint_attention(q, k, v, slice(0, TEXT), CONFIG)
     assert_close(out, expected, error=1e-4)
 
 
-def test_temperature_heeds_masks() -> None:
+def test_temperature_respects_masks() -> None:
     q, k, v = cases.qkv(cases.Shape(2, 3, 20, 30, 16))
     readable = torch.arange(30) < 12
     base = torch.zeros_like(q)
-    with swapped(guided_by(at_temperature(picks._guide, 2.0, guided=False))()):
+    with swapped(guided_by(at_temperature(default_guide, 2.0, guided=False))()):
         out = gag_core.guided_attention(q, k, v, CONFIG, base=base, mask=readable[None, None, None])
         short = gag_core.guided_attention(q, k[:, :, :12], v[:, :, :12], CONFIG, base=base)
         nothing = gag_core.guided_attention(q, k, v, CONFIG, base=base, mask=torch.zeros(1, 1, 1, 30, dtype=torch.bool))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The oracles themselves: they agree with each other and with what is known without them."""
+"""The oracles themselves: they agree with each other and with results by hand."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_scale(scale: float) -> None:
 @pytest.mark.parametrize("sizes", [(1e15, 1e15), (1e30, 1e-4), (1e-15, 1e-15), (1e-4, 1e-30)], ids="sizes={}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scale_may_make_up_for_the_size_of_queries_and_keys(dtype: torch.dtype, sizes: tuple[float, float]) -> None:
-    """Neither number alone, nor the scale, says that logits are large or small."""
+    """Neither queries nor keys nor the scale alone decide if logits are large or small."""
     q, k, v = cases.qkv(MASKED, dtype=dtype)
     q, k = q * sizes[0], k * sizes[1]
     scale = 0.25 / sizes[0] / sizes[1]
@@ -121,7 +121,7 @@ def test_fully_masked_rows_are_zero(mask: str, alpha: float) -> None:
 def test_masked_keys_are_as_if_absent() -> None:
     q, k, v = cases.qkv(MASKED)
     keep = torch.arange(77) < 50
-    # What a masked key or value holds must not leak, not even through 0 * inf.
+    # The contents of a masked key or value must not leak, not even through 0 * inf.
     for masked, cut in zip(
         sparse_dense_attention(q, k, v, mask=keep), sparse_dense_attention(q, k[:, :, :50], v[:, :, :50]), strict=True
     ):

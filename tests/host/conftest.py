@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The tests in this folder run in one process with the host, which this import brings up before they import it."""
+"""Fixtures of the tests that run in one process with the host. Importing host_process starts the host first."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ import host_process as host
 
 @pytest.fixture(autouse=True)
 def host_in_the_results(record_property: Any) -> None:
-    """The report says which ComfyUI was tested, for dev/pages.py; by test, because that travels between processes."""
+    """Record the version of ComfyUI in the results, for the generated pages.
+
+    Each test records it, because only properties of tests reach the report from other processes.
+    """
     record_property("host", host.VERSION)
 
 
 @pytest.fixture
 def traceable_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.compile needs here, and a count of graphs that begins at 0.
+    """Use an attention that torch.compile can trace, and set its count of graphs to 0.
 
-    The host's attention for CPUs asks for free memory in every call, which cannot be traced; that for GPUs can.
+    The host's attention for CPUs queries the free memory in every call, which cannot be traced. The attention for GPUs
+    can be traced.
     """
     host_attention = importlib.import_module("comfy.ldm.modules.attention")
     for module in [module for path, module in sys.modules.items() if path.startswith("comfy.ldm.")]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""GAG Anderson in real runs: every guided attention call is the fp64 reference's, off is off, bad input is refused."""
+"""GAG Anderson in real runs: guided calls equal the fp64 reference, off changes nothing, bad input is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 import host_process as host
 import reference
 from comfy_host import ROOT
-from recorder import Call, recording
+from recorder import Call, record_calls
 from transformers_of_host import TRANSFORMERS
 
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
@@ -25,7 +25,7 @@ DEFAULT = host.pack_module("nodes.anderson").DEFAULT
 PROMPT = "a red circle left of a blue square"
 NODE = "GAGAnderson"
 TOKENS = 12
-# Inputs of the node by the name of the config's field.
+# Names of the node's inputs, by the name of the config's field.
 FIELDS = {"anderson_depth": "depth", "anderson_regularization": "regularization"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -42,20 +42,20 @@ def guided(model: Any, **fields: Any) -> Any:
 
 
 def check(call: Call, expected: Tensor, config: Any) -> None:
-    """fp32 against fp64; a retrieval of a retrieval magnifies roundings, and its tokens differ in how much."""
+    """Compare fp32 with fp64. Iterated read-outs (depth > 1) magnify rounding errors, more so in some tokens."""
     if config.anderson_depth == 1:
         call.check(expected, config.guidance_scale)
         return
-    size = float(call.v.abs().max())
-    off = (call.out.double() - expected).abs().amax(dim=-1)
-    assert (off < 1e-4 * size).double().mean() > 0.98
-    assert off.max() < 0.3 * size
+    largest = float(call.v.abs().max())
+    error = (call.out.double() - expected).abs().amax(dim=-1)
+    assert (error < 1e-4 * largest).double().mean() > 0.98
+    assert error.max() < 0.3 * largest
 
 
 # --- the node -----------------------------------------------------------------------------------------------------
 
 
-def test_its_defaults_are_a_config() -> None:
+def test_the_nodes_defaults_are_those_of_its_config() -> None:
     inputs = {item.id: item for item in host.NODES[NODE].GET_SCHEMA().inputs}
     for field in dataclasses.fields(GuidanceConfig):
         if field.name not in ("rule", "merge_heads"):
@@ -64,21 +64,22 @@ def test_its_defaults_are_a_config() -> None:
     assert list(inputs)[-1] == "schedule" and inputs["schedule"].optional
 
 
-def test_every_input_and_output_has_a_tooltip_and_stands_on_the_help_page() -> None:
+def test_every_input_and_output_has_a_tooltip_and_is_on_the_help_page() -> None:
     schema = host.NODES[NODE].GET_SCHEMA()
     page = Path(ROOT, "web", "docs", f"{NODE}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {schema.display_name}\n")
     assert all(len(item.tooltip) > 10 for item in (*schema.inputs, *schema.outputs))
-    described = " ".join(page.split())
+    page_text = " ".join(page.split())
     for item in schema.inputs:
         assert f"- **{item.id}**: " in page
         if item.id != "schedule":
-            # The page may have more, but what the tooltip says stands there in its words.
+            # The page may say more, but the first sentence of the tooltip must be on it.
             first = re.split(r"(?<=[.:]) ", item.tooltip)[0]
-            assert first in described, first
+            assert first in page_text, first
 
 
-def test_the_advanced_node_does_not_offer_a_rule_whose_settings_it_lacks() -> None:
+def test_the_advanced_node_does_not_offer_the_rule_anderson() -> None:
+    """The node lacks the settings of that rule."""
     (rule,) = (item for item in host.NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs if item.id == "rule")
     assert rule.options == ["gag", "pladis"]
 
@@ -98,15 +99,15 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refuses_bad_input_in_one_sentence_and_changes_nothing(case: str) -> None:
+def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(case: str) -> None:
     inputs, words = WRONG[case]
     model = host.build_model("sd15")
-    before = {kind: dict(entry) for kind, entry in model.wrappers.items()}
+    before = {key: dict(entry) for key, entry in model.wrappers.items()}
     with pytest.raises((ValueError, TypeError)) as raised:
         host.run_node(NODE, **{"model": model, **inputs})
     message = str(raised.value)
     assert all(word in message for word in words) and "\n" not in message and message.endswith("."), message
-    assert {kind: dict(entry) for kind, entry in model.wrappers.items()} == before
+    assert {key: dict(entry) for key, entry in model.wrappers.items()} == before
 
 
 # --- real runs ----------------------------------------------------------------------------------------------------
@@ -114,10 +115,10 @@ def test_refuses_bad_input_in_one_sentence_and_changes_nothing(case: str) -> Non
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_unets_get_the_reference(name: str, settings: dict[str, Any]) -> None:
+def test_unets_get_the_reference_output(name: str, settings: dict[str, Any]) -> None:
     model = guided(host.build_model(name), **settings)
     config = dataclasses.replace(DEFAULT, **settings)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, name, size=(4, 4) if name == "sd15" else None, steps=1)
     count = 0
     for call in calls:
@@ -131,11 +132,11 @@ def test_unets_get_the_reference(name: str, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["flux", "qwen-image"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_joint_attention_gets_the_reference(settings: dict[str, Any], name: str) -> None:
+def test_joint_attention_gets_the_reference_output(settings: dict[str, Any], name: str) -> None:
     tiny = TRANSFORMERS[name]
     model = guided(tiny.build(), **settings)
     config = dataclasses.replace(DEFAULT, **settings)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         out = tiny.sample(model, tokens=TOKENS)
     assert torch.isfinite(out).all() and not torch.equal(out, tiny.sample(tiny.build(), tokens=TOKENS))
     count = 0
@@ -148,11 +149,11 @@ def test_joint_attention_gets_the_reference(settings: dict[str, Any], name: str)
 
 
 @pytest.mark.parametrize("settings", [{}, {"anderson_depth": 2}], ids=["depth 1", "depth 2"])
-def test_the_demo_model_gets_the_reference(settings: dict[str, Any]) -> None:
-    """Trained weights, and the host's own sampler node with CFG."""
+def test_the_demo_model_gets_the_reference_output(settings: dict[str, Any]) -> None:
+    """The demo model has trained weights and runs in the host's own sampler node with CFG."""
     model, encoder, _ = host.run_node("GAGDemoLoader")
     config = dataclasses.replace(DEFAULT, **settings)
-    with recording(guided(model, **settings)) as calls:
+    with record_calls(guided(model, **settings)) as calls:
         latent = _sampled(guided(model, **settings), encoder, steps=2)
     guided_calls = [call for call in calls if call.module.endswith("attn2") and "middle_block" not in call.module]
     assert len(guided_calls) == 2 * 4  # steps, attentions
@@ -174,11 +175,11 @@ def _sampled(model: Any, encoder: Any, steps: int) -> Tensor:
     return samples
 
 
-def test_the_solved_coefficient_is_not_that_of_gag() -> None:
-    """Else the runs above would not tell the rules apart."""
+def test_the_rules_anderson_and_gag_give_different_pictures() -> None:
+    """Otherwise the runs above would not tell the rules apart."""
     model, encoder, _ = host.run_node("GAGDemoLoader")
-    same = {"guidance_scale": 3.0, "norm_threshold": 0.5, "norm_mode": "relative", "orthogonal_scale": 1.0}
-    (gag,) = host.run_advanced(model=model, **same)
+    settings = {"guidance_scale": 3.0, "norm_threshold": 0.5, "norm_mode": "relative", "orthogonal_scale": 1.0}
+    (gag,) = host.run_advanced(model=model, **settings)
     outs = [_sampled(m, encoder, 4) for m in (model, gag, guided(model), guided(model, anderson_depth=3))]
     for i, one in enumerate(outs):
         assert all((one - other).abs().max() > 1e-2 for other in outs[:i])
@@ -189,7 +190,7 @@ def test_the_solved_coefficient_is_not_that_of_gag() -> None:
 
 @pytest.mark.parametrize("depth", [1, 4])
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_off_is_the_picture_without_the_node(name: str, depth: int) -> None:
+def test_off_gives_the_picture_without_the_node(name: str, depth: int) -> None:
     model = host.build_model(name)
     plain = host.sample(model, name)
     for off in ({"strength": 0.0}, {"start_percent": 1.0}, {"schedule": [0.0]}):
@@ -199,16 +200,16 @@ def test_off_is_the_picture_without_the_node(name: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 4])
-def test_alpha_one_is_plain_attention(depth: int) -> None:
+def test_alpha_1_is_plain_attention(depth: int) -> None:
     model = guided(host.build_model("sd15"), alpha=1.0, anderson_depth=depth)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "sd15")
     assert any(call.module.endswith(".attn2") for call in calls)
     for call in calls:
         call.check_plain()
 
 
-def test_a_schedule_changes_its_strength() -> None:
+def test_a_schedule_scales_the_strength() -> None:
     model = host.build_model("sd15")
     constant = host.sample(guided(model, schedule=[0.5, 0.5]), "sd15")
     assert torch.equal(constant, host.sample(guided(model, strength=0.5), "sd15"))
@@ -217,7 +218,7 @@ def test_a_schedule_changes_its_strength() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m", "uni_pc", "heun"])
-def test_samplers(sampler: str) -> None:
+def test_guidance_works_with_other_samplers(sampler: str) -> None:
     assert sampler in comfy.samplers.KSampler.SAMPLERS
     model = host.build_model("sd15")
     out = host.sample(guided(model, anderson_depth=2), "sd15", sampler=sampler, steps=3)
@@ -227,16 +228,16 @@ def test_samplers(sampler: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["flux", "wan-t2v"])
-def test_half_precision(name: str, dtype: torch.dtype) -> None:
+def test_guidance_works_in_half_precision(name: str, dtype: torch.dtype) -> None:
     tiny = TRANSFORMERS[name]
     out = tiny.sample(guided(tiny.build(dtype=dtype), anderson_depth=2), tokens=TOKENS)
     assert torch.isfinite(out).all()
     assert not torch.equal(out, tiny.sample(tiny.build(dtype=dtype), tokens=TOKENS))
 
 
-def test_of_two_nodes_the_later_one_acts() -> None:
+def test_the_later_of_two_nodes_acts() -> None:
     model = host.build_model("sd15")
     (gag,) = host.run_node("GAGuidance", model=model)
     assert torch.equal(host.sample(guided(gag), "sd15"), host.sample(guided(model), "sd15"))
-    (gag_behind,) = host.run_node("GAGuidance", model=guided(model))
-    assert torch.equal(host.sample(gag_behind, "sd15"), host.sample(gag, "sd15"))
+    (gag_last,) = host.run_node("GAGuidance", model=guided(model))
+    assert torch.equal(host.sample(gag_last, "sd15"), host.sample(gag, "sd15"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The part of the benchmark command that samples with the real host runs, on the smallest pictures."""
+"""The part of the benchmark command that samples in ComfyUI, on the smallest pictures."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import steps
+from benchmarks.speed import steps
 
 
 @pytest.mark.parametrize("node", [steps.GAG, steps.PROBE])
 def test_whole_steps(
     node: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command itself refuses to report a GAG node that changes nothing, and a probe that changes anything."""
+    """The command itself fails if a GAG node changes nothing or a probe changes anything."""
     tiny = steps.MODELS["sd15"]._replace(narrow={"model_channels": 32, "num_heads": 2}, narrow_title="tiny")
     monkeypatch.setitem(steps.MODELS, "sd15", tiny)
     file = tmp_path / "steps.json"

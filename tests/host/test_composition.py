@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Beside other people's nodes guidance gives the right result, whichever comes first; the list is in companions.py."""
+"""Guidance beside other people's nodes is right in both orders of the nodes. The nodes are listed in companions.py."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo.utils
 from comfy_api.torch_helpers import set_torch_compile_wrapper
+from einops import rearrange
 from torch import Tensor
 
 import companions
@@ -27,10 +28,10 @@ from companions import (
     Companion,
     ForeignAttention,
     ImageAdapter,
-    compiled_carelessly,
-    extra,
+    compiled_without_guards,
+    run_host_node,
 )
-from recorder import Call, recording
+from recorder import Call, record_calls
 from tolerances import assert_close
 
 PAPER = host.pack_module("nodes.presets").PRESETS["paper"]
@@ -38,13 +39,13 @@ TOKENS = 77
 
 
 def rows(name: str) -> pytest.MarkDecorator:
-    """Parametrises a test by the orders of one companion, under the ids of its rows in the table."""
+    """Parametrise a test by the orders of one companion. The ids are those of its rows in the table."""
     (companion,) = (c for c in COMPANIONS if c.name == name)
     return pytest.mark.parametrize("order", companion.orders, ids=companion.labels)
 
 
-def where_it_is(companion: Companion) -> pytest.MarkDecorator:
-    """A node that the tested host is too old for cannot be tried; the table says in which releases it was."""
+def skip_if_missing(companion: Companion) -> pytest.MarkDecorator:
+    """Skip a companion that this release of the host does not have. The table names the releases that were tested."""
     return pytest.mark.skipif(
         companion.since is not None and importlib.util.find_spec(companion.since) is None,
         reason="this ComfyUI does not have the node",
@@ -53,13 +54,13 @@ def where_it_is(companion: Companion) -> pytest.MarkDecorator:
 
 IN_MATRIX = [companion for companion in COMPANIONS if companion.patched is not None]
 MATRIX = [
-    pytest.param(companion, order, id=label, marks=where_it_is(companion))
+    pytest.param(companion, order, id=label, marks=skip_if_missing(companion))
     for companion in IN_MATRIX
     for order, label in zip(companion.orders, companion.labels, strict=True)
 ]
-# One comparison says something of both rows, and has the ids of both.
+# One comparison tests both rows, so its id has the ids of both.
 BOTH_ORDERS = [
-    pytest.param(companion, id="-".join(companion.labels), marks=where_it_is(companion))
+    pytest.param(companion, id="-".join(companion.labels), marks=skip_if_missing(companion))
     for companion in IN_MATRIX
     if len(companion.orders) == 2
 ]
@@ -76,31 +77,35 @@ def guided_positive(model: Any) -> Any:
     return out
 
 
-def in_order(order: str, model: Any, patch: Callable[[Any], Any], guide: Callable[[Any], Any] = guided) -> Any:
+def patched_in_order(order: str, model: Any, patch: Callable[[Any], Any], guide: Callable[[Any], Any] = guided) -> Any:
     return patch(guide(model)) if order == FIRST else guide(patch(model))
 
 
 @lru_cache
 def guidance_alone(name: str) -> Tensor:
+    """Return the picture of a model with guidance and without companions."""
     return companions.sample(guided(companions.build(name)), name)
 
 
 @lru_cache
 def companion_alone(companion: Companion) -> Tensor:
+    """Return the picture of a companion without guidance."""
     assert companion.patched is not None
     return companions.sample(companion.patched(companions.build(companion.model)), companion.model, **companion.run())
 
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the nodes say in this test."""
+    """Texts that nodes show during the test."""
     texts: list[str] = []
-    monkeypatch.setattr(host.pack_module("nodes.run"), "show_on_node", lambda text, _: texts.append(text))
+    monkeypatch.setattr(
+        host.pack_module("nodes.panel.browser").BROWSER, "send_text", lambda text, _: texts.append(text)
+    )
     return texts
 
 
-def is_text(name: str, call: Call) -> bool:
-    """Whether guidance by default acts in this call; in a ControlNet it does not."""
+def is_guided(name: str, call: Call) -> bool:
+    """Return True for a call that is guided by default. A ControlNet has none."""
     if call.module.startswith("ControlNet."):
         return False
     if name in ("sd15", "sdxl"):
@@ -108,72 +113,75 @@ def is_text(name: str, call: Call) -> bool:
     return call.module.endswith("cross_attn") if name.startswith("wan") else True
 
 
-def words(keys: Tensor) -> int:
-    """How many tokens of one row's keys ``[H, N, D]`` there are before they repeat."""
+def distinct_tokens(keys: Tensor) -> int:
+    """Return the number of tokens of one row's keys ``[H, N, D]`` before they repeat."""
     tokens = keys.shape[1]
     sizes = (size for size in range(1, tokens + 1) if tokens % size == 0)
     return next(size for size in sizes if torch.equal(keys, keys[:, :size].repeat(1, tokens // size, 1)))
 
 
-def with_guidance(name: str, call: Call) -> Tensor:
-    """What fp64 makes of a call's tensors, each row by its own words."""
+def guided_reference(name: str, call: Call) -> Tensor:
+    """Compute the guided output of a call in fp64, each row with its own distinct tokens."""
     if not name.startswith(("sd", "wan")):
         return reference.guided_joint_attention(call.q, call.k, call.v, slice(0, TOKENS), PAPER, mask=call.mask)
     outs = []
     for row in range(call.q.shape[0]):
-        tokens = words(call.k[row])
+        tokens = distinct_tokens(call.k[row])
         q, k, v = call.q[row : row + 1], call.k[row : row + 1, :, :tokens], call.v[row : row + 1, :, :tokens]
         outs.append(reference.guided_attention(q, k, v, PAPER))
     return torch.cat(outs)
 
 
 def check_every_call(name: str, calls: list[Call]) -> int:
-    """Text attention is guided, and every other attention is the host's own. Returns the number of the former."""
+    """Assert that all text attention is guided and no other attention; return the number of guided calls."""
     for call in calls:
-        if is_text(name, call):
-            call.check(with_guidance(name, call), PAPER.guidance_scale)
+        if is_guided(name, call):
+            call.check(guided_reference(name, call), PAPER.guidance_scale)
             continue
-        # HyperTile passes tiled queries; the host's attention then splits the keys in as many parts.
+        # HyperTile passes tiled queries. The host's attention then splits the keys into as many parts.
         batch, heads, _, size = call.q.shape
-        k, v = (t.transpose(1, 2).reshape(batch, -1, heads, size).transpose(1, 2) for t in (call.k, call.v))
+        k, v = (
+            rearrange(rearrange(t, "b h n d -> b n h d").reshape(batch, -1, heads, size), "b n h d -> b h n d")
+            for t in (call.k, call.v)
+        )
         call.check(reference.sparse_dense_attention(call.q, k, v, mask=call.mask)[1])
-    return sum(is_text(name, call) for call in calls)
+    return sum(is_guided(name, call) for call in calls)
 
 
 @each_row
 def test_every_attention_is_right(companion: Companion, order: str, reports: list[str]) -> None:
-    """Guided where the text is read and nowhere else; both act; and the node says what is true."""
+    """Attention is guided where it reads the text and nowhere else, both nodes act, and the node's text is right."""
     assert companion.patched is not None
     name, run = companion.model, companion.run()
-    model = in_order(order, companions.build(name), companion.patched)
+    model = patched_in_order(order, companions.build(name), companion.patched)
     nets = [settings["control"].control_model for _, settings in run.get("positive", []) if "control" in settings]
-    with recording(model, *nets) as calls:
+    with record_calls(model, *nets) as calls:
         out = companions.sample(model, name, **run)
     assert all(any(call.module.startswith(type(net).__name__) for call in calls) for net in nets)
-    said = reports[0]
+    report = reports[0]
     assert torch.isfinite(out).all()
     assert not torch.equal(out, companion_alone(companion))
     assert out.shape != guidance_alone(name).shape or not torch.equal(out, guidance_alone(name))
     assert check_every_call(name, calls) > 0
-    layers = Counter(call.module for call in calls if is_text(name, call))
-    assert said.startswith(f"Guided {len(layers)} of {len(layers)} attentions in {max(layers.values())} of ")
+    layers = Counter(call.module for call in calls if is_guided(name, call))
+    assert report.startswith(f"Guided {len(layers)} of {len(layers)} attentions in {max(layers.values())} of ")
 
 
 @each_row
-def test_off_leaves_the_companions_own_result(companion: Companion, order: str) -> None:
+def test_off_gives_the_companions_own_picture(companion: Companion, order: str) -> None:
     assert companion.patched is not None
     name = companion.model
-    off = in_order(order, companions.build(name), companion.patched, lambda model: guided(model, strength=0.0))
+    off = patched_in_order(order, companions.build(name), companion.patched, lambda model: guided(model, strength=0.0))
     assert torch.equal(companions.sample(off, name, **companion.run()), companion_alone(companion))
 
 
 @pytest.mark.parametrize("companion", BOTH_ORDERS)
-def test_order_makes_no_difference(companion: Companion) -> None:
+def test_both_orders_give_the_same_picture(companion: Companion) -> None:
     assert companion.patched is not None
     name, run = companion.model, companion.run()
     outs = [
-        companions.sample(in_order(place, companions.build(name), companion.patched), name, **run)
-        for place in companion.orders
+        companions.sample(patched_in_order(order, companions.build(name), companion.patched), name, **run)
+        for order in companion.orders
     ]
     assert torch.equal(*outs)
 
@@ -186,18 +194,18 @@ FORMULAS = ("APG", "TCFG", "FreSca", "RescaleCFG", "CFGZeroStar")
     [row for row in MATRIX if isinstance(row.values[0], Companion) and row.values[0].name in FORMULAS],
 )
 def test_formulas_get_guided_predictions(companion: Companion, order: str) -> None:
-    """What comes out of a step is the companion's own function of what guidance alone predicts."""
+    """The result of a step is the companion's own function of the guided predictions."""
     assert companion.patched is not None
-    seen: dict[str, Any] = {}
+    first: dict[str, Any] = {}
 
     def watch(args: dict[str, Any]) -> Any:
-        seen.setdefault("predictions", args)
+        first.setdefault("predictions", args)
         return args["conds_out"]
 
     only_guided = guided(companions.build("sd15"))
     only_guided.set_model_sampler_pre_cfg_function(watch)
     host.sample(only_guided, "sd15")
-    args = seen["predictions"]
+    args = first["predictions"]
 
     model = companions.build("sd15")
     options = companion.patched(model).model_options
@@ -209,20 +217,20 @@ def test_formulas_get_guided_predictions(companion: Companion, order: str) -> No
     )
 
     def keep(step: int, denoised: Tensor, *_: Any) -> None:
-        seen.setdefault("denoised", denoised.clone())
+        first.setdefault("denoised", denoised.clone())
 
-    host.sample(in_order(order, model, companion.patched), "sd15", callback=keep)
-    assert torch.equal(seen["denoised"], expected)
+    host.sample(patched_in_order(order, model, companion.patched), "sd15", callback=keep)
+    assert torch.equal(first["denoised"], expected)
 
 
 def halved_plus_correction(name: str, call: Call) -> Tensor:
     plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
-    return 0.5 * plain + (with_guidance(name, call) - plain if is_text(name, call) else 0.0)
+    return 0.5 * plain + (guided_reference(name, call) - plain if is_guided(name, call) else 0.0)
 
 
 def check_foreign_attention(name: str, model: Any, foreign: ForeignAttention) -> None:
-    """The foreign attention computes the host's part of every call; guidance is added to what it gives."""
-    with recording(model) as calls:
+    """Assert that the other attention computes the host's part of every call, and guidance is added to its output."""
+    with record_calls(model) as calls:
         host.sample(model, name, cfg=1.0)
     assert foreign.calls == len(calls) > 0
     for call in calls:
@@ -231,34 +239,44 @@ def check_foreign_attention(name: str, model: Any, foreign: ForeignAttention) ->
 
 @rows("attention override (sage, flash) set on the model")
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_attention_override_on_the_model(name: str, order: str) -> None:
+def test_an_attention_override_on_the_model_computes_the_hosts_part(name: str, order: str) -> None:
     foreign = ForeignAttention()
-    check_foreign_attention(name, in_order(order, host.build_model(name), foreign.on_the_model), foreign)
+    check_foreign_attention(name, patched_in_order(order, host.build_model(name), foreign.on_the_model), foreign)
 
 
 @rows("attention override set when a run is prepared")
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_attention_override_when_a_run_is_prepared(name: str, order: str) -> None:
+def test_an_attention_override_of_a_prepared_run_computes_the_hosts_part(name: str, order: str) -> None:
     foreign = ForeignAttention()
-    check_foreign_attention(name, in_order(order, host.build_model(name), foreign.before_sampling), foreign)
+    check_foreign_attention(name, patched_in_order(order, host.build_model(name), foreign.before_sampling), foreign)
 
 
 @rows("attention override set at each model call")
-def test_attention_override_at_the_model_call(order: str) -> None:
+def test_the_later_attention_override_at_a_model_call_is_around_the_earlier(order: str) -> None:
     foreign = ForeignAttention()
-    model = in_order(order, host.build_model("sd15"), foreign.at_the_model_call)
-    with recording(model) as calls:
+    model = patched_in_order(order, host.build_model("sd15"), foreign.at_the_model_call)
+    with record_calls(model) as calls:
         host.sample(model, "sd15", cfg=1.0)
     assert foreign.calls == len(calls) > 0
     for call in calls:
-        if is_text("sd15", call) and order == FIRST:  # theirs is around ours and halves the guided result
-            call.check(0.5 * with_guidance("sd15", call), PAPER.guidance_scale)
+        if (
+            is_guided("sd15", call) and order == FIRST
+        ):  # the other override is around GAG's and halves the guided output
+            call.check(0.5 * guided_reference("sd15", call), PAPER.guidance_scale)
         else:
             call.check(halved_plus_correction("sd15", call), PAPER.guidance_scale)
 
 
+def split_heads(tensor: Tensor, heads: int) -> Tensor:
+    return rearrange(tensor, "b n (h d) -> b h n d", h=heads)
+
+
+def merge_heads(tensor: Tensor) -> Tensor:
+    return rearrange(tensor, "b h n d -> b n (h d)")
+
+
 def check_adapter(model: Any, adapter: ImageAdapter, block: tuple[Any, ...]) -> None:
-    """The adapter's result comes out whole, plus what guidance changes in the reading of the text, once."""
+    """Assert that the output is the adapter's own plus the change by guidance in the text attention, added once."""
     blocks = {"input": "input_blocks.{}.1", "middle": "middle_block.1"}[block[0]].format(block[1])
     attention = model.model.diffusion_model.get_submodule(f"{blocks}.transformer_blocks.0.attn2")
     results: list[Tensor] = []
@@ -267,28 +285,30 @@ def check_adapter(model: Any, adapter: ImageAdapter, block: tuple[Any, ...]) -> 
         host.sample(model, "sd15")
     finally:
         handle.remove()
-    assert len(adapter.seen) == len(results) > 0
-    for (query, keys, values, out), result in zip(adapter.seen, results, strict=True):
-        q, k, v = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in (query, keys, values))
+    assert len(adapter.calls) == len(results) > 0
+    for (query, keys, values, out), result in zip(adapter.calls, results, strict=True):
+        q, k, v = (split_heads(t, attention.heads) for t in (query, keys, values))
         change = reference.guided_attention(q, k, v, PAPER) - reference.sparse_dense_attention(q, k, v)[1]
-        if block[0] == "middle":  # not among the default blocks
+        if block[0] == "middle":  # the middle is not guided by default
             change = torch.zeros_like(change)
-        expected = out.double() + change.transpose(1, 2).flatten(2)
+        expected = out.double() + merge_heads(change)
         assert_close(result, expected, error=3e-4 * float(v.abs().max()))
 
 
 @rows("image adapter in attn2 (IPAdapter)")
 @pytest.mark.parametrize("passes_options", [False, True], ids=["own attention", "attention with options"])
 @pytest.mark.parametrize("block", [("input", 1), ("input", 3, 0), ("middle", 0)], ids=str)
-def test_image_adapter(block: tuple[Any, ...], order: str, passes_options: bool) -> None:
+def test_an_image_adapter_keeps_its_output_and_the_text_is_guided_once(
+    block: tuple[Any, ...], order: str, passes_options: bool
+) -> None:
     adapter = ImageAdapter(passes_options)
-    model = in_order(order, host.build_model("sd15"), lambda target: adapter.on(target, *block))
+    model = patched_in_order(order, host.build_model("sd15"), lambda target: adapter.on(target, *block))
     check_adapter(model, adapter, block)
 
 
 @rows("image adapter, a second image added")
-def test_second_image_of_an_adapter(order: str) -> None:
-    """It is added to the object that stands in the slot, which therefore has to be the adapter's own."""
+def test_a_second_image_is_added_to_the_same_adapter(order: str) -> None:
+    """The node adds it to the installed replacement, which therefore must still be the adapter's own object."""
     adapter, block = ImageAdapter(), ("input", 1)
 
     def add(model: Any) -> Any:
@@ -305,46 +325,45 @@ def test_second_image_of_an_adapter(order: str) -> None:
 
 
 @rows("PLADIS of another pack (attn2 replacement)")
-def test_pladis_of_another_pack(order: str) -> None:
-    """Their extrapolation comes out whole, plus what guidance changes."""
+def test_pladis_of_another_pack_keeps_its_output_and_guidance_is_added(order: str) -> None:
     adapter, block = ImageAdapter(), ("input", 1)
 
     def extrapolated(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-        q, k, v = (t.unflatten(-1, (options["n_heads"], -1)).transpose(1, 2) for t in (query, key, value))
+        q, k, v = (split_heads(t, options["n_heads"]) for t in (query, key, value))
         sparse, dense = reference.sparse_dense_attention(q, k, v, alpha=1.5)
-        out = (dense + 2.0 * (sparse - dense)).transpose(1, 2).flatten(2).to(query.dtype)
-        adapter.seen.append((query.clone(), key.clone(), value.clone(), out.clone()))
+        out = merge_heads(dense + 2.0 * (sparse - dense)).to(query.dtype)
+        adapter.calls.append((query.clone(), key.clone(), value.clone(), out.clone()))
         return out
 
-    def theirs(model: Any) -> Any:
+    def with_pladis(model: Any) -> Any:
         model = model.clone()
         model.set_model_attn2_replace(extrapolated, *block)
         return model
 
-    check_adapter(in_order(order, host.build_model("sd15"), theirs), adapter, block)
+    check_adapter(patched_in_order(order, host.build_model("sd15"), with_pladis), adapter, block)
 
 
 @rows("attn2 patch that brings its own text")
-def test_attn2_patch_that_brings_its_own_text(order: str) -> None:
-    """Nodes that swap the context (regional prompts) may change its length; what arrives is what is guided."""
+def test_text_that_an_attn2_patch_adds_is_guided(order: str) -> None:
+    """Nodes that replace the context (regional prompts) may change its length; all tokens that arrive are guided."""
     model = host.build_model("sd15")
-    more = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(8))
+    more_tokens = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(8))
 
     def lengthen(query: Tensor, key: Tensor, value: Tensor, _: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        added = more.expand(key.shape[0], -1, -1)
+        added = more_tokens.expand(key.shape[0], -1, -1)
         return query, torch.cat([key, added], dim=1), torch.cat([value, added], dim=1)
 
     model.set_model_attn2_patch(lengthen)
     model = guided(model)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "sd15", negative=host.conditioning("sd15", 11, 154))
-    assert {call.k.shape[2] for call in calls if is_text("sd15", call)} == {194}
+    assert {call.k.shape[2] for call in calls if is_guided("sd15", call)} == {194}
     check_every_call("sd15", calls)
 
 
 @rows("attn2 patch that brings its own text")
-def test_attn2_patch_that_multiplies_the_rows(order: str) -> None:
-    """Some regional nodes run several prompts per row; every one of them is guided."""
+def test_rows_that_an_attn2_patch_adds_are_guided(order: str) -> None:
+    """Some regional nodes run several prompts per row; all of them are guided."""
     model = host.build_model("sd15")
 
     def twice(query: Tensor, key: Tensor, value: Tensor, _: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -356,80 +375,80 @@ def test_attn2_patch_that_multiplies_the_rows(order: str) -> None:
     model.set_model_attn2_patch(twice)
     model.set_model_attn2_output_patch(once)
     model = guided(model)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "sd15")
-    assert {call.q.shape[0] for call in calls if is_text("sd15", call)} == {4}
+    assert {call.q.shape[0] for call in calls if is_guided("sd15", call)} == {4}
     check_every_call("sd15", calls)
 
 
 @rows("regions: ConditioningSetArea, ConditioningSetMask")
-def test_words_of_a_negative_prompt_in_an_area(order: str) -> None:
-    """The host gives the negative prompt's copy for an area the positive one's id; their words are not the same."""
+def test_a_negative_prompt_in_an_area_is_read_in_its_own_length(order: str) -> None:
+    """The host gives the area's copy of the negative prompt the id of the positive prompt, though the texts differ."""
     model = guided(host.build_model("sd15"))
     positive = host.conditioning("sd15", 10, 154, area=(8, 4, 0, 0), strength=1.0, set_area_to_bounds=False)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "sd15", positive=positive)
-    lengths = {tuple(words(keys) for keys in call.k) for call in calls if is_text("sd15", call)}
+    lengths = {tuple(distinct_tokens(keys) for keys in call.k) for call in calls if is_guided("sd15", call)}
     assert sorted(lengths) == [(77,), (77, 154)] or sorted(lengths) == [(77,), (154, 77)]
     check_every_call("sd15", calls)
 
 
 @rows("regions: ConditioningSetArea, ConditioningSetMask")
 def test_negative_prompt_in_an_area_is_not_positive(order: str) -> None:
-    """Nor is it taken for the positive prompt because of that id."""
+    """The id that it shares with the positive prompt does not make it positive."""
     model = guided_positive(host.build_model("sd15"))
     left = host.conditioning("sd15", 10, area=(8, 4, 0, 0), strength=1.0, set_area_to_bounds=False)
     check_only_positive_is_guided(model, lambda: host.sample(model, "sd15", positive=left), left)
 
 
 def check_only_positive_is_guided(model: Any, run: Callable[[], Any], positive: list[Any]) -> None:
-    """Guided are the rows whose keys come of the positive prompt's text, and no others."""
-    with recording(model) as calls:
+    """Assert that exactly the rows whose keys come from the positive prompt are guided."""
+    with record_calls(model) as calls:
         run()
     network = model.model.diffusion_model
     keys = {}
     for call in calls:
-        if is_text("sd15", call) and call.module not in keys:
+        if is_guided("sd15", call) and call.module not in keys:
             to_k = network.get_submodule(call.module.split(".", 1)[1]).to_k
             keys[call.module] = to_k(positive[0][0]).detach()[0]
-    kinds: Counter[bool] = Counter()
+    counts: Counter[bool] = Counter()
     for call in calls:
         plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
-        if not is_text("sd15", call):
+        if not is_guided("sd15", call):
             continue
         expected = []
-        for row, own in enumerate(call.k.transpose(1, 2).flatten(2)):
-            is_positive = torch.allclose(own, keys[call.module], atol=1e-4)
-            kinds[is_positive] += 1
-            expected.append(with_guidance("sd15", call)[row] if is_positive else plain[row])
+        for row, row_keys in enumerate(merge_heads(call.k)):
+            is_positive = torch.allclose(row_keys, keys[call.module], atol=1e-4)
+            counts[is_positive] += 1
+            expected.append(guided_reference("sd15", call)[row] if is_positive else plain[row])
         call.check(torch.stack(expected), PAPER.guidance_scale)
-    assert kinds[True] and kinds[False]
+    assert counts[True] and counts[False]
 
 
 @rows("SelfAttentionGuidance (SAG)")
-def test_positive_only_beside_sag(order: str) -> None:
-    """Its own pass has the negative prompt, alone in a batch, where the positive one usually is."""
+def test_apply_to_positive_guides_only_the_positive_prompt_beside_sag(order: str) -> None:
+    """The pass of SAG has the negative prompt alone in a batch, at the index that the positive prompt usually has."""
     (sag,) = (c for c in COMPANIONS if c.name.startswith("SelfAttentionGuidance"))
     assert sag.patched is not None
-    model = in_order(order, host.build_model("sd15"), sag.patched, guided_positive)
+    model = patched_in_order(order, host.build_model("sd15"), sag.patched, guided_positive)
     positive = host.conditioning("sd15", 10)
     check_only_positive_is_guided(model, lambda: host.sample(model, "sd15", positive=positive), positive)
 
 
 @rows("PerpNeg")
-def test_positive_only_beside_perp_neg(order: str) -> None:
+def test_apply_to_positive_guides_only_the_positive_prompt_beside_perp_neg(order: str) -> None:
     (node,) = (c for c in COMPANIONS if c.name == "PerpNeg")
     assert node.patched is not None
-    model = in_order(order, host.build_model("sd15"), node.patched, guided_positive)
+    model = patched_in_order(order, host.build_model("sd15"), node.patched, guided_positive)
     positive = host.conditioning("sd15", 10)
     check_only_positive_is_guided(model, lambda: host.sample(model, "sd15", positive=positive), positive)
 
 
 def guiders(model: Any) -> Iterator[tuple[Any, int]]:
-    """The host's guiders with three prompts, and how many they ask the model for."""
+    """Yield the host's guiders with three prompts, each with the number of prompts in a model call."""
     first, second, third = (host.conditioning("sd15", seed) for seed in (10, 11, 12))
     yield (
-        extra(
+        run_host_node(
             "nodes_perpneg",
             "PerpNegGuider",
             model=model,
@@ -443,7 +462,7 @@ def guiders(model: Any) -> Iterator[tuple[Any, int]]:
     )
     for style in ("regular", "nested"):
         yield (
-            extra(
+            run_host_node(
                 "nodes_custom_sampler",
                 "DualCFGGuider",
                 model=model,
@@ -467,28 +486,28 @@ def run_guider(guider: Any) -> Tensor:
 
 
 @rows("PerpNegGuider, DualCFGGuider")
-def test_guiders_with_three_prompts(order: str) -> None:
+def test_all_prompts_of_guiders_with_three_prompts_are_guided(order: str) -> None:
     model = guided(host.build_model("sd15"))
     for guider, prompts in guiders(model):
-        with recording(model) as calls:
+        with record_calls(model) as calls:
             run_guider(guider)
         assert {call.q.shape[0] for call in calls} == {prompts}
         check_every_call("sd15", calls)
 
 
 @rows("PerpNegGuider, DualCFGGuider")
-def test_positive_only_with_guiders_of_three_prompts(order: str) -> None:
+def test_apply_to_positive_guides_only_the_first_of_three_prompts(order: str) -> None:
     model = guided_positive(host.build_model("sd15"))
     for guider, _ in guiders(model):
         check_only_positive_is_guided(model, partial(run_guider, guider), host.conditioning("sd15", 10))
 
 
-def guided_at_first(model: Any) -> Any:
+def guided_in_the_first_step(model: Any) -> Any:
     return guided(model, end_percent=0.1)
 
 
 def build_shallow(name: str) -> Any:
-    """With few attentions, because tracing them takes long."""
+    """Return a model with few attentions, because tracing takes long."""
     shallow: dict[str, Any] = {
         "sd15": {
             "channel_mult": [1],
@@ -512,29 +531,29 @@ def build_shallow(name: str) -> Any:
         for name, order in (("flux", FIRST), ("wan-t2v", FIRST), ("sd15", LAST))
     ],
 )
-def test_torch_compile(name: str, order: str, reports: list[str]) -> None:
-    """The same picture, with guidance in some steps only.
+def test_a_compiled_model_gives_the_same_picture(name: str, order: str, reports: list[str]) -> None:
+    """Guidance acts in the first step only. The second run compiles nothing.
 
-    With the backend that only traces: what the others make of what it finds is theirs, and takes them minutes.
+    The backend only traces the model. Other backends compile the traced graphs further, which takes minutes.
     """
-    compiled = companions.by_node("nodes_torch_compile", "TorchCompileModel", backend="eager")
+    compiled = companions.host_patch("nodes_torch_compile", "TorchCompileModel", backend="eager")
     build = companions.build if name == "wan-t2v" else build_shallow
-    expected = companions.sample(guided_at_first(build(name)), name)
+    expected = companions.sample(guided_in_the_first_step(build(name)), name)
     assert not torch.equal(expected, companions.sample(build(name), name))
-    model = in_order(order, build(name), compiled, guided_at_first)
+    model = patched_in_order(order, build(name), compiled, guided_in_the_first_step)
     assert torch.equal(companions.sample(model, name), expected)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs > 0
+    count = graph_count()
+    assert count > 0
     assert torch.equal(companions.sample(model, name), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew in the second run"
+    assert graph_count() == count, "compiled anew in the second run"
     assert len(set(reports)) == 1
     assert reports[0].endswith(" in 1 of 2 calls.")
 
 
 @pytest.mark.usefixtures("traceable_attention")
 @pytest.mark.parametrize("order", [LAST], ids=[f"TorchCompileModel, {LAST}"])
-def test_torch_compile_with_other_blocks_later(order: str) -> None:
-    """What was compiled while one module was followed is not used while another one is."""
+def test_a_graph_of_one_guided_block_is_not_used_for_another(order: str) -> None:
+    """Two nodes guide one block each, in different steps of a compiled model."""
     ranges = {"0": {"end_percent": 0.1}, "1": {"start_percent": 0.1}}
 
     def guided_in_turns(model: Any) -> Any:
@@ -542,28 +561,31 @@ def test_torch_compile_with_other_blocks_later(order: str) -> None:
             (model,) = host.run_advanced(model=model, blocks=blocks, **settings)
         return model
 
-    compiled = companions.by_node("nodes_torch_compile", "TorchCompileModel", backend="eager")
+    compiled = companions.host_patch("nodes_torch_compile", "TorchCompileModel", backend="eager")
     expected = companions.sample(guided_in_turns(companions.build("wan-t2v")), "wan-t2v")
-    model = in_order(order, companions.build("wan-t2v"), compiled, guided_in_turns)
+    model = patched_in_order(order, companions.build("wan-t2v"), compiled, guided_in_turns)
     assert torch.equal(companions.sample(model, "wan-t2v"), expected)
-    assert graphs() > 0
+    assert graph_count() > 0
 
 
-def graphs() -> int:
+def graph_count() -> int:
+    """Return the number of graphs that torch has compiled in this test."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @rows("TorchCompileModel of newer ComfyUIs")
 @pytest.mark.parametrize("name", ["sd15", "flux", "wan-t2v"])
 @pytest.mark.usefixtures("traceable_attention")
-def test_torch_compile_that_does_not_look_at_patches(name: str, order: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Guided calls are compiled by themselves, once."""
+def test_guided_calls_of_a_model_compiled_without_guards_are_compiled_separately(
+    name: str, order: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are compiled once, and not again in the second run."""
     caplog.set_level("INFO", logger="comfyui-gag")
-    expected = companions.sample(guided_at_first(build_shallow(name)), name)
-    model = in_order(order, build_shallow(name), compiled_carelessly, guided_at_first)
+    expected = companions.sample(guided_in_the_first_step(build_shallow(name)), name)
+    model = patched_in_order(order, build_shallow(name), compiled_without_guards, guided_in_the_first_step)
     for _ in range(2):
         assert torch.equal(companions.sample(model, name), expected)
-        assert graphs() == 2
+        assert graph_count() == 2
     assert caplog.text.count("the model calls in which GAG acts are compiled by themselves") == 2, "once in each run"
     assert "uncompiled" not in caplog.text
     assert torch._dynamo.eval_frame._stance.stance == "default"
@@ -581,74 +603,74 @@ def test_torch_compile_that_does_not_look_at_patches(name: str, order: str, capl
     ids=["some blocks", "sd3", "sd3.5-medium", "mochi"],
 )
 @pytest.mark.usefixtures("traceable_attention")
-def test_guided_calls_that_cannot_be_compiled_by_themselves(
+def test_guided_calls_that_cannot_be_compiled_separately_run_uncompiled(
     name: str, keys: list[str], order: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """How blocks were compiled only that node knows; and not every model of the host calls wrappers."""
-    expected = companions.sample(guided_at_first(companions.build(name)), name)
-    compiled = partial(compiled_carelessly, keys=keys)
-    model = in_order(order, companions.build(name), compiled, guided_at_first)
+    """Only the compiling node knows how it compiled single blocks, and not every model of the host calls wrappers."""
+    expected = companions.sample(guided_in_the_first_step(companions.build(name)), name)
+    compiled = partial(compiled_without_guards, keys=keys)
+    model = patched_in_order(order, companions.build(name), compiled, guided_in_the_first_step)
     for _ in range(2):
         assert torch.equal(companions.sample(model, name), expected)
-    assert graphs() > 0
+    assert graph_count() > 0
     assert caplog.text.count("the model calls in which GAG acts run uncompiled; the picture is right.") == 2
 
 
 @pytest.mark.usefixtures("traceable_attention")
-def test_torch_without_stances_looks_at_patches(
+def test_guided_calls_are_not_compiled_separately_by_torch_without_stances(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Up to torch 2.5, which does not know that option either: others are no reason to keep guided calls apart."""
+    """Torch up to 2.5 does not have the option that drops guards either; other options need no separate compilation."""
     monkeypatch.delattr(torch.compiler, "set_stance")
     caplog.set_level("INFO", logger="comfyui-gag")
-    expected = companions.sample(guided_at_first(companions.build("wan-t2v")), "wan-t2v")
-    model = guided_at_first(companions.build("wan-t2v"))
+    expected = companions.sample(guided_in_the_first_step(companions.build("wan-t2v")), "wan-t2v")
+    model = guided_in_the_first_step(companions.build("wan-t2v"))
     set_torch_compile_wrapper(model, backend="eager", options={"max_autotune": "0"})
     assert torch.equal(companions.sample(model, "wan-t2v"), expected)
-    assert graphs() == 2
+    assert graph_count() == 2
     assert "TorchCompileModel" not in caplog.text
 
 
 @pytest.mark.parametrize("order", [FIRST, LAST])
 @pytest.mark.parametrize("name", ["strength", "guidance_scale", "norm_threshold"])
 @pytest.mark.usefixtures("traceable_attention")
-def test_trying_numbers_does_not_mean_to_wait_for_each(name: str, order: str) -> None:
-    """Both nodes are run anew when a setting of the first one changes, and the model stays."""
+def test_new_values_of_a_setting_do_not_compile_anew(name: str, order: str) -> None:
+    """When a setting of the first node changes, the host runs both nodes again on the same model."""
     model = companions.build("wan-t2v")
 
-    def guided_by(number: float) -> Callable[[Any], Any]:
+    def guided_by(value: float) -> Callable[[Any], Any]:
         gentle = {"strength": 0.25, "guidance_scale": 2.0, "norm_threshold": 0.1, "norm_mode": "relative"}
-        return lambda model: host.run_advanced(model=model, end_percent=0.1, **{**gentle, name: number})[0]
+        return lambda model: host.run_advanced(model=model, end_percent=0.1, **{**gentle, name: value})[0]
 
-    def sampled(number: float) -> Tensor:
-        return companions.sample(in_order(order, model, compiled_carelessly, guided_by(number)), "wan-t2v")
+    def sampled(value: float) -> Tensor:
+        return companions.sample(patched_in_order(order, model, compiled_without_guards, guided_by(value)), "wan-t2v")
 
-    for number in (0.25, 0.5):
-        sampled(number)
-    count = graphs()
-    assert count <= 3, "one without guidance, one for the first number, one for others"
-    outs = [sampled(number) for number in (0.75, 0.9, 0.25, 0.3)]
-    assert graphs() == count
+    for value in (0.25, 0.5):
+        sampled(value)
+    count = graph_count()
+    assert count <= 3, "one without guidance, one for the first value, one for all others"
+    outs = [sampled(value) for value in (0.75, 0.9, 0.25, 0.3)]
+    assert graph_count() == count
     torch.compiler.reset()
     expected = companions.sample(guided_by(0.3)(model), "wan-t2v")
     assert_close(outs[-1], expected, error=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.usefixtures("traceable_attention")
-def test_each_model_is_compiled_by_itself() -> None:
-    """Torch would run code uncompiled that it has compiled too often, for whatever model."""
+def test_each_model_is_compiled_separately() -> None:
+    """Torch runs a code object uncompiled after too many compilations, for one model or for several."""
     with torch._dynamo.config.patch(recompile_limit=1):
-        for count in (2, 3):  # that of the host is the same for both, and compiled for the first one only
-            companions.sample(guided_at_first(compiled_carelessly(companions.build("wan-t2v"))), "wan-t2v")
-            assert graphs() == count
+        for count in (2, 3):  # the unguided graph is the host's, the same for both, and compiled for the first only
+            companions.sample(guided_in_the_first_step(compiled_without_guards(companions.build("wan-t2v"))), "wan-t2v")
+            assert graph_count() == count
 
 
 @pytest.mark.usefixtures("traceable_attention")
-def test_what_was_compiled_goes_with_the_model() -> None:
-    functions = host.pack_module("nodes.compiling")._functions
+def test_compiled_code_is_freed_with_the_model() -> None:
+    functions = host.pack_module("nodes.patching.compile")._compiled_forwards
     gc.collect()
     before = len(functions)
-    model = guided(compiled_carelessly(companions.build("wan-t2v")))
+    model = guided(compiled_without_guards(companions.build("wan-t2v")))
     companions.sample(model, "wan-t2v")
     assert len(functions) == before + 1
     del model
@@ -659,17 +681,19 @@ def test_what_was_compiled_goes_with_the_model() -> None:
 @rows("batches split by memory")
 @pytest.mark.parametrize("apply_to", ["both", "positive"])
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_batches_split_by_memory(name: str, apply_to: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_split_for_lack_of_memory_give_the_same_picture(
+    name: str, apply_to: str, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With little memory the host runs the prompts one by one, each in its own length."""
-    # Mild settings: a network of random weights makes much of a rounding, all the more under strong guidance.
+    # The settings are mild because random weights magnify rounding errors, the more so under strong guidance.
     settings = {"guidance_scale": 1.0, "norm_threshold": 0.05, "norm_mode": "relative", "apply_to": apply_to}
     (model,) = host.run_advanced(model=host.build_model(name), **settings)
     run: dict[str, Any] = {"batch": 2, "positive": host.conditioning(name, 10, 154)}
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         together = host.sample(model, name, **run)
     assert name == "flux" or {call.q.shape[0] for call in calls} == {4}
     monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 2**60)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         apart = host.sample(model, name, **run)
     assert {call.q.shape[0] for call in calls} == {2}
     assert_close(apart, together, error=0.02 * float(together.abs().max()))
@@ -677,8 +701,10 @@ def test_batches_split_by_memory(name: str, apply_to: str, order: str, monkeypat
 
 
 @rows("GAG twice")
-def test_guidance_twice(order: str, reports: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    """Each in its range; where they overlap the later node acts, which is what both say."""
+def test_each_of_two_gag_nodes_acts_in_its_range(
+    order: str, reports: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the overlap of two ranges the later node acts, and both nodes and the log say so."""
     model = host.build_model("sd15")
     caplog.set_level("INFO", logger="comfyui-gag")
     early = guided(model, end_percent=0.6)
@@ -690,8 +716,8 @@ def test_guidance_twice(order: str, reports: list[str], caplog: pytest.LogCaptur
 
     steps: dict[Any, dict[int, Tensor]] = {}
     for name, patched in (("both", both), ("early", early), ("late", guided(model, preset="gentle"))):
-        seen = steps.setdefault(name, {})
-        host.sample(patched, "sd15", steps=10, callback=lambda i, x0, *_, seen=seen: seen.update({i: x0.clone()}))
+        own = steps.setdefault(name, {})
+        host.sample(patched, "sd15", steps=10, callback=lambda i, x0, *_, own=own: own.update({i: x0.clone()}))
     assert torch.equal(steps["both"][0], steps["early"][0])
     first, second = reports[:2]
     assert first == "Guided 6 of 6 attentions in 4 of 10 calls. In 2 a later GAG node acted."

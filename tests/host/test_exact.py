@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Inside a real run, the model gets exactly what the fp64 reference says, in exactly the attentions it should."""
+"""In real runs the model gets the fp64 reference output in the guided attentions, and plain attention elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import host_process as host
 import reference
-from recorder import Call, recording
+from recorder import Call, record_calls
 
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 CONFIGS = {
@@ -38,11 +38,11 @@ def in_default_blocks(call: Call) -> bool:
     return is_text_attention(call) and ".middle_block" not in call.module
 
 
-def check_unet(calls: list[Call], config: Any, chosen: Any) -> int:
-    """Every call is guided or plain as it should be; how many were guided."""
+def check_unet(calls: list[Call], config: Any, is_guided: Any) -> int:
+    """Assert that exactly the right calls are guided, and return their number."""
     count = 0
     for call in calls:
-        if chosen(call):
+        if is_guided(call):
             count += 1
             call.check(reference.guided_attention(call.q, call.k, call.v, config), config.guidance_scale)
         else:
@@ -52,9 +52,9 @@ def check_unet(calls: list[Call], config: Any, chosen: Any) -> int:
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", UNETS)
-def test_unet_gets_the_reference(name: str, settings: dict[str, Any]) -> None:
+def test_unets_get_the_reference_output(name: str, settings: dict[str, Any]) -> None:
     model = guided(host.build_model(name), settings)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, name)
     count = check_unet(calls, GuidanceConfig(**settings), in_default_blocks)
     assert 0 < count < sum(map(is_text_attention, calls))
@@ -62,11 +62,11 @@ def test_unet_gets_the_reference(name: str, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("name", FLUX)
-def test_flux_gets_the_reference(name: str, settings: dict[str, Any]) -> None:
+def test_flux_gets_the_reference_output(name: str, settings: dict[str, Any]) -> None:
     tokens = 19
     model = guided(host.build_model(name), settings)
     config = GuidanceConfig(**settings)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, name, cfg=1.0, positive=host.conditioning(name, 10, tokens))
     assert len(calls) == 2 * 5  # steps, blocks
     for call in calls:
@@ -74,12 +74,12 @@ def test_flux_gets_the_reference(name: str, settings: dict[str, Any]) -> None:
         call.check(expected, config.guidance_scale)
 
 
-def test_flux_with_reference_latents() -> None:
-    """Kontext: the picture that is edited lies behind the image; its queries read the text guided too."""
+def test_reference_latents_of_flux_read_the_text_guided() -> None:
+    """In Kontext the edited picture comes after the image in the sequence, and its queries read the text guided too."""
     tokens = 19
     model = guided(host.build_model("flux"), {})
     picture = torch.randn(1, 16, 6, 6, generator=torch.Generator().manual_seed(5))
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "flux", cfg=1.0, positive=host.conditioning("flux", 10, tokens, reference_latents=[picture]))
     assert {call.q.shape[2] for call in calls} == {tokens + 16 + 9}
     for call in calls:
@@ -87,14 +87,14 @@ def test_flux_with_reference_latents() -> None:
         call.check(expected, 10.0)
 
 
-def test_flux_with_an_attention_mask() -> None:
-    """The host passes a mask with some conditionings (Redux); it holds for the guided reading too."""
+def test_a_mask_of_flux_holds_for_guided_attention() -> None:
+    """The host passes a mask with some conditionings (Redux)."""
     tokens = 12
     mask = torch.zeros(1, tokens + 16, tokens + 16)
     mask[:, :, 7:tokens] = -torch.inf
     model = guided(host.build_model("flux"), {})
     conditioning = host.conditioning("flux", 10, tokens, attention_mask=mask, attention_mask_img_shape=(4, 4))
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "flux", cfg=1.0, positive=conditioning)
     assert calls
     for call in calls:
@@ -105,8 +105,8 @@ def test_flux_with_an_attention_mask() -> None:
         call.check(expected, 10.0)
 
 
-def test_flux_tokens_that_another_node_puts_before_the_text_are_not_text() -> None:
-    """A post_input patch may lengthen the text stream, as style adapters do with image tokens."""
+def test_tokens_that_another_node_puts_before_the_text_are_not_text() -> None:
+    """A post_input patch may lengthen the text stream of Flux, as style adapters do with image tokens."""
     model = guided(host.build_model("flux"), {})
     front = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(6))
 
@@ -117,17 +117,17 @@ def test_flux_tokens_that_another_node_puts_before_the_text_are_not_text() -> No
         return args
 
     model.set_model_patch(lengthen, "post_input")
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "flux", cfg=1.0, positive=host.conditioning("flux", 10, 19))
     for call in calls:
         expected = reference.guided_joint_attention(call.q, call.k, call.v, slice(5, 24), GuidanceConfig())
         call.check(expected, 10.0)
 
 
-def test_self_attention_with_as_many_tokens_as_the_text() -> None:
-    """56x88 latents have a level of 28x44; 7x11 is the level that 448x704 pixels have: 77 tokens, as the text."""
+def test_self_attention_with_as_many_tokens_as_the_text_is_left_alone() -> None:
+    """Pictures of 448x704 pixels have latents of 56x88 and a level of 7x11: 77 tokens, as many as the text has."""
     model = guided(host.build_model("sd15"), {})
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "sd15", size=(14, 22))
     assert any(call.q.shape[2] == 77 and call.module.endswith(".attn1") for call in calls)
     assert any(call.q.shape[2] == 77 and call.module.endswith(".attn2") for call in calls)
@@ -146,16 +146,16 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("text", BLOCKS)
-def test_chosen_unet_blocks_and_no_others(text: str) -> None:
+def test_only_the_chosen_blocks_of_a_unet_are_guided(text: str) -> None:
     model = guided(host.build_model("sd15"), {}, blocks=text)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "sd15")
     assert check_unet(calls, GuidanceConfig(), lambda c: is_text_attention(c) and BLOCKS[text](c)) > 0
 
 
-def test_chosen_transformers_within_a_unet_block() -> None:
+def test_only_the_chosen_transformers_in_a_unet_block_are_guided() -> None:
     model = guided(host.build_model("sdxl"), {}, blocks="d1.1,u0.0")
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "sdxl")
     guided_modules = {"input_blocks.5.1.transformer_blocks.1", "output_blocks.0.1.transformer_blocks.0"}
     names = {call.module.removesuffix(".attn2").split(".", 1)[1] for call in calls if is_text_attention(call)}
@@ -174,25 +174,25 @@ FLUX_BLOCKS = {
 
 
 @pytest.mark.parametrize("text", FLUX_BLOCKS)
-def test_chosen_flux_blocks_and_no_others(text: str) -> None:
+def test_only_the_chosen_blocks_of_flux_are_guided(text: str) -> None:
     model = guided(host.build_model("flux"), {}, blocks=text)
-    seen = set()
-    with recording(model) as calls:
+    guided_blocks = set()
+    with record_calls(model) as calls:
         host.sample(model, "flux", cfg=1.0, positive=host.conditioning("flux", 10, 19))
     for call in calls:
         if call.module.split(".", 1)[1] in FLUX_BLOCKS[text]:
-            seen.add(call.module.split(".", 1)[1])
+            guided_blocks.add(call.module.split(".", 1)[1])
             call.check(reference.guided_joint_attention(call.q, call.k, call.v, slice(0, 19), GuidanceConfig()), 10.0)
         else:
             call.check_plain()
-    assert seen == FLUX_BLOCKS[text]
+    assert guided_blocks == FLUX_BLOCKS[text]
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_positive_only_leaves_the_negative_rows_alone(name: str) -> None:
+def test_apply_to_positive_leaves_the_negative_rows_alone(name: str) -> None:
     model = guided(host.build_model(name), {}, apply_to="positive")
     tokens = 77
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, name, cfg=7.0, batch=2)
     assert {call.q.shape[0] for call in calls} == {4}  # both prompts in one batch, two pictures each
     config = GuidanceConfig()
@@ -202,21 +202,21 @@ def test_positive_only_leaves_the_negative_rows_alone(name: str) -> None:
             continue
         plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
         if name == "sd15":
-            whole = reference.guided_attention(call.q, call.k, call.v, config)
+            all_guided = reference.guided_attention(call.q, call.k, call.v, config)
         else:
-            whole = reference.guided_joint_attention(call.q, call.k, call.v, slice(0, tokens), config)
-        # The host puts the negative prompt's rows behind the positive one's or before; which, one row tells.
-        rows = torch.tensor([torch.allclose(call.out[i].double(), plain[i], atol=1e-4) for i in range(4)])
-        assert rows.tolist() in ([True, True, False, False], [False, False, True, True])
-        call.check(torch.where(rows[:, None, None, None], plain, whole), config.guidance_scale)
+            all_guided = reference.guided_joint_attention(call.q, call.k, call.v, slice(0, tokens), config)
+        # The host puts the rows of the negative prompt first or last. The rows that are plain are the negative ones.
+        is_plain = torch.tensor([torch.allclose(call.out[i].double(), plain[i], atol=1e-4) for i in range(4)])
+        assert is_plain.tolist() in ([True, True, False, False], [False, False, True, True])
+        call.check(torch.where(is_plain[:, None, None, None], plain, all_guided), config.guidance_scale)
         checked += 1
     assert checked
 
 
 def test_prompts_of_different_lengths_do_not_disturb_each_other() -> None:
-    """The host repeats the shorter prompt to batch both; sparse attention must not read its words twice."""
+    """The host repeats the shorter prompt to batch both; sparse attention must not count its tokens twice."""
     model = guided(host.build_model("sd15"), {})
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(
             model, "sd15", positive=host.conditioning("sd15", 10, 77), negative=host.conditioning("sd15", 11, 154)
         )
@@ -224,15 +224,15 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other() -> None:
     assert text_calls
     for call in text_calls:
         assert call.k.shape[2] == 154
-        repeated = [torch.equal(keys[:, :77], keys[:, 77:]) for keys in call.k]
-        assert sorted(repeated) == [False, True]
-        for row, twice in enumerate(repeated):
-            tokens = 77 if twice else 154
-            one = dataclasses.replace(
+        is_repeated = [torch.equal(keys[:, :77], keys[:, 77:]) for keys in call.k]
+        assert sorted(is_repeated) == [False, True]
+        for row, repeated in enumerate(is_repeated):
+            tokens = 77 if repeated else 154
+            row_call = dataclasses.replace(
                 call,
                 q=call.q[row : row + 1],
                 k=call.k[row : row + 1, :, :tokens],
                 v=call.v[row : row + 1, :, :tokens],
                 out=call.out[row : row + 1],
             )
-            one.check(reference.guided_attention(one.q, one.k, one.v, GuidanceConfig()), 10.0)
+            row_call.check(reference.guided_attention(row_call.q, row_call.k, row_call.v, GuidanceConfig()), 10.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Every family of transformers, on a tiny model of the host's own class: the guided calls are exactly the text ones."""
+"""Every family, with tiny models of the host's own classes: exactly the attention that reads the text is guided."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import host_process as host
 import reference
-from recorder import Call, recording
+from recorder import Call, record_calls
 from tiny import Tiny
 from transformers_of_host import TRANSFORMERS
 
@@ -35,7 +35,7 @@ _SD15 = {**host.CONFIGS["sd15"][1], "model_channels": 64}
 
 @pytest.fixture(autouse=True)
 def family_in_the_results(request: pytest.FixtureRequest, record_property: Any) -> None:
-    """The report says which family the test's model belongs to, for dev/pages.py."""
+    """Record the family of the test's model in the results, for the generated page of models."""
     name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
     if name in UNETS:
         record_property(f"family of {name}", "unet")
@@ -49,16 +49,16 @@ def guided(model: Any, **settings: Any) -> Any:
 
 
 def reads_text(tiny: Tiny, call: Call) -> bool:
-    """Told from the shapes and the module, not from what the patch thinks."""
+    """Return True for a call that reads the text, judged by shapes and module and not by the patch under test."""
     if tiny.text_first is None:
         return re.search(f"{tiny.text_modules}$", call.module) is not None and call.k.shape[2] == TOKENS
     if "refiner" in call.module:
-        return False  # text and image apart
+        return False  # a refiner of the text or of the image alone
     return call.k.shape[2] > tiny.image_tokens()
 
 
 def check(tiny: Tiny, call: Call, config: Any) -> bool:
-    """The call is guided or plain as it should be; whether it was guided."""
+    """Assert that a call is guided if it reads the text and plain otherwise; return True if it is guided."""
     if not reads_text(tiny, call):
         call.check_plain()
         return False
@@ -76,10 +76,10 @@ def rank_4(mask: Any) -> Any:
 
 
 @every_transformer
-def test_guides_the_text_attentions_and_no_others(name: str) -> None:
+def test_only_attention_that_reads_the_text_is_guided(name: str) -> None:
     tiny = TRANSFORMERS[name]
     model = guided(tiny.build())
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         out = tiny.sample(model, tokens=TOKENS)
     assert torch.isfinite(out).all()
     assert sum(check(tiny, call, PAPER) for call in calls) == 2 * tiny.guided  # steps
@@ -99,16 +99,16 @@ def test_off_is_bit_identical_to_no_node(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", JOINT)
-def test_the_text_slice_is_what_the_prompt_changes(name: str) -> None:
-    """Another prompt changes just the keys of the slice in the first block, other noise just the keys outside.
+def test_the_text_slice_is_the_part_that_the_prompt_changes(name: str) -> None:
+    """In the first block another prompt changes only the keys in the slice, and other noise only the keys outside.
 
-    One token alone changes one key, or, where refiners come before the first block, keys of its own stream.
+    A change of one token changes one key, or only keys of its own stream if refiners come before the first block.
     """
     tiny = TRANSFORMERS[name]
     model = tiny.build()
 
     def first_keys(**inputs: Any) -> torch.Tensor:
-        with recording(model) as calls:
+        with record_calls(model) as calls:
             tiny.sample(model, tokens=TOKENS, **inputs)
         return next(call.k for call in calls if reads_text(tiny, call))
 
@@ -119,8 +119,8 @@ def test_the_text_slice_is_what_the_prompt_changes(name: str) -> None:
 
     text = torch.zeros(keys.shape[2], dtype=torch.bool)
     text[tiny.words(keys.shape[2], TOKENS)] = True
-    whole = torch.ones_like(text)
-    assert torch.equal(changed_by(prompt=20), whole if tiny.prompt_modulates else text)
+    all_tokens = torch.ones_like(text)
+    assert torch.equal(changed_by(prompt=20), all_tokens if tiny.prompt_modulates else text)
     by_noise = changed_by(seed=2)
     assert not (by_noise & text).any()
     assert int(by_noise.sum()) == tiny.image_tokens()
@@ -134,27 +134,27 @@ def test_the_text_slice_is_what_the_prompt_changes(name: str) -> None:
 
 
 @every_transformer
-def test_positive_only_with_cfg(name: str) -> None:
-    """Half of the rows of each text attention are guided, and they are the same half in all of them."""
+def test_apply_to_positive_guides_half_of_the_rows_with_cfg(name: str) -> None:
+    """In each text attention half of the rows are guided, and in all attentions the same half."""
     tiny = TRANSFORMERS[name]
     model = guided(tiny.build(), apply_to="positive")
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         tiny.sample(model, tokens=TOKENS, cfg=4.0)
-    seen = []
+    plain_rows = []
     for call in calls:
         if not reads_text(tiny, call) or call.q.shape[0] == 1:
             continue
         plain = reference.sparse_dense_attention(call.q, call.k, call.v, mask=rank_4(call.mask))[1]
-        seen.append([torch.allclose(call.out[row].double(), plain[row], atol=1e-4) for row in range(2)])
-    assert seen
-    assert all(rows == seen[0] and sum(rows) == 1 for rows in seen)
+        plain_rows.append([torch.allclose(call.out[row].double(), plain[row], atol=1e-4) for row in range(2)])
+    assert plain_rows
+    assert all(rows == plain_rows[0] and sum(rows) == 1 for rows in plain_rows)
 
 
 @every_transformer
-def test_one_block_by_number(name: str) -> None:
+def test_one_block_can_be_chosen_by_its_index(name: str) -> None:
     tiny = TRANSFORMERS[name]
     model = guided(tiny.build(), blocks="1")
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         tiny.sample(model, tokens=TOKENS)
     changed = set()
     for call in calls:
@@ -166,8 +166,8 @@ def test_one_block_by_number(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TRANSFORMERS.items() if tiny.wrapped])
-def test_beside_another_nodes_block_replacement(name: str) -> None:
-    """A node that wraps the same blocks runs as it would alone, around or inside of ours, in both orders."""
+def test_a_block_replacement_of_another_node_works_beside_guidance(name: str) -> None:
+    """A node that wraps the same blocks runs as it does alone, around our wrappers or inside them, in both orders."""
     tiny = TRANSFORMERS[name]
     model = tiny.build()
     entered: list[int] = []
@@ -191,13 +191,13 @@ def test_beside_another_nodes_block_replacement(name: str) -> None:
 
 
 @every_transformer
-def test_beside_an_attention_override(name: str) -> None:
-    """Another node's attention computes the host's part of every call; guidance is added to what it gives."""
+def test_an_attention_override_of_another_node_works_beside_guidance(name: str) -> None:
+    """The other node's attention computes the host's part of every call; guidance is added to its output."""
     tiny = TRANSFORMERS[name]
     model = tiny.build()
     model.model_options["transformer_options"]["optimized_attention_override"] = halved
     model = guided(model)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         tiny.sample(model, tokens=TOKENS)
     for call in calls:
         mask = rank_4(call.mask)
@@ -213,14 +213,14 @@ def test_beside_an_attention_override(name: str) -> None:
 
 
 def halved(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Stands for a node that replaces attention: recognisable in its results."""
+    """Stand-in for a node that replaces attention; half the output is recognisable in results."""
     return 0.5 * function(*args, **kwargs)
 
 
 @every_transformer
-def test_belongs_to_its_family(name: str) -> None:
+def test_a_model_belongs_to_its_family(name: str) -> None:
     tiny = TRANSFORMERS[name]
-    family, blocks = host.pack_module("nodes.families").family_of(tiny.build())
+    family, blocks = host.pack_module("nodes.patching.families").family_of(tiny.build())
     assert family.name == tiny.family
     assert sum(map(len, blocks.values())) == tiny.guided
 
@@ -230,7 +230,7 @@ def test_unets_are_guided_in_their_text_cross_attention(name: str) -> None:
     model = host.build_model(name) if name in host.CONFIGS else host.build(name, {**_SD15, **UNETS[name]})
     prompt = host.conditioning("sdxl", 3, tokens=11)
     model = guided(model)
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "sd15", positive=prompt, negative=prompt)
     guided_calls = 0
     for call in calls:

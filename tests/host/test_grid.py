@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The grid of pictures: every pixel of every picture in its place, room for the text, and sizes that stay sane."""
+"""The grid of pictures: every pixel of every picture at its position, room for the labels, and a bounded size."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from properties import examples
 grid = host.pack_module("nodes.grid")
 plots = host.pack_module("nodes.plots")
 grid_of, wrap = grid.grid_of, grid.wrap
-GROUND = torch.tensor([int(plots.BACKGROUND[i : i + 2], 16) for i in (1, 3, 5)]) / 255.0
+BACKGROUND = torch.tensor([int(plots.BACKGROUND[i : i + 2], 16) for i in (1, 3, 5)]) / 255.0
 
 
 def pictures(count: int, *shape: int, seed: int = 0) -> list[Tensor]:
-    """Pictures ``[1, height, width, 3]`` none of whose pixels is the ground's."""
+    """Return pictures ``[1, height, width, 3]`` without any pixel of the background colour."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.rand(*((1, *shape, 3) if len(shape) == 2 else shape), generator=generator) * 0.5 for _ in range(count)
@@ -34,24 +34,25 @@ def magnified(picture: Tensor, times: int) -> Tensor:
     return picture.repeat_interleave(times, 0).repeat_interleave(times, 1)
 
 
-def find(whole: Tensor, part: Tensor) -> list[tuple[int, int]]:
-    """Where a part ``[h, w, 3]`` stands in a whole ``[H, W, 3]``, exactly."""
+def find(image: Tensor, part: Tensor) -> list[tuple[int, int]]:
+    """Return the corners ``(y, x)`` at which ``part`` ``[h, w, 3]`` occurs in ``image`` ``[H, W, 3]``, bit for bit."""
     height, width = part.shape[:2]
-    corners = (whole[: whole.shape[0] - height + 1, : whole.shape[1] - width + 1] == part[0, 0]).all(dim=-1)
+    corners = (image[: image.shape[0] - height + 1, : image.shape[1] - width + 1] == part[0, 0]).all(dim=-1)
     found = [(int(y), int(x)) for y, x in corners.nonzero()]
-    return [(y, x) for y, x in found if torch.equal(whole[y : y + height, x : x + width], part)]
+    return [(y, x) for y, x in found if torch.equal(image[y : y + height, x : x + width], part)]
 
 
-def places(whole: Tensor, parts: list[Tensor], times: int = 1) -> list[tuple[int, int]]:
-    found = [find(whole[0], magnified(part, times)) for part in parts]
-    assert all(len(spots) == 1 for spots in found), "a picture is missing, changed or there twice"
-    return [spots[0] for spots in found]
+def positions(image: Tensor, parts: list[Tensor], times: int = 1) -> list[tuple[int, int]]:
+    """Return the corner of each part in a grid; each must occur once, magnified ``times`` times."""
+    found = [find(image[0], magnified(part, times)) for part in parts]
+    assert all(len(corners) == 1 for corners in found), "a picture is missing, changed or there twice"
+    return [corners[0] for corners in found]
 
 
-def in_rows(found: list[tuple[int, int]]) -> list[list[int]]:
-    """Which pictures stand in each row, from left to right."""
-    tops = sorted({top for top, _ in found})
-    return [[n for n, (y, _) in sorted(enumerate(found), key=lambda e: e[1][1]) if y == top] for top in tops]
+def in_rows(corners: list[tuple[int, int]]) -> list[list[int]]:
+    """Return the indices of the pictures in each row, from left to right."""
+    tops = sorted({top for top, _ in corners})
+    return [[n for n, (y, _) in sorted(enumerate(corners), key=lambda e: e[1][1]) if y == top] for top in tops]
 
 
 @pytest.mark.parametrize("labels", [None, "some"])
@@ -68,14 +69,14 @@ def in_rows(found: list[tuple[int, int]]) -> list[list[int]]:
         (7, 0, [[0, 1, 2], [3, 4, 5], [6]]),
     ],
 )
-def test_every_picture_stands_in_its_place(count: int, columns: int, rows: list[list[int]], labels: Any) -> None:
-    """Magnified to 256 pixels by whole pixels; one that is left over alone stands on top, before the full rows."""
+def test_every_picture_is_at_its_position(count: int, columns: int, rows: list[list[int]], labels: Any) -> None:
+    """Pictures are magnified to 256 pixels by a whole factor. A single picture beside full rows has the top row."""
     parts = pictures(count, 32, 32)
     texts = None if labels is None else [f"guidance_scale {number}" for number in range(count)]
-    whole = grid_of(parts, columns, texts)
-    assert whole.ndim == 4 and whole.shape[0] == 1 and whole.shape[3] == 3
-    assert whole.dtype == torch.float32 and float(whole.min()) >= 0.0 and float(whole.max()) <= 1.0
-    found = places(whole, [part[0] for part in parts], 8)
+    image = grid_of(parts, columns, texts)
+    assert image.ndim == 4 and image.shape[0] == 1 and image.shape[3] == 3
+    assert image.dtype == torch.float32 and float(image.min()) >= 0.0 and float(image.max()) <= 1.0
+    found = positions(image, [part[0] for part in parts], 8)
     assert in_rows(found) == rows
     lefts = sorted({x for _, x in found})
     assert lefts == [8 + column * 264 for column in range(max(map(len, rows)))]
@@ -83,86 +84,86 @@ def test_every_picture_stands_in_its_place(count: int, columns: int, rows: list[
 
 def test_large_pictures_keep_their_pixels() -> None:
     parts = pictures(4, 300, 280)
-    found = places(grid_of(parts, 2), [part[0] for part in parts])
+    found = positions(grid_of(parts, 2), [part[0] for part in parts])
     assert in_rows(found) == [[0, 1], [2, 3]]
 
 
-def test_other_sizes_are_magnified_alike_and_stand_in_the_middle() -> None:
+def test_pictures_of_other_sizes_are_magnified_alike_and_centred() -> None:
     parts = [*pictures(1, 64, 64), *pictures(1, 32, 16, seed=1)]
-    (y0, x0), (y1, x1) = places(grid_of(parts, 2), [part[0] for part in parts], 4)
+    (y0, x0), (y1, x1) = positions(grid_of(parts, 2), [part[0] for part in parts], 4)
     assert (y0, x0) == (8, 8)
     assert (y1, x1) == (8 + (256 - 128) // 2, 272 + (256 - 64) // 2)
 
 
-def test_a_batch_stays_together_as_a_square_and_its_pictures_keep_their_order() -> None:
+def test_a_batch_is_a_square_with_its_pictures_in_order() -> None:
     parts = [torch.cat(pictures(4, 128, 128, seed=seed)) for seed in (0, 1)]
-    whole = grid_of(parts, 2, ["one", "other"])
-    every = [picture for part in parts for picture in part]
-    found = places(whole, every, 2)
+    image = grid_of(parts, 2, ["one", "other"])
+    all_pictures = [picture for part in parts for picture in part]
+    found = positions(image, all_pictures, 2)
     assert in_rows(found) == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
-def test_one_batch_alone_is_spread_over_the_grid() -> None:
+def test_a_single_batch_is_spread_over_the_grid() -> None:
     (batch,) = pictures(1, 4, 256, 256, 3)
-    whole = grid_of([batch], 4, ["a", "b", "c", "d"])
-    assert in_rows(places(whole, list(batch))) == [[0, 1, 2, 3]]
+    image = grid_of([batch], 4, ["a", "b", "c", "d"])
+    assert in_rows(positions(image, list(batch))) == [[0, 1, 2, 3]]
 
 
-def test_one_batch_with_one_label_stays_together() -> None:
-    """As a sweep over a single value makes it."""
+def test_a_single_batch_with_one_label_stays_together() -> None:
+    """A sweep over a single value makes such a batch."""
     (batch,) = pictures(1, 4, 128, 128, 3)
-    assert in_rows(places(grid_of([batch], 4, ["strength 1"]), list(batch), 2)) == [[0, 1], [2, 3]]
+    assert in_rows(positions(grid_of([batch], 4, ["strength 1"]), list(batch), 2)) == [[0, 1], [2, 3]]
 
 
-def test_colours_and_numbers_of_other_kinds() -> None:
-    """Grey, transparent and half-precision pictures, and numbers that are no colours."""
+def test_other_channels_and_dtypes_and_invalid_colours_are_converted() -> None:
+    """The pictures are grey, transparent, in half precision, and with numbers that are not colours."""
     grey = torch.full((1, 256, 256, 1), 0.25)
     clear = torch.cat([torch.full((1, 256, 256, 3), 0.5), torch.zeros(1, 256, 256, 1)], dim=-1)
     half = torch.full((1, 256, 256, 3), 0.75, dtype=torch.float16)
     broken = torch.tensor([math.nan, 7.0, -3.0]).expand(1, 256, 256, 3)
-    whole = grid_of([grey, clear, half, broken], 4)
-    assert torch.isfinite(whole).all()
-    middles = [whole[0, 100, 100 + column * 264] for column in range(4)]
+    image = grid_of([grey, clear, half, broken], 4)
+    assert torch.isfinite(image).all()
+    middles = [image[0, 100, 100 + column * 264] for column in range(4)]
     expected = [[0.25] * 3, [0.5] * 3, [0.75] * 3, [0.0, 1.0, 0.0]]
     assert [middle.tolist() for middle in middles] == expected
 
 
 @pytest.mark.parametrize(("height", "width"), [(2048, 512), (512, 2048)])
-def test_a_grid_that_would_be_too_long_is_shrunk(height: int, width: int) -> None:
+def test_a_grid_that_would_be_too_large_is_shrunk(height: int, width: int) -> None:
     parts = [torch.full((1, height, width, 3), 0.1 + number / 40) for number in range(18)]
     columns = 1 if height > width else 18
-    whole = grid_of(parts, columns)
-    assert 8000 < max(whole.shape[1:3]) <= 8192
-    colours = {round(float(colour), 4) for colour in whole[0].flatten(0, 1).unique(dim=0)[:, 0]}
+    image = grid_of(parts, columns)
+    assert 8000 < max(image.shape[1:3]) <= 8192
+    colours = {round(float(colour), 4) for colour in image[0].flatten(0, 1).unique(dim=0)[:, 0]}
     assert colours >= {round(0.1 + number / 40, 4) for number in range(18)}
 
 
 def test_shrunk_pixels_are_means() -> None:
     stripes = torch.zeros(1, 9000, 90, 3)
     stripes[:, :, ::2] = 1.0
-    whole = grid_of([stripes], 1)
-    assert max(whole.shape[1:3]) <= 8192
-    assert float(whole[0, 100:-100, 40:100].mean()) == pytest.approx(0.5, abs=0.01)
+    image = grid_of([stripes], 1)
+    assert max(image.shape[1:3]) <= 8192
+    assert float(image[0, 100:-100, 40:100].mean()) == pytest.approx(0.5, abs=0.01)
 
 
 # --- labels -------------------------------------------------------------------------------------------------------
 
 
-def strips(whole: Tensor, columns: int, height: int) -> list[Tensor]:
-    """The labels of the top row."""
-    field = (whole.shape[2] - 8) // columns
-    top = whole.shape[1] - height - 16
-    return [whole[0, 8 : 8 + top - 8, 8 + c * field : 8 + (c + 1) * field - 8] for c in range(columns)]
+def strips(image: Tensor, columns: int, height: int) -> list[Tensor]:
+    """Return the labels of the top row, one image each."""
+    cell = (image.shape[2] - 8) // columns
+    top = image.shape[1] - height - 16
+    return [image[0, 8 : 8 + top - 8, 8 + c * cell : 8 + (c + 1) * cell - 8] for c in range(columns)]
 
 
 @pytest.mark.parametrize("size", [32, 64, 256, 512, 1024])
-def test_text_is_there_and_as_large_as_its_picture_asks_for(size: int) -> None:
+def test_labels_are_visible_and_scale_with_the_pictures(size: int) -> None:
     parts = pictures(2, size, size)
     times = math.ceil(256 / size)
-    whole = grid_of(parts, 2, ["guidance_scale 1", "guidance_scale 10"])
-    first, second = strips(whole, 2, size * times)
+    image = grid_of(parts, 2, ["guidance_scale 1", "guidance_scale 10"])
+    first, second = strips(image, 2, size * times)
     for strip in (first, second):
-        ink = (strip - GROUND).abs().amax(dim=-1) > 0.3
+        ink = (strip - BACKGROUND).abs().amax(dim=-1) > 0.3
         assert ink.any()
         rows = ink.any(dim=1).nonzero()
         assert int(rows.max() - rows.min()) + 1 >= 10
@@ -171,17 +172,17 @@ def test_text_is_there_and_as_large_as_its_picture_asks_for(size: int) -> None:
     assert not torch.equal(first, second)
 
 
-def test_long_labels_are_wrapped_and_leave_the_pictures_alone() -> None:
+def test_long_labels_are_wrapped_and_do_not_change_the_pictures() -> None:
     parts = pictures(2, 32, 32)
     long = "guidance_scale 10, norm_threshold 0.25, orthogonal_scale 0.5, blocks d0,d1,u3"
-    whole, short = grid_of(parts, 2, [long, "a"]), grid_of(parts, 2, ["b", "a"])
-    assert whole.shape[1] > short.shape[1]
-    assert in_rows(places(whole, [part[0] for part in parts], 8)) == [[0, 1]]
+    image, short = grid_of(parts, 2, [long, "a"]), grid_of(parts, 2, ["b", "a"])
+    assert image.shape[1] > short.shape[1]
+    assert in_rows(positions(image, [part[0] for part in parts], 8)) == [[0, 1]]
 
 
 @examples(200)
 @hypothesis.given(text=st.text(max_size=200) | st.text("abcdefgh ", max_size=400), width=st.integers(128, 600))
-def test_wrapped_lines_fit_and_keep_every_word(text: str, width: int) -> None:
+def test_wrapped_lines_fit_and_keep_all_words(text: str, width: int) -> None:
     font = ImageFont.load_default(16)
     lines = wrap(text, font.getlength, width)
     assert 1 <= len(lines) <= 8
@@ -203,17 +204,17 @@ WRONG: dict[str, tuple[Any, Any, Any, str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_says_in_a_sentence_what_it_cannot_do(case: str) -> None:
+def test_wrong_inputs_are_refused_in_a_sentence(case: str) -> None:
     images, columns, labels, sentence = WRONG[case]
     with pytest.raises(ValueError, match=sentence):
         grid_of(images, columns, labels)
 
 
-def test_the_node_takes_lists_as_the_host_hands_them_over() -> None:
+def test_the_node_takes_lists_as_the_host_passes_them() -> None:
     parts = pictures(3, 32, 32)
     node = host.NODES["GAGGrid"]
     assert node.INPUT_IS_LIST
-    (whole,) = node.execute(images=parts, columns=[3], labels=["a", "b", "c"]).result
-    assert torch.equal(whole, grid_of(parts, 3, ["a", "b", "c"]))
+    (image,) = node.execute(images=parts, columns=[3], labels=["a", "b", "c"]).result
+    assert torch.equal(image, grid_of(parts, 3, ["a", "b", "c"]))
     (plain,) = node.execute(images=parts, columns=[0]).result
     assert torch.equal(plain, grid_of(parts, 0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Numbers that help pages have of the nodes' code, apart from the lists that ``dev.py texts`` writes."""
+"""Numbers on the help pages agree with the code, apart from the lists that ``dev.py texts`` writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PRESETS = host.pack_module("nodes.presets").PRESETS
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 
 
-def test_the_table_of_presets_is_right() -> None:
+def test_the_table_of_presets_agrees_with_the_code() -> None:
     page = (HELP / "GAGuidanceAdvanced.md").read_text(encoding="utf-8")
     listed = ("guidance_scale", "norm_threshold", "norm_mode")
     assert f"| preset | {' | '.join(listed)} |" in page

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Which models have to be tested on which release of ComfyUI, so that none goes missing without anybody noticing."""
+"""Models that must be tested on each release of ComfyUI, so that none goes missing unnoticed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import host_process as host
 from transformers_of_host import TRANSFORMERS
 
-# All families that release 0.3.75 has, which is the one that tests run in unless another is named.
+# All models of release 0.3.75, in which tests run unless another release is named.
 OF_0_3_75 = {
     *("flux", "flux-kontext", "flux-fill", "flux2", "chroma", "chroma-radiance", "sd3", "sd3.5-medium", "auraflow"),
     *("qwen-image", "qwen-image-edit", "hunyuan-video", "hunyuan-video-1.5", "hunyuan-image", "mochi", "hidream"),
@@ -18,7 +18,7 @@ OF_0_3_75 = {
 NOT_IN_0_3_60 = {"flux2", "z-image", "hunyuan-video-1.5", "wan-humo"}
 
 
-def test_no_model_is_left_out() -> None:
+def test_every_model_of_the_host_is_tested() -> None:
     version = host.version_of(host.VERSION)
     if version == (0, 3, 75):
         assert set(TRANSFORMERS) == OF_0_3_75
@@ -29,6 +29,6 @@ def test_no_model_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced"])
-def test_fields_of_newer_hosts_are_given_where_they_are_known(node_id: str) -> None:
+def test_search_aliases_are_given_to_hosts_that_have_them(node_id: str) -> None:
     aliases = getattr(host.NODES[node_id].GET_SCHEMA(), "search_aliases", ())
     assert ("attention guidance" in aliases) == (host.version_of(host.VERSION) >= (0, 11, 0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Models as users have them: half and 8-bit weights, kept partly away from the device, and several taking turns."""
+"""Models in the states that users have them in: 16-bit and 8-bit weights, partly offloaded, and several in turns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 import host_process as host
 import reference
-from recorder import Call, recording
+from recorder import Call, record_calls
 from tolerances import ROUNDING, assert_close
 from transformers_of_host import TRANSFORMERS
 
 PAPER = host.pack_module("gag_core").GuidanceConfig()
 TOKENS = 12
-# How weights are stored and in what the host computes with them.
+# Dtypes in which weights are stored, and in which the host computes with them (None for the same).
 STORED = {
     "fp16": (torch.float16, None),
     "bf16": (torch.bfloat16, None),
@@ -27,8 +27,8 @@ STORED = {
     "fp8 computed in bf16": (torch.float8_e4m3fn, torch.bfloat16),
     "fp8 computed in fp32": (torch.float8_e5m2, torch.float32),
 }
-# One for each way of finding the text: UNet, blocks wrapped and watched, text cross-attention.
-WAYS = ("sd15", "flux", "lumina2", "wan-t2v")
+# One model for each way in which the text is found: UNet, wrapped blocks, watched blocks, text cross-attention.
+MODELS = ("sd15", "flux", "lumina2", "wan-t2v")
 
 
 def build(name: str, stored: tuple[torch.dtype, torch.dtype | None] = (torch.float32, None)) -> Any:
@@ -53,8 +53,8 @@ def guided(model: Any) -> Any:
     return out
 
 
-def expected(name: str, call: Call) -> Tensor | None:
-    """What the model should get of a call that reads the text, None for other calls; told by module and shapes."""
+def expected_output(name: str, call: Call) -> Tensor | None:
+    """Return the right output of a call that reads the text, judged by module and shapes; None for other calls."""
     if name == "sd15":
         reads_text = call.module.endswith("attn2") and "middle" not in call.module
     else:
@@ -69,23 +69,23 @@ def expected(name: str, call: Call) -> Tensor | None:
 
 
 @pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
-@pytest.mark.parametrize("name", WAYS)
-def test_small_weights(name: str, stored: tuple[torch.dtype, torch.dtype | None]) -> None:
-    """The guided calls give the reference of the tensors that came in, in their dtype; off is bit-identical."""
+@pytest.mark.parametrize("name", MODELS)
+def test_guidance_is_right_with_small_weights(name: str, stored: tuple[torch.dtype, torch.dtype | None]) -> None:
+    """Guided calls return the reference output for their inputs, in the dtype of these; off is bit-identical."""
     model = build(name, stored)
     weights = {weight.dtype for weight in model.model.diffusion_model.parameters() if weight.ndim >= 2}
     assert stored[0] in weights
     plain = sample(model, name)
-    with recording(guided(model)) as calls:
+    with record_calls(guided(model)) as calls:
         out = sample(guided(model), name)
     assert torch.isfinite(out).all()
     assert not torch.equal(out, plain)
     checked = 0
     for call in calls:
-        wanted = expected(name, call)
+        wanted = expected_output(name, call)
         if wanted is not None:
             assert call.out.dtype == call.v.dtype == (stored[1] or stored[0])
-            # In a joint sequence guidance is added to the host's own result, which has been rounded as well.
+            # In a joint sequence guidance is added to the host's own output, which is rounded too.
             largest = float(call.v.abs().max())
             error = (3e-5 * (1.0 + PAPER.guidance_scale) + ROUNDING[call.v.dtype]) * largest
             assert_close(call.out, wanted, error=error)
@@ -95,27 +95,28 @@ def test_small_weights(name: str, stored: tuple[torch.dtype, torch.dtype | None]
     assert torch.equal(sample(off, name), plain)
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_partly_offloaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the device cannot hold the model, the host patches its weights layer by layer while it runs."""
-    whole = sample(guided(_with_lora(build(name))), name)
+@pytest.mark.parametrize("name", MODELS)
+def test_guidance_is_right_for_partly_offloaded_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the device cannot hold the model, the host patches the weights layer by layer while the model runs."""
+    fully_loaded = sample(guided(_with_lora(build(name))), name)
     original: Callable[..., Any] = comfy.model_patcher.ModelPatcher.load
 
-    def load_a_part(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_one_third(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(lowvram_model_memory=self.model_size() // 3, full_load=False)
         return original(self, *args[:1], **kwargs)
 
-    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", load_a_part)
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", load_one_third)
     model = guided(_with_lora(build(name)))
     out = sample(model, name)
     assert model.model.model_lowvram
     assert any(getattr(module, "weight_function", None) for module in model.model.modules())
-    assert torch.allclose(out, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
-    assert not torch.allclose(out, sample(guided(build(name)), name), rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+    assert torch.allclose(out, fully_loaded, rtol=1e-3, atol=1e-3 * float(fully_loaded.abs().max()))
+    without_lora = sample(guided(build(name)), name)
+    assert not torch.allclose(out, without_lora, rtol=1e-3, atol=1e-3 * float(fully_loaded.abs().max()))
 
 
 def _with_lora(model: Any) -> Any:
-    """A patch on every matrix, as a LoRA brings it."""
+    """Return a model with a patch on every matrix, as a LoRA has them."""
     model = model.clone()
     generator = torch.Generator().manual_seed(7)
     patches = {
@@ -127,9 +128,9 @@ def _with_lora(model: Any) -> Any:
     return model
 
 
-def test_families_take_turns_in_one_process() -> None:
-    """Each gives what it gives alone, whatever ran before, and also unguided in between."""
-    names = [*WAYS, *(name for name in ("hunyuan-video", "hidream", "sd3") if name in TRANSFORMERS)]
+def test_families_in_turns_give_the_pictures_that_each_gives_alone() -> None:
+    """No run depends on the runs before it, guided or not."""
+    names = [*MODELS, *(name for name in ("hunyuan-video", "hidream", "sd3") if name in TRANSFORMERS)]
     alone = {name: sample(guided(build(name)), name) for name in names}
     plain = {name: sample(build(name), name) for name in names}
     models = {name: build(name) for name in names}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The guidance nodes with inputs nobody thought of: refused in a sentence with the model as it was, or a finite run."""
+"""Guidance nodes with random inputs: refused in a sentence that leaves the model unchanged, or the run is finite."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from properties import examples
 
 FAMILIES = st.sampled_from(["sd15", "sdxl", "flux"])
 NODES = ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"]
-KINDS, Curve = host.pack_module("nodes.schedules").KINDS, host.pack_module("nodes.schedules").Curve
+KINDS, Curve = (
+    host.pack_module("nodes.patching.strength_curve").KINDS,
+    host.pack_module("nodes.patching.strength_curve").Curve,
+)
 INPUTS: dict[str, dict[str, Any]] = {
     node: {item.id: item for item in host.NODES[node].GET_SCHEMA().inputs if item.id != "model"} for node in NODES
 }
 
-# What the host's own loaders and samplers take beside a diffusion model, and what is none at all.
-NO_MODELS = [None, 5, "model", object(), [], SimpleNamespace(model=None)]
+# Values that are not a ModelPatcher.
+NOT_MODELS = [None, 5, "model", object(), [], SimpleNamespace(model=None)]
 FLOATS = st.floats() | st.floats(-3, 3) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0, 1e30, 5e-324])
 JUNK = FLOATS | st.integers(-3, 3) | st.none() | st.booleans() | st.text(max_size=4) | st.just(10**400) | st.just([1.0])
 SCHEDULES = (
@@ -43,7 +46,7 @@ BLOCKS = (
     )
     | st.text(max_size=20)
 )
-# Of lists and levels those that are allowed.
+# Allowed lists of factors and curves.
 VALID_SCHEDULES = (
     st.none()
     | st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=4)
@@ -57,15 +60,15 @@ def built(name: str) -> Any:
     return host.build_model(name)
 
 
-def options_of(model: Any) -> bytes:
-    """All that a node could leave on a model."""
+def state_of(model: Any) -> bytes:
+    """Return everything that a node could change on a model."""
     return pickle.dumps(
         (model.model_options, model.wrappers, model.callbacks, model.attachments, model.object_patches, model.patches)
     )
 
 
 def valid(item: Any) -> st.SearchStrategy[Any]:
-    """Anything that an input lets users choose."""
+    """Return a strategy for the values that an input allows."""
     if item.id == "blocks":
         return st.just("")
     if item.id == "schedule":
@@ -81,11 +84,11 @@ def valid(item: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def settings(draw: st.DrawFn, node: str, *, wrong: bool = True) -> dict[str, Any]:
-    """Every input of a node, some of them with anything at all."""
+    """Draw every input of a node; if ``wrong``, some inputs have any value."""
     chosen: dict[str, Any] = {}
     for name, item in INPUTS[node].items():
         if wrong and draw(st.integers(0, 5)) == 0:
-            # Lists and switches come from the host as one of their values or as another text.
+            # The host passes inputs with options as one of the options or as another text.
             chosen[name] = draw(st.text(max_size=5) if hasattr(item, "options") else JUNK)
         else:
             chosen[name] = draw(valid(item))
@@ -100,16 +103,16 @@ def settings(draw: st.DrawFn, node: str, *, wrong: bool = True) -> dict[str, Any
 
 
 def guided(node: str, model: Any, **inputs: Any) -> Any:
-    """The guided model, or None where the inputs were refused in a sentence of ours and nothing was changed."""
-    before = options_of(model)
+    """Return the guided model, or None if the inputs were refused in a sentence. The input model must not change."""
+    before = state_of(model)
     try:
         (out,) = host.run_node(node, model=model, **inputs)
     except (ValueError, TypeError) as error:
-        assert SENTENCE.fullmatch(str(error)), f"not a sentence of ours: {error}"
+        assert SENTENCE.fullmatch(str(error)), f"not an error sentence of the pack: {error}"
         assert len(str(error)) < 700
         return None
     finally:
-        assert options_of(model) == before
+        assert state_of(model) == before
     return out
 
 
@@ -119,7 +122,7 @@ def check_finite(model: Any, name: str, **inputs: Any) -> None:
 
 @examples(600)
 @hypothesis.given(node=st.sampled_from(NODES), name=FAMILIES, data=st.data())
-def test_any_inputs_are_taken_or_refused_in_a_sentence(node: str, name: str, data: st.DataObject) -> None:
+def test_any_inputs_are_accepted_or_refused_in_a_sentence(node: str, name: str, data: st.DataObject) -> None:
     model = built(name)
     out = guided(node, model, **data.draw(settings(node)))
     assert out is not model
@@ -127,7 +130,7 @@ def test_any_inputs_are_taken_or_refused_in_a_sentence(node: str, name: str, dat
 
 @examples(500)
 @hypothesis.given(name=FAMILIES, blocks=BLOCKS)
-def test_any_blocks_are_taken_or_refused_in_a_sentence(name: str, blocks: str) -> None:
+def test_any_blocks_are_accepted_or_refused_in_a_sentence(name: str, blocks: str) -> None:
     out = guided("GAGuidanceAdvanced", built(name), blocks=blocks)
     if out is not None:
         (wrapper,) = out.get_wrappers("apply_model", "comfyui-gag")
@@ -137,7 +140,7 @@ def test_any_blocks_are_taken_or_refused_in_a_sentence(name: str, blocks: str) -
 
 @examples(60)
 @hypothesis.given(node=st.sampled_from(NODES), name=FAMILIES, cfg=st.sampled_from([1.0, 7.0]), data=st.data())
-def test_any_allowed_inputs_sample_finite_numbers(node: str, name: str, cfg: float, data: st.DataObject) -> None:
+def test_all_allowed_inputs_give_finite_pictures(node: str, name: str, cfg: float, data: st.DataObject) -> None:
     out = guided(node, built(name), **data.draw(settings(node, wrong=False)))
     assert out is not None
     check_finite(out, name, cfg=cfg)
@@ -152,7 +155,7 @@ def test_any_allowed_inputs_sample_finite_numbers(node: str, name: str, cfg: flo
     cfg=st.sampled_from([1.0, 7.0]),
     apply_to=st.sampled_from(["both", "positive"]),
 )
-def test_prompts_of_any_length_sample_finite_numbers(
+def test_prompts_of_any_length_give_finite_pictures(
     name: str, positive: int, negative: int, batch: int, cfg: float, apply_to: str
 ) -> None:
     model = guided("GAGuidanceAdvanced", built(name), apply_to=apply_to, guidance_scale=2.0)
@@ -165,21 +168,24 @@ def test_prompts_of_any_length_sample_finite_numbers(
 
 @pytest.mark.parametrize("cfg", [1.0, 7.0])
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_without_any_text_the_picture_is_that_without_the_node(name: str, cfg: float) -> None:
-    nothing: dict[str, Any] = {"positive": host.conditioning(name, 1, 0), "negative": host.conditioning(name, 2, 0)}
+def test_empty_prompts_give_the_picture_without_the_node(name: str, cfg: float) -> None:
+    empty_prompts: dict[str, Any] = {
+        "positive": host.conditioning(name, 1, 0),
+        "negative": host.conditioning(name, 2, 0),
+    }
     model = built(name)
-    plain = host.sample(model, name, steps=1, cfg=cfg, **nothing)
-    assert torch.equal(host.sample(guided("GAGuidance", model), name, steps=1, cfg=cfg, **nothing), plain)
+    plain = host.sample(model, name, steps=1, cfg=cfg, **empty_prompts)
+    assert torch.equal(host.sample(guided("GAGuidance", model), name, steps=1, cfg=cfg, **empty_prompts), plain)
 
 
 @pytest.mark.parametrize("node", NODES)
-@pytest.mark.parametrize("wrong", NO_MODELS, ids=lambda wrong: type(wrong).__name__)
-def test_what_is_no_model_is_refused_in_a_sentence(node: str, wrong: Any) -> None:
+@pytest.mark.parametrize("wrong", NOT_MODELS, ids=lambda wrong: type(wrong).__name__)
+def test_an_input_that_is_not_a_model_is_refused_in_a_sentence(node: str, wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got \w+\.$"):
         host.run_node(node, model=wrong)
 
 
-def test_a_text_encoders_patcher_is_refused_in_a_sentence() -> None:
+def test_the_patcher_of_a_text_encoder_is_refused_in_a_sentence() -> None:
     patcher = built("sd15").clone()
     patcher.model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got Linear\.$"):

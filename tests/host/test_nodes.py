@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The nodes as the host sees them: schemas, defaults, refusals."""
+"""The nodes as the host sees them: schemas, defaults, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import host_process as host
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 PRESETS = host.pack_module("nodes.presets").PRESETS
 DEFAULT = host.pack_module("nodes.presets").DEFAULT
-OURS = [
+NODE_IDS = [
     "GAGuidance",
     "GAGuidanceAdvanced",
     "GAGAnderson",
@@ -29,7 +29,7 @@ OURS = [
 ]
 
 
-@pytest.mark.parametrize("node_id", OURS)
+@pytest.mark.parametrize("node_id", NODE_IDS)
 def test_every_input_and_output_has_a_tooltip(node_id: str) -> None:
     schema = host.NODES[node_id].GET_SCHEMA()
     for item in (*schema.inputs, *schema.outputs):
@@ -38,8 +38,8 @@ def test_every_input_and_output_has_a_tooltip(node_id: str) -> None:
     assert schema.description
 
 
-def test_advanced_has_every_field_of_the_config_and_begins_at_the_default_preset() -> None:
-    """But those of the rule "anderson", which has a node of its own."""
+def test_advanced_has_every_field_of_the_config_with_the_default_preset() -> None:
+    """The fields of the rule "anderson" are left out, because it has its own node."""
     inputs = {i.id: i for i in host.NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs}
     for field in dataclasses.fields(GuidanceConfig):
         if field.name.startswith("anderson_"):
@@ -73,38 +73,38 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refuses_bad_input_in_one_sentence_and_changes_nothing(case: str) -> None:
+def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(case: str) -> None:
     inputs, words = WRONG[case]
     model = host.build_model("sd15")
-    before = {kind: dict(entry) for kind, entry in model.wrappers.items()}
+    before = {key: dict(entry) for key, entry in model.wrappers.items()}
     with pytest.raises(ValueError, match=r".") as raised:
         host.run_node("GAGuidanceAdvanced", model=model, **inputs)
     assert all(word in str(raised.value) for word in words), str(raised.value)
     assert "\n" not in str(raised.value)
-    assert {kind: dict(entry) for kind, entry in model.wrappers.items()} == before
+    assert {key: dict(entry) for key, entry in model.wrappers.items()} == before
 
 
-def test_refuses_an_unknown_preset() -> None:
+def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ValueError, match=r"preset must be one of gentle, .*, got 'wild'"):
         host.run_node("GAGuidance", model=host.build_model("sd15"), preset="wild")
 
 
-def _unreached() -> Any:
-    """A model that has no family of ours: text, picture and the image itself are read in one and the same attention."""
+def _model_without_family() -> Any:
+    """Return a model of no family: one attention reads the text, a picture and the image itself."""
     return host.build("Stable_Cascade_C", {
         "stable_cascade_stage": "c", "c_hidden": [32, 32], "nhead": [2, 2], "blocks": [[1, 1], [1, 1]], "c_cond": 32,
     })  # fmt: skip
 
 
 @pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced"])
-def test_refuses_a_family_it_cannot_reach(node_id: str) -> None:
+def test_a_model_without_family_is_refused(node_id: str) -> None:
     with pytest.raises(ValueError, match=r"GAG cannot reach a text attention in StageC \(StableCascade_C\)") as raised:
-        host.run_node(node_id, model=_unreached())
+        host.run_node(node_id, model=_model_without_family())
     for title in ("SD1.x", "SDXL", "Flux.1", "Wan 2.1"):
         assert title in str(raised.value)
 
 
-def test_refuses_a_unet_that_reads_a_picture() -> None:
+def test_a_unet_that_reads_a_picture_is_refused() -> None:
     """Video and view models share SD's UNet, but their cross-attention reads an embedded picture."""
     config = {
         **host.CONFIGS["sd15"][1],
@@ -124,8 +124,8 @@ def test_refuses_a_unet_that_reads_a_picture() -> None:
         host.run_node("GAGuidance", model=model)
 
 
-def test_takes_a_model_that_the_host_detected_in_a_file(tmp_path: Any) -> None:
-    """The host's own loader on a file, not our builder: the road that users' checkpoints come by."""
+def test_a_model_that_the_host_loads_from_a_file_is_guided(tmp_path: Any) -> None:
+    """The host's own loader detects the model, as with users' checkpoints; other tests build models directly."""
     config = {
         **host.CONFIGS["sd15"][1],
         "model_channels": 320,
@@ -159,8 +159,8 @@ SIBLINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("class_name", SIBLINGS)
-def test_other_unets_come_for_free(class_name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Their text attentions are found and guided, all those of the default blocks in every model call."""
+def test_other_unets_are_guided(class_name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """All text attentions of the default blocks are found, and guided in every model call."""
     model = host.build(class_name, {**host.CONFIGS["sd15"][1], "model_channels": 64, **SIBLINGS[class_name]})
     (patched,) = host.run_node("GAGuidanceAdvanced", model=model, verbose=True)
     text = [host.conditioning("sd15", seed)[0] for seed in (1, 2)]
@@ -173,7 +173,7 @@ def test_other_unets_come_for_free(class_name: str, caplog: pytest.LogCaptureFix
     assert "Guided 6 of 6 attentions in 2 of 2 calls." in caplog.text
 
 
-def test_says_which_models_no_node_can_reach() -> None:
+def test_a_model_without_options_for_its_attention_is_refused() -> None:
     model = host.build("PixArtAlpha", {
         "image_model": "pixart_alpha", "hidden_size": 32, "depth": 1, "num_heads": 2, "caption_channels": 64,
         "input_size": 8, "micro_condition": False, "model_max_length": 16,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The patch travels: multi-GPU nodes copy the patched model, Ray-based packs send it to other processes.
+"""The patch gives the same picture in copies and in other processes.
 
-What is installed on a model is plain data, before and after a run, and gives the same picture wherever it ends up.
+Multi-GPU nodes copy the patched model, and Ray-based packs send it to other processes. The patch on a model is plain
+data, before and after a run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DEV = SUPPORT.parents[1] / "dev"
 
 
 def models_can_be_copied() -> bool:
-    """Not on later hosts: their configurations answer None for whatever copy and pickle ask them for."""
+    """Return False on later hosts, whose configurations return None for the attributes that copy and pickle look up."""
     try:
         copy.deepcopy(host.build_model("flux").model.model_config)
     except TypeError:
@@ -41,14 +42,14 @@ def models_can_be_copied() -> bool:
     return True
 
 
-# What the host itself cannot send, no patch can make it send; the patch alone is sent on every host.
+# These tests need a host whose own models can be sent. The patch alone is sent on every host.
 whole_models = pytest.mark.skipif(
     not models_can_be_copied(), reason="models of this ComfyUI cannot be copied or pickled, with or without guidance"
 )
 
 
 def guided_twice(name: str) -> Any:
-    """A model with two GAG nodes, each in a stretch of the run of its own."""
+    """Return a model with two GAG nodes that act in different ranges of the run."""
     model = host.build_model(name)
     (model,) = host.run_node(
         "GAGuidance", model=model, preset="paper", strength=1.0, end_percent=0.5, schedule=[0.5, 1.0]
@@ -59,8 +60,8 @@ def guided_twice(name: str) -> Any:
     return model
 
 
-def installed(model: Any) -> Any:
-    """All that a node leaves on a ModelPatcher."""
+def patch_of(model: Any) -> Any:
+    """Return everything that a node leaves on a ModelPatcher."""
     return model.wrappers, model.model_options
 
 
@@ -73,11 +74,11 @@ def check_same(there: Sampled, here: Sampled) -> None:
 # --- other processes ----------------------------------------------------------------------------------------------
 
 
-def test_a_spawned_process_samples_the_same_with_the_pickled_patch() -> None:
+def test_a_spawned_process_gives_the_same_picture_with_the_pickled_patch() -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in FAMILIES:
             model = guided_twice(name)
-            patch = pickle.dumps(installed(model))
+            patch = pickle.dumps(patch_of(model))
             here = other_process.sampled(model, name)
             plain = other_process.sampled(host.build_model(name), name)
             there = pool.submit(other_process.sampled_with_patch, patch, name).result()
@@ -85,22 +86,22 @@ def test_a_spawned_process_samples_the_same_with_the_pickled_patch() -> None:
             assert not np.array_equal(there[0], plain[0])
 
 
-if sys.version_info < (3, 14):  # there is no Ray for later ones yet
+if sys.version_info < (3, 14):  # Ray does not support later versions yet
 
     @pytest.fixture(scope="module")
     def worker() -> Iterator[Any]:
-        """An actor of a Ray of its own, which nobody but this machine can reach."""
-        # Sockets in it have paths of limited length.
+        """An actor of a private Ray instance that only this machine can reach."""
+        # The folder has sockets, whose paths have a limited length.
         folder = tempfile.mkdtemp(prefix="ray", dir="/tmp" if Path("/tmp").is_dir() else None)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-            # Else Ray makes a token and keeps it in the user's home.
+            # Otherwise Ray creates a token and stores it in the user's home.
             patch.setenv("RAY_AUTH_MODE", "token")
             patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
             import ray
             from ray._private import ray_constants
 
-            # The only way to have Ray listen on the loopback address alone, whatever address it is given.
+            # Only this setting makes Ray listen on the loopback address alone, whatever address it is given.
             patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
             ray.init(
                 address="local",
@@ -120,18 +121,18 @@ if sys.version_info < (3, 14):  # there is no Ray for later ones yet
                 shutil.rmtree(folder, ignore_errors=True)
 
     @pytest.mark.parametrize("name", FAMILIES)
-    def test_a_ray_worker_samples_the_same_with_the_pickled_patch(worker: Any, name: str) -> None:
+    def test_a_ray_worker_gives_the_same_picture_with_the_pickled_patch(worker: Any, name: str) -> None:
         import ray
 
         model = guided_twice(name)
-        there = ray.get(worker.sampled_with_patch.remote(pickle.dumps(installed(model)), name))
+        there = ray.get(worker.sampled_with_patch.remote(pickle.dumps(patch_of(model)), name))
         check_same(there, other_process.sampled(model, name))
 
     @whole_models
     @pytest.mark.parametrize("ran_before", [False, True], ids=["fresh", "after a run"])
     @pytest.mark.parametrize("name", FAMILIES)
-    def test_a_ray_worker_samples_the_same_with_the_whole_model(worker: Any, name: str, ran_before: bool) -> None:
-        """As Ray sends any object: weights, patches and all."""
+    def test_a_ray_worker_gives_the_same_picture_with_the_whole_model(worker: Any, name: str, ran_before: bool) -> None:
+        """Ray sends the model as it sends any object, with weights and patches."""
         import ray
 
         model = guided_twice(name)
@@ -144,38 +145,40 @@ if sys.version_info < (3, 14):  # there is no Ray for later ones yet
 # --- copies in this process ---------------------------------------------------------------------------------------
 
 
-def parts_of(thing: Any, seen: set[int]) -> Iterator[Any]:
-    """A thing and everything it holds."""
-    if id(thing) in seen or isinstance(thing, type) or (callable(thing) and not hasattr(thing, "__self__")):
+def objects_in(value: Any, visited: set[int]) -> Iterator[Any]:
+    """Yield an object and all objects that it refers to."""
+    if id(value) in visited or isinstance(value, type) or (callable(value) and not hasattr(value, "__self__")):
         return
-    seen.add(id(thing))
-    yield thing
-    held: list[Any] = [getattr(thing, "__self__", None), *vars(thing).values()] if hasattr(thing, "__dict__") else []
-    if isinstance(thing, dict):
-        held += [*thing.keys(), *thing.values()]
-    elif isinstance(thing, (list, tuple, set, frozenset)):
-        held += thing
-    if hasattr(thing, "__self__"):
-        held.append(thing.__self__)
-    for part in held:
-        yield from parts_of(part, seen)
+    visited.add(id(value))
+    yield value
+    children: list[Any] = (
+        [getattr(value, "__self__", None), *vars(value).values()] if hasattr(value, "__dict__") else []
+    )
+    if isinstance(value, dict):
+        children += [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        children += value
+    if hasattr(value, "__self__"):
+        children.append(value.__self__)
+    for child in children:
+        yield from objects_in(child, visited)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_patch_holds_no_tensor_and_no_device(name: str) -> None:
     model = guided_twice(name)
-    before = pickle.dumps(installed(model))
+    before = pickle.dumps(patch_of(model))
     host.sample(model, name)
-    assert pickle.dumps(installed(model)) == before, "a run left something on the model"
-    kinds = {type(part) for part in parts_of(installed(model), set())}
-    assert host.pack_module("nodes.run").Guidance in kinds, "the search did not come to the patch"
-    assert not {kind for kind in kinds if kind.__module__.split(".")[0] == "torch"}
+    assert pickle.dumps(patch_of(model)) == before, "a run left something on the model"
+    types = {type(value) for value in objects_in(patch_of(model), set())}
+    assert host.pack_module("nodes.patching.guidance").Guidance in types, "the search did not reach the patch"
+    assert not {kind for kind in types if kind.__module__.split(".")[0] == "torch"}
     assert len(before) < 20_000
 
 
 @whole_models
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_deep_copy_samples_the_same(name: str) -> None:
+def test_a_deep_copy_gives_the_same_picture(name: str) -> None:
     model = guided_twice(name)
     copied = copy.deepcopy(model)
     assert copied.model is not model.model
@@ -183,9 +186,9 @@ def test_a_deep_copy_samples_the_same(name: str) -> None:
 
 
 def for_another_device(model: Any, name: str) -> Any:
-    """The patches of one model on other weights: as the host does it, or as nodes did before it could."""
+    """Return a clone on other weights, copied by the host, or as nodes copied models before the host could."""
     if hasattr(model, "deepclone_multigpu"):
-        model.cached_patcher_init = (host.build_model, (name,))  # as a loader leaves it
+        model.cached_patcher_init = (host.build_model, (name,))  # as loaders set it
         return model.deepclone_multigpu()
     clone = model.clone()
     clone.model = copy.deepcopy(model.model)
@@ -194,14 +197,14 @@ def for_another_device(model: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_copy_for_another_device_samples_the_same(name: str) -> None:
+def test_a_copy_for_another_device_gives_the_same_picture(name: str) -> None:
     model = guided_twice(name)
     clone = for_another_device(model.clone(), name)
     assert clone.model is not model.model
     check_same(other_process.sampled(clone, name), other_process.sampled(model, name))
 
 
-def test_a_clone_that_is_guided_again_leaves_the_first_as_it_was() -> None:
+def test_guiding_a_clone_again_does_not_change_the_first_model() -> None:
     model = guided_twice("sd15")
     before = host.sample(model, "sd15")
     (again,) = host.run_node("GAGuidance", model=model.clone(), preset="paper", strength=1.0)

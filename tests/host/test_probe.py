@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The probe in real runs: its numbers are those of a plain fp64 reference, and nothing else changes."""
+"""The probe in real runs: its measures equal a plain fp64 reference, and pictures do not change."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ import companions
 import host_process as host
 import measures_reference
 import reference
-from recorder import Call, recording
+from recorder import Call, record_calls
 from transformers_of_host import TRANSFORMERS
 
 probe_module = host.pack_module("nodes.probe")
-recording_module = host.pack_module("nodes.recording")
+recorder_module = host.pack_module("nodes.patching.recorder")
+measurements = host.pack_module("nodes.patching.measurements")
 measures = host.pack_module("gag_core.measures")
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 DEFAULT = host.pack_module("nodes.presets").DEFAULT
 NAMES = list(measures.MEASURES)
-# One of each way to find the text: attn2, wrapped blocks, a module of its own, a stream that is measured.
+# One model for each way in which the text is found: attn2, wrapped blocks, a watched module, a measured stream.
 MODELS = ["sd15", "sdxl", "flux", "wan-t2v", "mochi"]
 TOKENS = {"wan-t2v": 12, "mochi": 12}
 
@@ -55,33 +56,35 @@ def sample(model: Any, name: str, **settings: Any) -> Tensor:
     return host.sample(model, name, **settings)
 
 
-def numbers(result: Any, branch: int, layer: int, step: int) -> dict[str, float]:
+def measures_at(result: Any, branch: int, layer: int, step: int) -> dict[str, float]:
+    """Return the measures of one branch, layer and step, by name."""
     return dict(zip(NAMES, result.values[branch, layer, step].tolist(), strict=True))
 
 
 # --- values -------------------------------------------------------------------------------------------------------
 
 
-def is_text(name: str, call: Call) -> bool:
+def reads_text(name: str, call: Call) -> bool:
+    """Return True for a call of a text attention."""
     if name in ("sd15", "sdxl"):
         return call.module.endswith("attn2")
     return call.module.endswith("cross_attn") if name == "wan-t2v" else True
 
 
-def expected(name: str, call: Call, config: Any, tokens: int) -> dict[str, list[float]]:
-    """What fp64 makes of a call, by measure, for each row."""
+def expected_measures(name: str, call: Call, config: Any, tokens: int) -> dict[str, list[float]]:
+    """Compute the measures of a call in fp64: for each measure, the value of each row."""
     if name in ("sd15", "sdxl", "wan-t2v"):
-        picked = measures.sample_queries(call.q.shape[2], recording_module.sample_size(call.q.shape[1]))
+        picked = measures.sample_queries(call.q.shape[2], recorder_module.sample_size(call.q.shape[1]))
         return measures_reference.measures(call.q[:, :, picked], call.k, call.v, config)
     text = TRANSFORMERS[name].text(call.k.shape[2], tokens)
     image = torch.tensor([n for n in range(call.q.shape[2]) if not text.start <= n < text.stop])
-    q = call.q[:, :, image[measures.sample_queries(len(image), recording_module.sample_size(call.q.shape[1]))]]
+    q = call.q[:, :, image[measures.sample_queries(len(image), recorder_module.sample_size(call.q.shape[1]))]]
     mass = reference.text_mass(q, call.k, text, mask=call.mask)
     return measures_reference.measures(q, call.k[:, :, text], call.v[:, :, text], config, mass=mass)
 
 
 def check_run(name: str, model: Any, probe: Any, config: Any, **settings: Any) -> int:
-    """Every layer, step and branch of a run is the reference's; how many there were."""
+    """Assert that the measures of a run equal the reference in every layer, step and branch; return their number."""
     order: list[list[int]] = []
 
     def watch(apply: Any, args: dict[str, Any]) -> Tensor:
@@ -89,24 +92,24 @@ def check_run(name: str, model: Any, probe: Any, config: Any, **settings: Any) -
         out: Tensor = apply(args["input"], args["timestep"], **args["c"])
         return out
 
-    watched = model.clone()
-    watched.set_model_unet_function_wrapper(watch)
-    with recording(watched) as calls:
-        sample(watched, name, **settings)
+    clone = model.clone()
+    clone.set_model_unet_function_wrapper(watch)
+    with record_calls(clone) as calls:
+        sample(clone, name, **settings)
     result = probe.result
-    texts = [call for call in calls if is_text(name, call)]
+    texts = [call for call in calls if reads_text(name, call)]
     layers = len(result.layers)
     assert len(texts) == layers * len(order) > 0
     checked = 0
-    for number, call in enumerate(texts):
-        step, layer = number // layers, number % layers
-        wanted = expected(name, call, config, settings.get("tokens", TOKENS.get(name, 77)))
+    for index, call in enumerate(texts):
+        step, layer = index // layers, index % layers
+        expected = expected_measures(name, call, config, settings.get("tokens", TOKENS.get(name, 77)))
         kinds = order[step]
         size = call.q.shape[0] // len(kinds)
         for branch in set(kinds):
             rows = [p * size + i for p, kind in enumerate(kinds) if kind == branch for i in range(size)]
-            actual = numbers(result, branch, layer, step)
-            for measure, values in wanted.items():
+            actual = measures_at(result, branch, layer, step)
+            for measure, values in expected.items():
                 mean = sum(values[row] for row in rows) / len(rows)
                 assert actual[measure] == pytest.approx(mean, rel=1e-3, abs=1e-3), (measure, layer, step, branch)
             checked += 1
@@ -115,7 +118,7 @@ def check_run(name: str, model: Any, probe: Any, config: Any, **settings: Any) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_number_of_a_guided_run(name: str) -> None:
+def test_all_measures_of_a_guided_run_are_right(name: str) -> None:
     model, probe = probed(guided(companions.build(name), norm_threshold=0.7, guidance_scale=2.0))
     config = GuidanceConfig(norm_threshold=0.7, guidance_scale=2.0)
     checked = check_run(name, model, probe, config, cfg=4.0)
@@ -124,7 +127,7 @@ def test_every_number_of_a_guided_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_number_without_guidance_is_for_the_default_preset(name: str) -> None:
+def test_all_measures_without_guidance_are_for_the_default_preset(name: str) -> None:
     model, probe = probed(companions.build(name))
     check_run(name, model, probe, DEFAULT, cfg=1.0)
     assert not probe.result.guided.any()
@@ -132,42 +135,42 @@ def test_every_number_without_guidance_is_for_the_default_preset(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_a_sample_of_a_larger_picture(name: str) -> None:
+def test_measures_of_a_larger_picture_are_from_a_sample(name: str) -> None:
     model, probe = probed(host.build_model(name))
     check_run(name, model, probe, DEFAULT, size=(26, 34), steps=1, cfg=1.0)
 
 
-def test_two_pictures_at_once_are_averaged() -> None:
+def test_measures_of_a_batch_are_averaged() -> None:
     model, probe = probed(guided(host.build_model("sd15"), merge_heads=True, norm_mode="relative", norm_threshold=0.2))
     config = GuidanceConfig(merge_heads=True, norm_mode="relative", norm_threshold=0.2)
     check_run("sd15", model, probe, config, batch=2, steps=1)
 
 
-def test_prompts_of_different_lengths_are_read_in_their_own() -> None:
-    """The host repeats the shorter one to batch both; its words count once."""
+def test_prompts_of_different_lengths_are_measured_in_their_own_length() -> None:
+    """The host repeats the shorter prompt to batch both; its tokens count once."""
     prompts: dict[str, Any] = {
         "positive": host.conditioning("sd15", 10, 154),
         "negative": host.conditioning("sd15", 11, 77),
     }
     together, probe = probed(host.build_model("sd15"))
     host.sample(together, "sd15", steps=1, **prompts)
-    alone, other = probed(host.build_model("sd15"))
+    alone, probe_alone = probed(host.build_model("sd15"))
     host.sample(alone, "sd15", steps=1, cfg=1.0, positive=prompts["negative"])
-    # A single token of all may lie on the other side of the cap.
-    torch.testing.assert_close(probe.result.values[1], other.result.values[0], rtol=1e-3, atol=0.01)
+    # Rounding may put a single token on the other side of the cap.
+    torch.testing.assert_close(probe.result.values[1], probe_alone.result.values[0], rtol=1e-3, atol=0.01)
     assert not torch.allclose(probe.result.values[0], probe.result.values[1], rtol=1e-2)
 
 
-def test_layers_have_the_names_that_blocks_takes() -> None:
+def test_layers_have_the_names_of_the_blocks_syntax() -> None:
     for name in ("sdxl", "flux", "wan-t2v"):
         model, probe = probed(companions.build(name))
         sample(model, name, cfg=1.0)
         assert len(set(probe.result.layers)) == len(probe.result.layers)
-        for place, layer in enumerate(probe.result.layers):
+        for index, layer in enumerate(probe.result.layers):
             only, check = probed(guided(companions.build(name), blocks=layer))
-            if place in (0, len(probe.result.layers) - 1):
+            if index in (0, len(probe.result.layers) - 1):
                 sample(only, name, cfg=1.0)
-                assert check.result.guided.any(dim=2)[0].nonzero().flatten().tolist() == [place]
+                assert check.result.guided.any(dim=2)[0].nonzero().flatten().tolist() == [index]
 
 
 # --- nothing else changes -----------------------------------------------------------------------------------------
@@ -185,11 +188,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("words", [False, True], ids=["numbers", "words"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["sd15", "flux", "wan-t2v", "mochi"])
-def test_the_picture_stays_bit_for_bit(name: str, setting: str, words: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_does_not_change_by_a_bit(
+    name: str, setting: str, words: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = dict(SETTINGS[setting])
     if name == "sd15" and "blocks" in settings:
         settings["blocks"] = "d1"
-    monkeypatch.setattr(probe_module, "find_words", lambda *_: (recording_module.Word("red", (1, 2)),) if words else ())
+    monkeypatch.setattr(probe_module, "find_words", lambda *_: (measurements.Word("red", (1, 2)),) if words else ())
     model = companions.build(name)
     plain = guided(model, **settings) if settings else model
     out = sample(plain, name, cfg=4.0)
@@ -199,15 +204,15 @@ def test_the_picture_stays_bit_for_bit(name: str, setting: str, words: bool, mon
     last = guided(last, **settings) if settings else last
     assert torch.equal(sample(last, name, cfg=4.0), out)
     assert before.result.guided.any() == (setting not in ("off", "strength 0"))
-    if setting != "strength 0":  # which leaves no patch, so that what comes after it measures for the defaults
+    if setting != "strength 0":  # strength 0 leaves no patch, so a probe after it measures for the defaults
         assert torch.equal(before.result.values.nan_to_num(-1.0), after.result.values.nan_to_num(-1.0))
     assert torch.equal(before.result.guided, after.result.guided)
     assert torch.equal(sample(plain, name, cfg=4.0), out)
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_measures_in_and_out_of_ranges(name: str) -> None:
-    """Two nodes and two probes on one model: each step has the settings of the node that acts in it."""
+def test_each_step_is_measured_with_the_settings_of_the_node_that_acts(name: str) -> None:
+    """The model has two nodes with ranges, and two probes with the same measures."""
     model = host.build_model(name)
     model, first = probed(guided(model, end_percent=0.4, guidance_scale=1.0))
     model, last = probed(guided(model, start_percent=0.6, guidance_scale=9.0, apply_to="positive"))
@@ -223,7 +228,7 @@ def test_measures_in_and_out_of_ranges(name: str) -> None:
     assert not result.values.isnan().any()
 
 
-def test_a_schedule_is_measured_step_by_step() -> None:
+def test_the_factors_of_a_schedule_are_measured_step_by_step() -> None:
     (schedule,) = host.run_node("GAGSchedule", kind="linear", start_value=1.0, end_value=0.0)[:1]
     (model,) = host.run_advanced(model=host.build_model("sd15"), schedule=schedule)
     model, probe = probed(model)
@@ -236,8 +241,8 @@ def test_a_schedule_is_measured_step_by_step() -> None:
 @pytest.mark.parametrize(
     "levels", [(0.1, 1.0, 3.0, 6.0, 9.0), (9.0, 2.0, 0.5, 2.0, 0.5, 0.0)], ids=["rising", "restart"]
 )
-def test_steps_are_in_their_order_where_the_noise_does_not_fall(levels: tuple[float, ...]) -> None:
-    """As with FlipSigmas, or a schedule that goes back to more noise and on from there."""
+def test_steps_stay_in_order_if_the_noise_does_not_fall(levels: tuple[float, ...]) -> None:
+    """Noise rises with FlipSigmas, and in schedules that return to more noise and continue from there."""
     factors = [1.0, 0.75, 0.5, 0.25, 0.125][: len(levels) - 1]
     (model,) = host.run_advanced(model=host.build_model("sd15"), strength=1.0, schedule=factors)
     model, probe = probed(model)
@@ -248,36 +253,36 @@ def test_steps_are_in_their_order_where_the_noise_does_not_fall(levels: tuple[fl
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2s_ancestral", "uni_pc", "dpm_fast", "lcm"])
-def test_other_samplers(sampler: str) -> None:
+def test_measuring_works_with_other_samplers(sampler: str) -> None:
     model, probe = probed(host.build_model("sd15"))
     plain = host.sample(host.build_model("sd15"), "sd15", steps=4, sampler=sampler)
     assert torch.equal(host.sample(model, "sd15", steps=4, sampler=sampler), plain)
     empty = probe.result.values[..., 0].isnan().all(dim=(0, 1))
     assert not empty.all()
-    assert not empty.any() or sampler == "dpm_fast"  # which chooses its own
+    assert not empty.any() or sampler == "dpm_fast"  # dpm_fast chooses its own steps
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["image adapter", "attention override"])
-def test_beside_attention_and_adapters_of_others(own: bool) -> None:
-    """They compute as they do, and the reading of the text is measured all the same."""
+@pytest.mark.parametrize("is_adapter", [True, False], ids=["image adapter", "attention override"])
+def test_adapters_and_attention_of_other_nodes_are_measured_and_do_not_change(is_adapter: bool) -> None:
+    """Their output stays the same, and the text attention is measured."""
     plain, alone = probed(host.build_model("sd15"))
     host.sample(plain, "sd15", steps=1)
     model = host.build_model("sd15")
-    if own:
+    if is_adapter:
         beside = companions.ImageAdapter().on(model, "input", 1)
     else:
         beside = companions.ForeignAttention().on_the_model(model)
     out = host.sample(beside, "sd15", steps=1)
-    watched, probe = probed(beside)
-    assert torch.equal(host.sample(watched, "sd15", steps=1), out)
+    measured, probe = probed(beside)
+    assert torch.equal(host.sample(measured, "sd15", steps=1), out)
     assert probe.result.layers == alone.result.layers
-    # The first text attention is read as without the adapter; an override halves the self-attention before it.
+    # An adapter does not change the first text attention. An override does: it halves the self-attention before it.
     first, first_alone = probe.result.values[:, 0], alone.result.values[:, 0]
-    assert torch.allclose(first, first_alone, rtol=1e-4, atol=1e-5) == own
+    assert torch.allclose(first, first_alone, rtol=1e-4, atol=1e-5) == is_adapter
     assert not torch.allclose(probe.result.values, alone.result.values, rtol=1e-4, atol=1e-5)
 
 
-# --- runs and what is left of them --------------------------------------------------------------------------------
+# --- results after a run --------------------------------------------------------------------------------
 
 
 class StopHereError(Exception):
@@ -285,9 +290,9 @@ class StopHereError(Exception):
 
 
 @pytest.mark.parametrize("error", [StopHereError, comfy.model_management.InterruptProcessingException])
-def test_a_run_that_fails_leaves_the_result_of_the_one_before(error: type[BaseException]) -> None:
+def test_a_failed_run_keeps_the_earlier_result(error: type[BaseException]) -> None:
     model, probe = probed(host.build_model("sd15"))
-    fresh = host.sample(model, "sd15")
+    out = host.sample(model, "sd15")
     before = probe.result
 
     def stop(step: int, *_: Any) -> None:
@@ -296,7 +301,7 @@ def test_a_run_that_fails_leaves_the_result_of_the_one_before(error: type[BaseEx
     with pytest.raises(error):
         host.sample(model, "sd15", callback=stop)
     assert probe.result is before
-    assert torch.equal(host.sample(model, "sd15"), fresh)
+    assert torch.equal(host.sample(model, "sd15"), out)
     assert probe.result is not before
     assert torch.equal(probe.result.values, before.values)
 
@@ -313,13 +318,13 @@ def test_the_next_run_replaces_the_result() -> None:
     assert not torch.equal(first.values[:, :, 0], probe.result.values[:, :, 0])
 
 
-def test_nothing_of_a_run_outlives_it_but_its_numbers() -> None:
+def test_only_the_measures_of_a_run_outlive_it() -> None:
     model, probe = probed(guided(host.build_model("sd15")))
     gc.collect()
     gc.disable()
     try:
         host.sample(model, "sd15")
-        names = ("Run", "Recording", "CallRecording", "_Waiting", "Measured", "GuidedUNet", "TextCrossAttention")
+        names = ("Run", "Recording", "CallRecording", "_Sample", "Measured", "GuidedUNet", "TextLayers")
         left = [type(o).__name__ for o in gc.get_objects() if type(o).__name__ in names]
     finally:
         gc.enable()
@@ -328,18 +333,20 @@ def test_nothing_of_a_run_outlives_it_but_its_numbers() -> None:
     assert sum(t.numel() * t.element_size() for t in (result.values, result.guided)) < 4096
 
 
-def test_says_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(recording_module, "show_on_node", lambda text, _: said.append(text))
+def test_the_node_says_how_much_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(
+        host.pack_module("nodes.panel.browser").BROWSER, "send_text", lambda text, _: texts.append(text)
+    )
     model, probe = probed(host.build_model("sd15"))
     host.sample(model, "sd15", steps=3)
-    nothing = host.conditioning("sd15", 10, tokens=0)
-    host.sample(model, "sd15", positive=nothing, negative=nothing)
-    assert said == ["Measured 7 attentions in 3 model calls.", "Nothing measured: no text attention ran."]
+    empty = host.conditioning("sd15", 10, tokens=0)
+    host.sample(model, "sd15", positive=empty, negative=empty)
+    assert texts == ["Measured 7 attentions in 3 model calls.", "Nothing measured: no text attention ran."]
     assert probe.result.layers == ()
 
 
-def test_refuses_what_gag_refuses() -> None:
+def test_an_input_that_is_not_a_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got \w+\.$"):
         host.run_node("GAGProbe", model=None)
 
@@ -348,7 +355,7 @@ def test_refuses_what_gag_refuses() -> None:
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_the_patch_travels_without_its_results(name: str) -> None:
+def test_a_pickled_patch_works_and_has_no_results(name: str) -> None:
     model, probe = probed(guided(host.build_model(name)))
     installed = model.wrappers, model.model_options
     before = pickle.dumps(installed)
@@ -369,7 +376,7 @@ def test_the_patch_travels_without_its_results(name: str) -> None:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses whatever would wait for a device: reading numbers back, and shapes that depend on them."""
+    """Refuses operations that wait for a device: reading values, and shapes that depend on values."""
 
     waits = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 
@@ -392,41 +399,47 @@ def test_measuring_does_not_wait_for_the_device(name: str, monkeypatch: pytest.M
 
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():  # type: ignore[no-untyped-call]
         float(torch.ones(1))
-    call, run = recording_module.CallRecording, recording_module.Recording
-    places = ((call, "__init__"), (call, "cross"), (call, "joint"), (run, "add"), (recording_module, "_measured"))
-    for owner, method in places:
+    call, run = recorder_module.CallRecording, recorder_module.Recording
+    methods = (
+        (call, "__init__"),
+        (call, "cross"),
+        (call, "joint"),
+        (run, "add"),
+        (recorder_module, "_measure_together"),
+    )
+    for owner, method in methods:
         monkeypatch.setattr(owner, method, without_waiting(getattr(owner, method)))
-    monkeypatch.setattr(probe_module, "find_words", lambda *_: (recording_module.Word("red", (1, 2)),))
+    monkeypatch.setattr(probe_module, "find_words", lambda *_: (measurements.Word("red", (1, 2)),))
     model, probe = probed(companions.build(name))
     sample(model, name, cfg=4.0)
-    assert {"__init__", "add", "_measured"} < set(entered)
+    assert {"__init__", "add", "_measure_together"} < set(entered)
     assert ("cross" if name != "flux" else "joint") in entered
     assert probe.result.layers
 
 
-@pytest.mark.parametrize("most", [0, 100_000])
-def test_what_waits_to_be_measured_is_bounded(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With little room it is measured at once or after some steps, with the same numbers."""
+@pytest.mark.parametrize("limit", [0, 100_000])
+def test_the_size_of_samples_that_wait_is_limited(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small limit, samples are measured at once or after some steps, with the same result."""
     model, probe = probed(host.build_model("sdxl"))
     host.sample(model, "sdxl", steps=4)
     together = probe.result.values
     sizes: list[list[int]] = []
-    measured = recording_module._measured
+    measure_together = recorder_module._measure_together
 
-    def noted(waiting: list[Any]) -> Any:
-        sizes.append([sample.size for sample in waiting])
-        return measured(waiting)
+    def recorded(waiting: list[Any]) -> Any:
+        sizes.append([sample.nbytes for sample in waiting])
+        return measure_together(waiting)
 
-    monkeypatch.setattr(recording_module, "_measured", noted)
-    monkeypatch.setattr(recording_module, "_WAITING", most)
+    monkeypatch.setattr(recorder_module, "_measure_together", recorded)
+    monkeypatch.setattr(recorder_module, "_MAX_WAITING_BYTES", limit)
     host.sample(model, "sdxl", steps=4)
-    # What waited before, what came with a model call, and the attention that was too much.
-    assert max(map(sum, sizes)) <= 2 * most + max(size for waited in sizes for size in waited)
-    assert len(sizes) > 3 if most else max(map(len, sizes)) == 1
+    # Samples that waited before, those of one model call, and the attention that exceeded the limit.
+    assert max(map(sum, sizes)) <= 2 * limit + max(size for waited in sizes for size in waited)
+    assert len(sizes) > 3 if limit else max(map(len, sizes)) == 1
     torch.testing.assert_close(probe.result.values, together, rtol=1e-5, atol=1e-6)
 
 
-def test_prompts_that_are_run_one_by_one_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measures_of_prompts_that_run_one_by_one_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     model, probe = probed(guided(host.build_model("sd15"), guidance_scale=1.0, norm_threshold=0.1))
     host.sample(model, "sd15", steps=1, batch=2)
     together = probe.result
@@ -440,12 +453,12 @@ def test_prompts_that_are_run_one_by_one_are_put_together(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("traceable_attention")
 @pytest.mark.parametrize("words", [False, True], ids=["numbers", "words"])
 @pytest.mark.parametrize("name", ["sd15", "flux", "wan-t2v"])
-def test_torch_compile(
+def test_a_compiled_model_gives_the_same_picture_and_measures(
     name: str, words: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same picture and the same numbers, compiled once; or, where the host compiles carelessly, not at all."""
-    monkeypatch.setattr(probe_module, "find_words", lambda *_: (recording_module.Word("red", (1, 2)),) if words else ())
-    compiled = companions.by_node("nodes_torch_compile", "TorchCompileModel", backend="eager")
+    """The model is compiled once, or runs uncompiled if the host compiles without guards."""
+    monkeypatch.setattr(probe_module, "find_words", lambda *_: (measurements.Word("red", (1, 2)),) if words else ())
+    compiled = companions.host_patch("nodes_torch_compile", "TorchCompileModel", backend="eager")
     shallow: dict[str, Any] = {
         "sd15": {
             "channel_mult": [1],
@@ -466,23 +479,25 @@ def test_torch_compile(
     expected_out = sample(eager, name)
     model, probe = probed(guided(compiled(build()), end_percent=0.1))
     assert torch.equal(sample(model, name), expected_out)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert (graphs == 0) == ("in which GAG acts or GAG Probe measures run uncompiled" in caplog.text)
+    graph_count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert (graph_count == 0) == ("in which GAG acts or GAG Probe measures run uncompiled" in caplog.text)
     assert torch.equal(sample(model, name), expected_out)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled anew in the second run"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graph_count, "compiled anew in the second run"
     torch.testing.assert_close(probe.result.values, expected_probe.result.values, equal_nan=True)
     assert torch.equal(probe.result.guided, expected_probe.result.guided)
     assert bool(probe.result.maps) == words
-    for (ours, count), (wanted, number) in zip(probe.result.maps, expected_probe.result.maps, strict=True):
-        assert count == number
-        torch.testing.assert_close(ours, wanted)
+    for (maps, count), (expected_maps, expected_count) in zip(
+        probe.result.maps, expected_probe.result.maps, strict=True
+    ):
+        assert count == expected_count
+        torch.testing.assert_close(maps, expected_maps)
 
 
 # --- words --------------------------------------------------------------------------------------------------------
 
 
 class Clip:
-    """A loaded text encoder without its weights: the host's own tokenizer, and which encoders there are."""
+    """A loaded text encoder without weights: the host's own tokenizer, and the names of the encoders."""
 
     def __init__(self, tokenizer: Any, *parts: str) -> None:
         self.tokenizer = tokenizer
@@ -493,10 +508,10 @@ class Clip:
 
 
 def words_of(clip: Clip, name: str, word: Any) -> str:
-    """The text of some of an encoder's tokens."""
+    """Return the text of the tokens of a word in an encoder."""
     stream = [token for chunk in clip.tokenize(PROMPT)[name] for token, _ in chunk]
     inner = getattr(clip.tokenizer, f"clip_{name}" if len(name) == 1 else name)
-    pieces = [inner.inv_vocab[stream[place]] for place in word]
+    pieces = [inner.inv_vocab[stream[index]] for index in word]
     return "".join(pieces).replace("</w>", " ").replace("▁", " ").strip()
 
 
@@ -509,7 +524,7 @@ CLIPS: dict[str, Callable[[], tuple[Clip, str]]] = {
 
 
 @pytest.mark.parametrize("kind", CLIPS)
-def test_finds_the_tokens_of_words(kind: str) -> None:
+def test_the_tokens_of_words_are_found(kind: str) -> None:
     clip, name = CLIPS[kind]()
     found = probe_module.find_words("red, berry, counterrevolutionary, left of, rare", PROMPT, clip)
     assert [word.text for word in found] == ["red", "berry", "counterrevolutionary", "left of", "rare"]
@@ -519,10 +534,10 @@ def test_finds_the_tokens_of_words(kind: str) -> None:
         "berry": "berry", "counterrevolutionary": "counterrevolutionary", "left of": "left of", "rare": "rare",
     }  # fmt: skip
     first = 1 if name == "l" else 0
-    assert found[0].tokens[0] == first + 1  # behind what begins the text, if anything does, and "A"
+    assert found[0].tokens[0] == first + 1  # after "A", and after a start token if the encoder has one
 
 
-def test_sd3_reads_the_tokens_of_both_of_its_encoders() -> None:
+def test_words_are_found_in_both_encoders_of_sd3() -> None:
     tokenizer = sd3_clip.SD3Tokenizer()
     (both,) = probe_module.find_words("berry", PROMPT, Clip(tokenizer, "clip_l", "clip_g", "t5xxl"))
     (clip,) = probe_module.find_words("berry", PROMPT, Clip(tokenizer, "clip_l", "clip_g"))
@@ -530,16 +545,16 @@ def test_sd3_reads_the_tokens_of_both_of_its_encoders() -> None:
     assert both.tokens == (*clip.tokens, *(77 + token for token in t5.tokens))
 
 
-def test_words_behind_the_first_75_tokens() -> None:
-    long = "a blue square, " * 20 + "a red circle"
+def test_words_after_the_first_75_tokens_are_found() -> None:
+    prompt = "a blue square, " * 20 + "a red circle"
     clip = Clip(sd1_clip.SD1Tokenizer())
-    (word,) = probe_module.find_words("circle", long, clip)
-    stream = [token for chunk in clip.tokenize(long)["l"] for token, _ in chunk]
+    (word,) = probe_module.find_words("circle", prompt, clip)
+    stream = [token for chunk in clip.tokenize(prompt)["l"] for token, _ in chunk]
     assert len(stream) == 2 * 77 and len(word.tokens) == 1 and word.tokens[0] > 77
     assert clip.tokenizer.clip_l.inv_vocab[stream[word.tokens[0]]] == "circle</w>"
 
 
-def test_says_what_is_wrong_with_words() -> None:
+def test_wrong_words_are_refused_in_a_sentence() -> None:
     _, encoder, _ = host.run_node("GAGDemoLoader")
     model = host.build_model("sd15")
     with pytest.raises(ValueError, match=r'^words: "dog" is not in the prompt; write words as they stand there'):
@@ -563,53 +578,53 @@ def demo(prompt: str) -> tuple[Any, Any, dict[str, Any]]:
     return model, encoder, {"positive": positive, "negative": negative, "latent": torch.zeros(2, 3, 32, 32)}
 
 
-def test_maps_are_the_mean_share_of_a_word() -> None:
+def test_maps_are_the_mean_attention_share_of_each_word() -> None:
     prompt = "a red circle above a blue circle"
     model, encoder, run = demo(prompt)
     model, probe = probed(guided(model), words="red, circle", prompt=prompt, text_encoder=encoder)
     assert [word.tokens for word in probe.words] == [(2,), (3, 7)]
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         host.sample(model, "sd15", **run, cfg=4.0)
     texts = [call for call in calls if call.module.endswith("attn2")]
     by_size: dict[int, list[Tensor]] = {}
     for call in texts:
-        # The host's order of prompts: the shares of the right rows are the larger ones for words that stand there.
+        # The host puts the rows of the negative prompt first or last.
         share = measures_reference.word_shares(call.q, call.k, [(2,), (3, 7)])
         halves = share[:2], share[2:]
         positive = torch.equal(call.k[0], call.k[1]) and positive_first(call, texts[0])
         by_size.setdefault(call.q.shape[2], []).append(halves[0] if positive else halves[1])
     assert {m.shape[-1] ** 2: count for m, count in probe.result.maps} == {n: len(by_size[n]) for n in by_size}
     for share, _ in probe.result.maps:
-        wanted = torch.stack(by_size[share.shape[-1] ** 2]).mean(0).unflatten(2, share.shape[-2:])
-        torch.testing.assert_close(share.double(), wanted, atol=1e-5, rtol=0)
+        expected = torch.stack(by_size[share.shape[-1] ** 2]).mean(0).unflatten(2, share.shape[-2:])
+        torch.testing.assert_close(share.double(), expected, atol=1e-5, rtol=0)
     assert probe.result.notes == ()
 
 
 def positive_first(call: Call, first: Call) -> bool:
-    """Whether the first rows are the positive prompt's: its keys are not those of padding all along."""
+    """Return True if the first rows belong to the positive prompt, whose keys differ more than those of padding."""
     keys = call.k[0, 0]
     return bool((keys[3:] - keys[3]).norm() > (call.k[-1, 0, 3:] - call.k[-1, 0, 3]).norm())
 
 
-def test_maps_of_a_joint_attention() -> None:
+def test_maps_of_a_joint_attention_are_right() -> None:
     words = ((0, 4), (18,))
     tiny = TRANSFORMERS["flux"]
     model, probe = probed(tiny.build())
-    probe.words = tuple(recording_module.Word(str(word), word) for word in words)
-    with recording(model) as calls:
+    probe.words = tuple(measurements.Word(str(word), word) for word in words)
+    with record_calls(model) as calls:
         tiny.sample(model, tokens=19)
-    wanted = torch.stack(
+    expected = torch.stack(
         [measures_reference.word_shares(call.q[:, :, 19:], call.k[:, :, :19], list(words)) for call in calls]
     ).mean(0)
     ((share, count),) = probe.result.maps
     assert count == len(calls)
-    torch.testing.assert_close(share.double().flatten(2), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(share.double().flatten(2), expected, atol=1e-5, rtol=0)
     assert share.shape == (1, 2, 4, 4)
 
 
-def test_says_where_the_text_is_shorter_than_the_prompt() -> None:
+def test_a_note_says_that_the_text_is_shorter_than_the_prompt() -> None:
     model, probe = probed(host.build_model("sd15"))
-    probe.words = (recording_module.Word("far", (80,)), recording_module.Word("near", (3,)))
+    probe.words = (measurements.Word("far", (80,)), measurements.Word("near", (3,)))
     host.sample(model, "sd15", steps=1)
     assert probe.result.notes == ("The text that the model read is shorter than the prompt given to GAG Probe: far.",)
 
@@ -625,10 +640,10 @@ def layouts() -> Iterator[tuple[tuple[int, ...], int, tuple[int, int, int] | Non
 
 
 @pytest.mark.parametrize(("grid", "tokens", "layout"), layouts())
-def test_tokens_are_laid_out_as_the_picture(
+def test_tokens_have_the_layout_of_the_picture(
     grid: tuple[int, ...], tokens: int, layout: tuple[int, int, int] | None
 ) -> None:
-    assert recording_module.layout_of(grid, tokens) == layout
+    assert recorder_module.layout_of(grid, tokens) == layout
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -647,7 +662,7 @@ def report(probe: Any, **inputs: Any) -> Any:
     return host.NODES["GAGReport"].execute(probe=probe, **{"filename_prefix": "sub/report", **inputs})
 
 
-def test_report_has_every_number_in_a_file_and_as_text(output_folder: Any) -> None:
+def test_the_report_has_all_measures_in_a_file_and_as_text(output_folder: Any) -> None:
     prompt = "a red circle above a blue square"
     model, encoder, run = demo(prompt)
     model, probe = probed(guided(model, end_percent=0.5), words="red, square", prompt=prompt, text_encoder=encoder)
@@ -667,33 +682,33 @@ def test_report_has_every_number_in_a_file_and_as_text(output_folder: Any) -> No
     assert summary.startswith("Guidance acted in 4 of 5 text attentions and in ")
     assert data["layers"] == list(probe.result.layers)
     assert list(data["measures"]) == NAMES
-    for place, name in enumerate(NAMES):
+    for index, name in enumerate(NAMES):
         for branch, key in enumerate(("positive", "negative")):
             listed = torch.tensor(data["measures"][name][key], dtype=torch.float64)
-            torch.testing.assert_close(listed, probe.result.values[branch, ..., place], rtol=1e-5, atol=1e-12)
+            torch.testing.assert_close(listed, probe.result.values[branch, ..., index], rtol=1e-5, atol=1e-12)
     assert data["guided"]["positive"] == probe.result.guided[0].tolist()
     report(probe, images=images)
     assert (output_folder / "sub" / "report_00002_.json").exists()
 
 
-def test_report_says_the_right_numbers(output_folder: Any) -> None:
+def test_the_summary_has_the_right_numbers(output_folder: Any) -> None:
     model, probe = probed(guided(host.build_model("sd15"), norm_threshold=0.05, norm_mode="relative"))
     host.sample(model, "sd15", steps=2)
     _, summary, *_ = report(probe, latent={}).result
     result = probe.result
     gain, capped = (result.values[0, ..., NAMES.index(name)][result.guided[0]] for name in ("gain", "capped"))
-    assert f"changed what is read of the text by {100 * float(gain.mean()):.0f} % on average" in summary
-    assert f"The cap cut it in {100 * float(capped.mean()):.0f} % of the tokens." in summary
+    assert f"Guidance changed the attention output by {100 * float(gain.mean()):.0f} % on average" in summary
+    assert f"The cap shortened the guidance in {100 * float(capped.mean()):.0f} % of the query tokens." in summary
     assert "Guidance acted in 6 of 7 text attentions and in 2 of 2 steps." in summary
 
 
-def test_report_without_guidance_or_with_one_prompt_or_one_step(output_folder: Any) -> None:
+def test_the_report_works_without_guidance_and_with_one_prompt_and_one_step(output_folder: Any) -> None:
     model, probe = probed(host.build_model("flux"))
     host.sample(model, "flux", steps=1, cfg=1.0)
     plots, summary, text, *_ = report(probe, latent={}).result
     assert plots.shape[0] == 2
     assert summary.startswith(
-        "No guidance acted; what follows is what the preset gentle at strength 0.25 would do. It would change"
+        "No guidance acted; the numbers are for the preset gentle at strength 0.25. Guidance would change the attention"
     )
     assert "of the attention falls on the text." in summary
     data = json.loads(text)
@@ -701,7 +716,7 @@ def test_report_without_guidance_or_with_one_prompt_or_one_step(output_folder: A
     assert data["strengths"] == [0.0]
 
 
-def test_report_with_nothing_to_show_says_so(output_folder: Any) -> None:
+def test_a_report_without_measures_says_so(output_folder: Any) -> None:
     model, probe = probed(host.build_model("sd15"))
     with pytest.raises(ValueError, match=r"^GAG Report needs images or latent, so that it comes after the sampler"):
         report(probe)
@@ -709,8 +724,8 @@ def test_report_with_nothing_to_show_says_so(output_folder: Any) -> None:
         ValueError, match=r"^GAG Report has nothing to show: no run with GAG Probe's model has finished"
     ):
         report(probe, latent={})
-    nothing = host.conditioning("sd15", 10, tokens=0)
-    host.sample(model, "sd15", positive=nothing, negative=nothing)
+    empty = host.conditioning("sd15", 10, tokens=0)
+    host.sample(model, "sd15", positive=empty, negative=empty)
     with pytest.raises(ValueError, match=r"^GAG Report has nothing to show: in the last run .* no text attention ran"):
         report(probe, latent={})
     assert not output_folder.exists()

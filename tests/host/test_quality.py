@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The quality benchmark in the real host: many captions at once, its controls, and the command from end to end."""
+"""Quality benchmark in ComfyUI: batches of captions, the controls, and the command from end to end."""
 
 from __future__ import annotations
 
@@ -15,28 +15,25 @@ import torch
 from torch import Tensor
 
 import host_process as host
-import quality
-import quality_page
-import quality_sampling as sampling
-import quality_weights
-from comfy_host import ROOT
-from quality_methods import BASELINE, METHODS, NODE, SPARSE, Method, applied
-from quality_results import REPORT, TUNE, Results
-from quality_sampling import Model, Task
+from benchmarks.quality import evidence, model_files, sampling, study
+from benchmarks.quality.methods import BASELINE, METHODS, NODE, SPARSE, Method, applied
+from benchmarks.quality.records import REPORT, TUNE, Results
+from benchmarks.quality.sampling import Model, Task
+from training import captions, text
 
 CAPTIONS = 3
 STEPS = 1
-# Of a pixel, by a model with random weights: rounding in another order, which it magnifies.
+# Largest difference of a pixel by rounding in another order, which a model with random weights magnifies.
 ROUNDING = 1e-3
 SHARPER = Method("control", temperature=0.5)
 
 
 def _weights(folder: Path, name: str) -> Path:
-    """An export with random weights."""
-    diffusion_model = host.pack_module("nodes.demo_model").without_weights(name).diffusion_model
+    """Write an export with random weights."""
+    diffusion_model = host.pack_module("nodes.demo.models").without_weights(name).diffusion_model
     host.fill(diffusion_model, 3)
     torch.manual_seed(3)
-    encoder = sampling.training("text").new_encoder()
+    encoder = text.new_encoder()
     tensors = {f"{name}.{key}": value for key, value in diffusion_model.state_dict().items()}
     tensors.update({f"text.{key}": value for key, value in encoder.state_dict().items()})
     path = folder / f"{name}.safetensors"
@@ -74,18 +71,18 @@ def _made(
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-def test_captions_of_a_batch_do_not_touch_each_other(model: Model, task: Task, cfg: float, guided: bool) -> None:
-    """Each comes out as alone, with its own caption and its own noise."""
+def test_captions_of_a_batch_do_not_affect_each_other(model: Model, task: Task, cfg: float, guided: bool) -> None:
+    """Each picture is the same as when sampled alone, with its own caption and its own noise."""
     method = Method("GAG", node=NODE, inputs={"guidance_scale": 2.0, "norm_mode": "relative"}) if guided else BASELINE
     together = _made(model, task, method, cfg)
-    for number in range(CAPTIONS):
-        (alone,) = sampling.tasks(TUNE, number, 1, 1)
-        assert (together[number] - _made(model, alone, method, cfg)[0]).abs().max() < ROUNDING
+    for index in range(CAPTIONS):
+        (alone,) = sampling.tasks(TUNE, index, 1, 1)
+        assert (together[index] - _made(model, alone, method, cfg)[0]).abs().max() < ROUNDING
     swapped = task._replace(captions=task.captions[::-1])
     assert (together[0] - _made(model, swapped, method, cfg)[0]).abs().max() > 10 * ROUNDING
 
 
-def test_noise_and_captions_depend_on_the_split_and_the_number_alone(task: Task) -> None:
+def test_noise_and_captions_depend_on_the_split_and_the_index_alone(task: Task) -> None:
     parts = list(sampling.tasks(TUNE, 0, CAPTIONS, 2))
     assert [caption for part in parts for caption in part.captions] == task.captions
     assert torch.equal(torch.cat([part.noise for part in parts]), task.noise)
@@ -93,7 +90,7 @@ def test_noise_and_captions_depend_on_the_split_and_the_number_alone(task: Task)
     assert later.captions == task.captions[2:] and torch.equal(later.noise, task.noise[2:])
     (others,) = sampling.tasks(REPORT, 0, CAPTIONS, CAPTIONS)
     assert not set(others.captions) & set(task.captions) and not torch.equal(others.noise, task.noise)
-    assert sampling.words(TUNE, 1) == [len(sampling.training("captions").words_of(task.captions[0]))]
+    assert sampling.words(TUNE, 1) == [len(captions.words_of(task.captions[0]))]
 
 
 def test_temperature_1_is_no_change(model: Model, task: Task) -> None:
@@ -101,8 +98,8 @@ def test_temperature_1_is_no_change(model: Model, task: Task) -> None:
     assert torch.equal(_made(model, task, Method("control", temperature=1.0)), _made(model, task))
 
 
-def test_a_sharper_softmax_repairs_what_softening_did(model: Model, task: Task) -> None:
-    """The two are one number; guidance of a softened model acts on what was softened."""
+def test_a_sharper_softmax_undoes_softening(model: Model, task: Task) -> None:
+    """Both are the same temperature. Guidance of a softened model acts on the softened attention."""
     plain, soft = _made(model, task), _made(model, task, softening=2.0)
     assert (soft - plain).abs().max() > 10 * ROUNDING
     assert torch.equal(_made(model, task, SHARPER, softening=2.0), plain)
@@ -110,8 +107,8 @@ def test_a_sharper_softmax_repairs_what_softening_did(model: Model, task: Task) 
     assert (_made(model, task, nothing, softening=2.0) - soft).abs().max() < ROUNDING
 
 
-def test_a_sharper_softmax_scales_the_queries_of_the_layers_that_guidance_has(folder: Path, task: Task) -> None:
-    """By the host's own patch of what goes into a UNet's cross attention, all but the middle block's."""
+def test_a_sharper_softmax_scales_the_queries_of_the_guided_layers(folder: Path, task: Task) -> None:
+    """The expected picture comes from ComfyUI's own patch of inputs to cross-attention, except in the middle block."""
     model = sampling.load(_weights(folder, "unet"))
 
     def scaled(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +124,7 @@ def test_a_sharper_softmax_scales_the_queries_of_the_layers_that_guidance_has(fo
 @pytest.mark.parametrize("method", [m for m in METHODS if m.node], ids=lambda method: method.name)
 def test_every_method_changes_the_pictures(method: Method, model: Model, task: Task) -> None:
     assert host.NODES.get(method.node) is not None
-    # Of what does not act in the whole run, a single step would show nothing.
+    # A method that starts later does nothing in a single step.
     steps = 2 if method.inputs.get("start_percent") else STEPS
     assert not torch.equal(_made(model, task, method, steps=steps), _made(model, task, steps=steps))
 
@@ -150,10 +147,10 @@ def test_a_softened_model_is_softened_in_the_steps_without_guidance_too(model: M
         _made(model, task, never, softening=2.0, steps=2)
 
 
-def test_the_evidence_is_what_the_results_in_the_repository_say(tmp_path: Path) -> None:
+def test_the_evidence_page_is_written_from_the_results_in_the_repository(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "evidence.md"
-    quality_page.write(quality.RESULTS, page, tmp_path / "assets" / "evidence")
-    assert page.read_text("utf-8") == quality_page.PAGE.read_text("utf-8"), "run python dev.py quality --report"
+    evidence.write(study.RESULTS, page, tmp_path / "assets" / "evidence")
+    assert page.read_text("utf-8") == evidence.PAGE.read_text("utf-8"), "run python dev.py quality --report"
 
 
 def test_nothing_is_left_behind(model: Model, task: Task) -> None:
@@ -163,8 +160,7 @@ def test_nothing_is_left_behind(model: Model, task: Task) -> None:
 
 
 def test_true_pictures_are_right(task: Task) -> None:
-    captions = sampling.training("captions")
-    samples = [captions.sample(TUNE, 0, number) for number in range(20)]
+    samples = [captions.sample(TUNE, 0, index) for index in range(20)]
     pictures = torch.from_numpy(np.stack([one.picture for one in samples]))
     outcome = sampling.outcome(pictures, [one.scene for one in samples])
     assert outcome.right().mean() > 0.9
@@ -175,30 +171,24 @@ def test_true_pictures_are_right(task: Task) -> None:
 
 
 def test_files_of_the_repository_hold_the_weights_that_were_measured() -> None:
-    """So the commands on the page measure the same models anew; those whose weights are gone name no file here."""
-    cells = {cell.model: cell.weights for cell in Results(quality.RESULTS).cells()}
-    files = {
-        model: file
-        for model in cells
-        if (file := quality_weights.file_of(model)).is_relative_to(ROOT / "assets")
-        or file.parent == quality_weights.KEPT
-    }
-    assert set(quality_weights.SHIPPED) <= set(files)
+    """So the commands on the page measure the same models anew."""
+    cells = {cell.model: cell.weights for cell in Results(study.RESULTS).cells()}
+    files = {model: model_files.file_of(model) for model in cells}
     for name, path in files.items():
         loaded = sampling.load(path)
         assert (loaded.label, loaded.weights) == (name, cells[name])
-    everything = [*quality_weights.SHIPPED.values(), *quality_weights.KEPT.glob("*")]
+    everything = [*model_files.SHIPPED.values(), *model_files.KEPT.glob("*")]
     assert sorted(files.values()) == sorted(everything)
 
 
-def test_without_a_name_new_exports_are_measured_or_else_what_is_in_the_repository(
+def test_by_default_new_exports_are_measured_or_else_the_models_in_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality_weights, "EXPORTS", tmp_path)
-    assert [quality_weights.model_of(path) for path in quality_weights.chosen([])][:3] == list(quality_weights.SHIPPED)
+    monkeypatch.setattr(model_files, "EXPORTS", tmp_path)
+    assert [model_files.model_of(path) for path in model_files.chosen([])][:3] == list(model_files.SHIPPED)
     export = tmp_path / "new.safetensors"
     export.touch()
-    assert quality_weights.chosen([]) == [export] and quality_weights.model_of(export) == "new"
+    assert model_files.chosen([]) == [export] and model_files.model_of(export) == "new"
 
 
 FEW = ["--steps", "1", "--captions", "2", "--held-out", "3", "--batch", "2", "--families", SPARSE]
@@ -212,10 +202,10 @@ def command(folder: Path, tmp_path: Path) -> Iterator[list[str]]:
 def test_the_command_from_end_to_end(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert quality.main(command) == 0
-    said = capsys.readouterr()
-    assert "| sparse alone | alpha " in said.out and "all is measured" in said.out
-    assert "min left" in said.err
+    assert study.main(command) == 0
+    printed = capsys.readouterr()
+    assert "| sparse alone | alpha " in printed.out and "all is measured" in printed.out
+    assert "min left" in printed.err
     results = Results(tmp_path)
     (cell,) = results.cells()
     assert cell.title == "unet, 1 steps, CFG 1"
@@ -230,27 +220,29 @@ def test_the_command_from_end_to_end(
     line = results.lines[0]
     assert set(line.versions) == {"torch", "ComfyUI", "data", "code"} and line.versions["ComfyUI"] == host.VERSION
 
-    monkeypatch.setattr(quality, "run", lambda *_: pytest.fail("what is there was run again"))
-    assert quality.main(command) == 0
+    monkeypatch.setattr(study, "run", lambda *_: pytest.fail("existing results were measured again"))
+    assert study.main(command) == 0
     monkeypatch.undo()
-    # More captions: only those that are missing.
-    assert quality.main([*command, "--captions", "4"]) == 0
+    # With more captions only the missing ones are measured.
+    assert study.main([*command, "--captions", "4"]) == 0
     written = [json.loads(text) for path in tmp_path.glob("*.jsonl") for text in path.read_text().splitlines()]
     assert [(one["first"], one["captions"]) for one in written[5:8]] == [(2, 2)] * 3
 
 
-def test_time_that_is_up_ends_the_command(
+def test_the_command_ends_when_its_time_is_up(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quality.main([*command, "--minutes", "0"]) == 0
+    assert study.main([*command, "--minutes", "0"]) == 0
     assert "stopped; the same command goes on" in capsys.readouterr().out
     assert not Results(tmp_path).lines
 
 
-def test_no_weights_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert quality.main(["--weights", str(tmp_path / "none.safetensors")]) == 1
+def test_missing_or_wrong_weights_are_reported_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study.main(["--weights", str(tmp_path / "none.safetensors")]) == 1
     assert "quality: There is no file" in capsys.readouterr().err
     wrong = tmp_path / "wrong.safetensors"
     safetensors.torch.save_file({"x.y": torch.zeros(1)}, wrong)
-    assert quality.main(["--weights", str(wrong)]) == 1
+    assert study.main(["--weights", str(wrong)]) == 1
     assert "must hold unet.* or mmdit.* and text.*, got x." in capsys.readouterr().err

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""CLIP scores of a checkpoint: the host's own loaders on small files of SD1.5's kind, from the command to its table.
+"""CLIP scores of a checkpoint, from the command to its table, with ComfyUI's loaders on small files of SD1.5's kind.
 
-What loads them is the host's; only the sizes of CLIP's two halves, which the host otherwise knows by heart, are told.
+Only the sizes of CLIP's two halves are passed to the loaders, because ComfyUI has the usual sizes built in.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import safetensors.torch
 import torch
 
 import host_process as host
-import quality
-import quality_checkpoint
-from quality_methods import BASELINE
+from benchmarks.quality import checkpoint, study
+from benchmarks.quality.methods import BASELINE
 
 WIDTH = 64
 _UNET = {
@@ -66,7 +65,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     checkpoint = {f"model.diffusion_model.{key}": value.half() for key, value in unet.state_dict().items()}
     checkpoint.update(_filled(comfy.taesd.taesd.TAESD(), 2, "first_stage_model."))
     checkpoint.update(_filled(_text(_TEXT), 3, "cond_stage_model.transformer."))
-    checkpoint.pop("cond_stage_model.transformer.text_projection.weight")  # SD1.5 comes without
+    checkpoint.pop("cond_stage_model.transformer.text_projection.weight")  # SD1.5 has none
     vision = comfy.clip_model.CLIPVisionModelProjection(_CLIP_VISION, torch.float32, "cpu", comfy.ops.manual_cast)
     clip = {**_filled(_text(_CLIP_TEXT), 4, ""), **_filled(vision, 5, "")}
     paths = {name: folder / f"{name}.safetensors" for name in ("checkpoint", "clip", "half_clip")}
@@ -80,7 +79,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The host's loaders, told the sizes."""
+    """Pass the sizes to ComfyUI's loaders."""
     config = tmp_path / "vision.json"
     config.write_text(json.dumps(_CLIP_VISION), encoding="utf-8")
 
@@ -91,11 +90,11 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return model
 
     monkeypatch.setattr(comfy.clip_vision, "load_clipvision_from_sd", vision)
-    for name, told in (
+    for name, options in (
         ("load_checkpoint_guess_config", {"te_model_options": {"clip_l_model_config": _TEXT}}),
         ("load_text_encoder_state_dicts", {"model_options": {"model_config": _CLIP_TEXT}}),
     ):
-        monkeypatch.setattr(comfy.sd, name, partial(getattr(comfy.sd, name), **told))
+        monkeypatch.setattr(comfy.sd, name, partial(getattr(comfy.sd, name), **options))
 
 
 def _command(files: dict[str, Path], results: Path, *more: str, clip: str = "clip") -> list[str]:
@@ -108,27 +107,27 @@ def test_from_the_command_to_the_table(
     files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = tmp_path / "results"
-    assert quality.main(_command(files, results)) == 0
+    assert study.main(_command(files, results)) == 0
     table = capsys.readouterr().out
-    for method in quality_checkpoint.COMPARED:
+    for method in checkpoint.COMPARED:
         assert f"| {method.name} | 2 |" in table
-    (file,) = (results / quality_checkpoint.FOLDER).glob("*.jsonl")
+    (file,) = (results / checkpoint.FOLDER).glob("*.jsonl")
     lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 2 * len(quality_checkpoint.COMPARED)
+    assert len(lines) == 2 * len(checkpoint.COMPARED)
     assert {line["prompt"] for line in lines} == {"a red circle", "a dog on a bicycle"}
-    assert lines[0]["sha256"] == quality_checkpoint.sha256_of(files["checkpoint"])
+    assert lines[0]["sha256"] == checkpoint.sha256_of(files["checkpoint"])
     pictures = {(file.parent / file.stem / line["picture"]).read_bytes() for line in lines}
     assert len(pictures) == len(lines)  # every method changed the picture
 
-    monkeypatch.setattr(quality_checkpoint, "one_picture", lambda *_: pytest.fail("what is there was run again"))
-    assert quality.main(_command(files, results)) == 0
+    monkeypatch.setattr(checkpoint, "one_picture", lambda *_: pytest.fail("existing results were measured again"))
+    assert study.main(_command(files, results)) == 0
     assert capsys.readouterr().out == table
-    assert table.strip() in quality_checkpoint.section(results)
+    assert table.strip() in checkpoint.section(results)
 
 
 @pytest.mark.usefixtures("small")
 def test_the_score_is_the_cosine_of_the_two_embeddings(files: dict[str, Path]) -> None:
-    scorer = quality_checkpoint.Scorer(files["clip"])
+    scorer = checkpoint.Scorer(files["clip"])
     picture = torch.rand(1, 28, 28, 3, generator=torch.Generator().manual_seed(1))
     weights = safetensors.torch.load_file(files["clip"])
     text = _text(_CLIP_TEXT)
@@ -136,46 +135,46 @@ def test_the_score_is_the_cosine_of_the_two_embeddings(files: dict[str, Path]) -
     cosines = []
     for prompt in ("a red circle", "a dog", "an old house by the sea"):
         (score,) = scorer.scores(picture, prompt)
-        tokens = [number for number, *_ in comfy.sd1_clip.SD1Tokenizer().tokenize_with_weights(prompt)["l"][0]]
+        tokens = [token for token, *_ in comfy.sd1_clip.SD1Tokenizer().tokenize_with_weights(prompt)["l"][0]]
         with torch.no_grad():
             embedded = text(torch.tensor([tokens]))[2][0]
-            seen = scorer.vision.encode_image(picture)["image_embeds"][0]
-        cosine = float(embedded @ seen / embedded.norm() / seen.norm())
+            image = scorer.vision.encode_image(picture)["image_embeds"][0]
+        cosine = float(embedded @ image / embedded.norm() / image.norm())
         assert score == pytest.approx(100 * max(0.0, cosine), abs=0.05)
         cosines.append(cosine)
     assert len(set(cosines)) == 3
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
-        ({"clip": "half_clip"}, "has no visual_projection.weight: --clip wants a whole CLIP model"),
+        ({"clip": "half_clip"}, "has no visual_projection.weight: --clip needs a complete CLIP model"),
         ({"checkpoint": "none"}, "There is no file"),
         ({"prompts": "empty"}, "has no prompts: one per line"),
     ],
     ids=["half a CLIP", "no checkpoint", "no prompts"],
 )
 @pytest.mark.usefixtures("small")
-def test_bad_files_are_one_sentence(
-    change: dict[str, str], said: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_bad_files_are_reported_in_one_sentence(
+    change: dict[str, str], expected: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = tmp_path / "empty"
     empty.write_text("\n")
     given = {**files, "none": tmp_path / "none", "empty": empty}
     given.update({name: given[other] for name, other in change.items()})
-    assert quality.main(_command(given, tmp_path / "results")) == 1
+    assert study.main(_command(given, tmp_path / "results")) == 1
     (sentence,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("quality: "))
-    assert said in sentence
+    assert expected in sentence
 
 
-def test_prompts_and_clip_are_wanted(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_and_clip_are_required(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        quality.main(["--checkpoint", str(files["checkpoint"])])
-    assert "--checkpoint wants --prompts and --clip as well" in capsys.readouterr().err
+        study.main(["--checkpoint", str(files["checkpoint"])])
+    assert "--checkpoint needs --prompts and --clip as well" in capsys.readouterr().err
 
 
 def test_differences_are_between_pictures_of_one_prompt_and_seed() -> None:
-    preset = next(method for method in quality_checkpoint.COMPARED if method.family == "preset paper")
+    preset = next(method for method in checkpoint.COMPARED if method.family == "preset paper")
     scores = {BASELINE: (20.0, 30.0, 40.0), preset: (21.0, 29.0, 44.0)}
     lines = [
         {"family": method.family, "setting": method.setting, "prompt": "a", "seed": seed, "score": score}
@@ -183,6 +182,4 @@ def test_differences_are_between_pictures_of_one_prompt_and_seed() -> None:
         for seed, score in enumerate(listed)
     ]
     error = torch.tensor([1.0, -1.0, 4.0]).std() / 3**0.5
-    assert f"| preset paper, strength 1 | 3 | 31.333 | +1.333 ± {error:.3f} | 2 : 1 |" in quality_checkpoint.table(
-        lines[::-1]
-    )
+    assert f"| preset paper, strength 1 | 3 | 31.333 | +1.333 ± {error:.3f} | 2 : 1 |" in checkpoint.table(lines[::-1])

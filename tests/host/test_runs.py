@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Runs of the real sampler: what users combine with guidance works, and off is off bit for bit."""
+"""Runs of the real sampler: guidance works with other settings that users combine it with, and off changes no bit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 import companions
 import host_process as host
 import reference
-from recorder import recording
+from recorder import record_calls
 from tolerances import assert_close
 from transformers_of_host import TRANSFORMERS
 
@@ -31,6 +32,7 @@ def guided(model: Any, **settings: Any) -> Any:
 
 
 def check_guided(with_guidance: Tensor, without: Tensor) -> None:
+    """Assert that guidance changed the picture, and that it is finite."""
     assert torch.isfinite(with_guidance).all()
     assert not torch.equal(with_guidance, without)
 
@@ -42,7 +44,7 @@ def test_off_is_bit_identical_to_no_node(name: str) -> None:
     assert torch.equal(host.sample(guided(model, strength=0.0), name), plain)
     late = guided(model, start_percent=1.0)
     assert torch.equal(host.sample(late, name), plain)
-    # The model that came in was not touched.
+    # The input model was not changed.
     check_guided(host.sample(guided(model), name), plain)
     assert torch.equal(host.sample(model, name), plain)
 
@@ -58,7 +60,9 @@ def test_every_preset_changes_the_picture(preset: str) -> None:
 @pytest.mark.parametrize("cfg", [1.0, 7.0])
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_batches_cfg_and_prompt_lengths(name: str, batch: int, cfg: float, tokens: int) -> None:
+def test_guidance_works_with_all_batches_cfg_scales_and_prompt_lengths(
+    name: str, batch: int, cfg: float, tokens: int
+) -> None:
     model = host.build_model(name)
     inputs: dict[str, Any] = {"batch": batch, "cfg": cfg, "positive": host.conditioning(name, 10, tokens)}
     plain = host.sample(model, name, **inputs)
@@ -69,11 +73,11 @@ def test_batches_cfg_and_prompt_lengths(name: str, batch: int, cfg: float, token
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    """What the model gets is the fp64 reference, rounded once to the model's own dtype."""
+def test_half_precision_gives_the_rounded_reference_output(name: str, dtype: torch.dtype) -> None:
+    """The model gets the fp64 reference output, rounded once to the model's own dtype."""
     model = guided(host.build(*host.CONFIGS[name], dtype=dtype), preset="paper")
     config = host.pack_module("nodes.presets").PRESETS["paper"]
-    with recording(model) as calls:
+    with record_calls(model) as calls:
         out = host.sample(model, name, cfg=1.0, steps=1)
     assert torch.isfinite(out).all()
     text = [c for c in calls if name == "flux" or (c.module.endswith("attn2") and ".middle_block" not in c.module)]
@@ -83,15 +87,15 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         if name == "flux":
             # The joint output that guidance is added to is itself rounded to the dtype.
             plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
-            wide = reference.guided_joint_attention(call.q, call.k, call.v, slice(0, 77), config)
+            expected = reference.guided_joint_attention(call.q, call.k, call.v, slice(0, 77), config)
             rounding = torch.finfo(dtype).eps * float(plain.abs().max())
-            assert_close(call.out, wide, error=rounding + 3e-4 * float(call.v.abs().max()))
+            assert_close(call.out, expected, error=rounding + 3e-4 * float(call.v.abs().max()))
         else:
             call.check(reference.guided_attention(call.q, call.k, call.v, config), config.guidance_scale)
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2s_ancestral", "uni_pc", "lcm"])
-def test_samplers(sampler: str) -> None:
+def test_guidance_works_with_other_samplers(sampler: str) -> None:
     model = host.build_model("sd15")
     plain = host.sample(model, "sd15", sampler=sampler, steps=3)
     out = host.sample(guided(model), "sd15", sampler=sampler, steps=3)
@@ -100,8 +104,8 @@ def test_samplers(sampler: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux"])
-def test_image_to_image_with_a_noise_mask(name: str) -> None:
-    """What the mask protects stays exactly as it was."""
+def test_guidance_leaves_the_masked_part_of_a_picture_alone(name: str) -> None:
+    """Image to image with a noise mask: the part that the mask protects does not change."""
     model = host.build_model(name)
     latent = torch.randn(1, *host.LATENTS[name], generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(1, 1, 8, 8)
@@ -113,25 +117,29 @@ def test_image_to_image_with_a_noise_mask(name: str) -> None:
     assert torch.allclose(out[..., :4], latent[..., :4], atol=1e-4)
 
 
-def test_two_models_patched_differently_in_one_graph() -> None:
+def test_models_patched_differently_in_one_graph_do_not_affect_each_other() -> None:
     sd15, flux = host.build_model("sd15"), host.build_model("flux")
     strong, weak = guided(sd15, preset="paper"), guided(sd15, strength=0.3)
     transformer = guided(flux)
-    fresh = [host.sample(m, n) for m, n in ((strong, "sd15"), (weak, "sd15"), (transformer, "flux"), (sd15, "sd15"))]
-    again = [host.sample(m, n) for m, n in ((sd15, "sd15"), (transformer, "flux"), (weak, "sd15"), (strong, "sd15"))]
-    for first, second in zip(fresh, reversed(again), strict=False):
+    first_outs = [
+        host.sample(m, n) for m, n in ((strong, "sd15"), (weak, "sd15"), (transformer, "flux"), (sd15, "sd15"))
+    ]
+    second_outs = [
+        host.sample(m, n) for m, n in ((sd15, "sd15"), (transformer, "flux"), (weak, "sd15"), (strong, "sd15"))
+    ]
+    for first, second in zip(first_outs, reversed(second_outs), strict=False):
         assert torch.equal(first, second) or first.shape != second.shape
-    assert len({float(t.sum()) for t in fresh}) == 4
+    assert len({float(t.sum()) for t in first_outs}) == 4
 
 
-def test_two_nodes_share_a_run_by_range() -> None:
-    """Two ranges on one model: each acts in its own; where they overlap the later node does."""
+def test_each_of_two_nodes_acts_in_its_own_range() -> None:
+    """In the overlap of the ranges of two nodes on one model, the later node acts."""
     model = host.build_model("sd15")
     early = guided(model, preset="paper", end_percent=0.5)
     both = guided(early, preset="gentle", start_percent=0.4)
     run: dict[str, Any] = {"steps": 6}
-    everywhere_gentle = guided(guided(model, preset="paper"), preset="gentle")
-    assert torch.equal(host.sample(everywhere_gentle, "sd15", **run), host.sample(guided(model), "sd15", **run))
+    gentle_over_paper = guided(guided(model, preset="paper"), preset="gentle")
+    assert torch.equal(host.sample(gentle_over_paper, "sd15", **run), host.sample(guided(model), "sd15", **run))
     outs = [host.sample(m, "sd15", **run) for m in (model, early, guided(model, start_percent=0.4), both)]
     assert len({float(out.sum()) for out in outs}) == 4
 
@@ -161,134 +169,140 @@ def test_a_run_after_an_error_or_interrupt_equals_a_fresh_one(name: str, error: 
     assert torch.equal(host.sample(model, name, steps=3), plain)
 
 
-# One of each way to find the text: attn2, wrapped blocks, a module of its own, a stream that is measured.
-PATCHES = ["sd15", "flux", "wan-t2v", "mochi"]
+# One model for each way in which the text is found: attn2, wrapped blocks, a watched module, a measured stream.
+MODELS = ["sd15", "flux", "wan-t2v", "mochi"]
 
 
-def hooks_in(model: Any) -> int:
+def hook_count(model: Any) -> int:
+    """Return the number of forward hooks on the modules of a model."""
     modules = model.model.diffusion_model.modules()
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
 
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("name", PATCHES)
-def test_an_error_in_the_middle_of_a_model_call_leaves_nothing(name: str, error: type[BaseException]) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_an_error_in_the_middle_of_a_model_call_leaves_nothing_behind(name: str, error: type[BaseException]) -> None:
     patched = guided(companions.build(name))
     fresh = companions.sample(patched, name)
-    calls = []
+    hooks_at_calls = []
 
-    def fails(function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        calls.append(hooks_in(patched))
-        if len(calls) == 3:
+    def failing_attention(function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        hooks_at_calls.append(hook_count(patched))
+        if len(hooks_at_calls) == 3:
             raise error
         out: Tensor = function(*args, **kwargs)
         return out
 
     broken = patched.clone()
-    broken.model_options["transformer_options"]["optimized_attention_override"] = fails
+    broken.model_options["transformer_options"]["optimized_attention_override"] = failing_attention
     with pytest.raises(error):
         companions.sample(broken, name)
-    assert bool(calls[-1]) == (name in ("wan-t2v", "mochi"))
-    assert hooks_in(patched) == 0
+    assert bool(hooks_at_calls[-1]) == (name in ("wan-t2v", "mochi"))
+    assert hook_count(patched) == 0
     assert torch.equal(companions.sample(patched, name), fresh)
 
 
-def test_hooks_that_cannot_all_be_set_leave_none() -> None:
-    """Another node took a block out that is to be guided."""
+def test_no_hook_is_left_if_one_cannot_be_set() -> None:
+    """In this run another node has removed a guided block."""
     patched = guided(companions.build("wan-t2v"))
     network = patched.model.diffusion_model
     network.blocks = network.blocks[:1]
     with pytest.raises(KeyError):
         companions.sample(patched, "wan-t2v")
-    assert hooks_in(patched) == 0
+    assert hook_count(patched) == 0
 
 
-@pytest.mark.parametrize("name", PATCHES)
-def test_two_copies_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the host's multi-GPU has it: the prompts of a step go to copies of the model, each in a thread of its own."""
+@pytest.mark.parametrize("name", MODELS)
+def test_two_copies_of_a_model_run_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's multi-GPU sampling sends the prompts of a step to copies of the model, each in its own thread."""
     model, other = guided(companions.build(name), schedule=[1.5, 0.5]), companions.build(name)
     other.wrappers, other.model_options, other.model.current_patcher = model.wrappers, model.model_options, other
     run = TRANSFORMERS[name].sample if name in TRANSFORMERS else partial(host.sample, name=name)
-    together = Barrier(2, timeout=60)
-    said: list[str] = []
-    monkeypatch.setattr(host.pack_module("nodes.run"), "show_on_node", lambda text, _: said.append(text))
+    both_started = Barrier(2, timeout=60)
+    texts: list[str] = []
+    monkeypatch.setattr(
+        host.pack_module("nodes.panel.browser").BROWSER, "send_text", lambda text, _: texts.append(text)
+    )
 
     def by_prompt(apply_model: Any, args: dict[str, Any]) -> Tensor:
         assert len(args["cond_or_uncond"]) == 2
 
-        def part(number: int) -> Tensor:
-            rows = slice(number, number + 1)
+        def run_prompt(index: int) -> Tensor:
+            rows = slice(index, index + 1)
             inputs = {key: value[rows] if torch.is_tensor(value) else value for key, value in args["c"].items()}
             options = dict(args["c"]["transformer_options"])
             for key in ("cond_or_uncond", "uuids"):
                 options[key] = options[key][rows]
             inputs["transformer_options"] = options
-            together.wait()
+            both_started.wait()
             with torch.no_grad():
-                out: Tensor = (apply_model, other.model.apply_model)[number](
+                out: Tensor = (apply_model, other.model.apply_model)[index](
                     args["input"][rows], args["timestep"][rows], **inputs
                 )
             return out
 
         with ThreadPoolExecutor(2) as pool:
-            return torch.cat(list(pool.map(part, range(2))))
+            return torch.cat(list(pool.map(run_prompt, range(2))))
 
     spread = model.clone()
     spread.set_model_unet_function_wrapper(by_prompt)
     out = run(model=spread, cfg=4.0)
     monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 2**60)  # one prompt at a time
     assert torch.equal(out, run(model=model, cfg=4.0))
-    assert said[0] == said[1]
-    assert said[0].endswith(" in 4 of 4 calls.")
+    assert texts[0] == texts[1]
+    assert texts[0].endswith(" in 4 of 4 calls.")
 
 
-@pytest.mark.parametrize("name", PATCHES)
-def test_nothing_of_a_run_outlives_it(name: str) -> None:
-    """Neither the model's options nor a cycle of references keeps what a run or a model call made."""
+@pytest.mark.parametrize("name", MODELS)
+def test_no_object_of_a_run_outlives_it(name: str) -> None:
+    """Neither the model's options nor a cycle of references keeps objects of a run or of a model call."""
     patched = guided(companions.build(name))
     gc.collect()
     gc.disable()
     try:
         companions.sample(patched, name)
-        names = ("Run", "GuidedUNet", "GuidedBlocks", "TextCrossAttention", "AttentionCall")
+        names = ("Run", "GuidedUNet", "GuidedTransformer", "TextLayers", "AttentionCall")
         left = [type(o).__name__ for o in gc.get_objects() if type(o).__name__ in names]
     finally:
         gc.enable()
     assert not left
-    assert host.pack_module("nodes.patch").KEY not in patched.model_options.get("transformer_options", {})
+    assert host.pack_module("nodes.patching.patch").KEY not in patched.model_options.get("transformer_options", {})
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> str:
+    """Return the messages that the pack has logged."""
     return "\n".join(record.message for record in caplog.records if record.name == "comfyui-gag")
 
 
-def test_says_why_nothing_was_guided_outside_the_range(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_no_step_lies_within_the_range(caplog: pytest.LogCaptureFixture) -> None:
     host.sample(guided(host.build_model("sd15"), start_percent=1.0), "sd15")
     assert "GAG guided nothing in this run: no step lies within its start_percent and end_percent" in messages(caplog)
     assert ", 1 to 1; where a run has so few steps, set start_percent to 0." in messages(caplog)
 
 
 @pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"])
-def test_a_new_node_leaves_the_first_steps_alone_and_says_so_where_there_is_no_other(
+def test_the_default_range_leaves_the_first_steps_alone_and_a_run_of_one_step_says_so(
     node_id: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(host.pack_module("nodes.run"), "show_on_node", lambda text, _: said.append(text))
+    texts: list[str] = []
+    monkeypatch.setattr(
+        host.pack_module("nodes.panel.browser").BROWSER, "send_text", lambda text, _: texts.append(text)
+    )
     inputs = {i.id: i for i in host.NODES[node_id].GET_SCHEMA().inputs}
     plain = host.build_model("sd15")
     (model,) = host.run_node(node_id, model=plain, start_percent=inputs["start_percent"].default)
     host.sample(model, "sd15", steps=10)
     assert torch.equal(host.sample(model, "sd15", steps=1), host.sample(plain, "sd15", steps=1))
-    assert said == ["Guided 6 of 6 attentions in 7 of 10 calls.", "Nothing guided: no step within 0.3 to 1."]
+    assert texts == ["Guided 6 of 6 attentions in 7 of 10 calls.", "Nothing guided: no step within 0.3 to 1."]
     assert ", 0.3 to 1; where a run has so few steps, set start_percent to 0." in messages(caplog)
 
 
-def test_says_that_a_later_node_acts_instead(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_a_later_node_acts(caplog: pytest.LogCaptureFixture) -> None:
     host.sample(guided(guided(host.build_model("sd15"))), "sd15")
     assert "a later GAG node on the same model acts in all steps of its range" in messages(caplog)
 
 
-def test_says_why_nothing_was_guided_without_a_positive_prompt(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_no_model_call_had_a_positive_prompt(caplog: pytest.LogCaptureFixture) -> None:
     (model,) = host.run_advanced(model=host.build_model("sd15"), apply_to="positive")
 
     def only_negative(args: dict[str, Any]) -> Tensor:
@@ -300,28 +314,72 @@ def test_says_why_nothing_was_guided_without_a_positive_prompt(caplog: pytest.Lo
     assert "no model call had a positive prompt" in messages(caplog)
 
 
-def test_says_why_nothing_was_guided_when_blocks_are_replaced(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_no_chosen_attention_ran(caplog: pytest.LogCaptureFixture) -> None:
+    """Another node replaces the blocks with functions that have no attention."""
     model = guided(host.build_model("flux"))
     for part, count in (("double_block", 2), ("single_block", 3)):
-        for number in range(count):
-            model.set_model_patch_replace(lambda args, _: args, "dit", part, number)
+        for index in range(count):
+            model.set_model_patch_replace(lambda args, _: args, "dit", part, index)
     host.sample(model, "flux", cfg=1.0)
     assert "none of the chosen attentions ran" in messages(caplog)
 
 
-def test_says_that_there_is_no_text(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_the_prompts_have_no_tokens(caplog: pytest.LogCaptureFixture) -> None:
     prompt = host.conditioning("sd15", 10, tokens=0)
     host.sample(guided(host.build_model("sd15")), "sd15", positive=prompt, negative=prompt)
     assert "GAG guided nothing in this run: no model call had a single token of text." in messages(caplog)
 
 
-def test_says_that_strength_0_is_off(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def node_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Texts that nodes show during the test."""
+    texts: list[str] = []
+    browser = host.pack_module("nodes.panel.browser").BROWSER
+    monkeypatch.setattr(browser, "send_text", lambda text, _: texts.append(text))
+    return texts
+
+
+def test_the_node_says_that_the_prompts_are_empty(node_texts: list[str]) -> None:
+    prompt = host.conditioning("sd15", 10, tokens=0)
+    host.sample(guided(host.build_model("sd15")), "sd15", positive=prompt, negative=prompt)
+    assert node_texts == ["Nothing guided: the prompts are empty."]
+
+
+def test_text_that_does_not_come_in_c_crossattn_is_not_called_empty(
+    node_texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some models get their text by other inputs of a model call. Two wrappers around GAG's make a model behave so."""
+    contexts: list[Tensor] = []
+
+    def hide(executor: Any, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Tensor, *args: Any, **kwargs: Any) -> Any:
+        contexts.append(c_crossattn)
+        return executor(x, t, c_concat, None, *args, **kwargs)
+
+    def restore(executor: Any, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: None, *args: Any, **kw: Any) -> Any:
+        assert c_crossattn is None
+        return executor(x, t, c_concat, contexts.pop(), *args, **kw)
+
+    model = host.build_model("sd15")
+    plain = host.sample(model, "sd15")
+    # The host calls wrappers in the order in which their keys were added.
+    hidden = model.clone()
+    hidden.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "before GAG", hide)
+    patched = guided(hidden)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "after GAG", restore)
+    assert torch.equal(host.sample(patched, "sd15"), plain)
+    assert not contexts
+    assert node_texts == ["Nothing guided: its text comes another way."]
+    assert "GAG guided nothing in this run: no model call had the input c_crossattn" in messages(caplog)
+    assert "empty" not in messages(caplog) and "a single token" not in messages(caplog)
+
+
+def test_the_log_says_that_strength_0_is_off(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         guided(host.build_model("sd15"), strength=0.0)
     assert "GAG is off: strength is 0" in messages(caplog)
 
 
-def test_verbose_lists_what_was_guided(caplog: pytest.LogCaptureFixture) -> None:
+def test_verbose_lists_the_guided_attentions(caplog: pytest.LogCaptureFixture) -> None:
     (model,) = host.run_advanced(model=host.build_model("sd15"), verbose=True, blocks="d1,m")
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         host.sample(model, "sd15", steps=3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A sweep's models are those that the GAG nodes make by hand, bit for bit, and what it cannot do it says."""
+"""A sweep's models equal those that the GAG nodes make by hand, bit for bit; wrong values are refused in a sentence."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import host_process as host
 from properties import examples
 
 sweep = host.pack_module("nodes.sweep")
-FIELDS, MOST, parse_values = sweep.FIELDS, sweep.MOST, sweep.parse_values
+FIELDS, MOST, parse_values = sweep.FIELDS, sweep.MAX_PICTURES, sweep.parse_values
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 PRESETS = host.pack_module("nodes.presets").PRESETS
-Curve = host.pack_module("nodes.schedules").Curve
-patch_of = host.pack_module("nodes.patch").patch_of
-# Settings by hand that every sweep below starts from, each other than its default.
+Curve = host.pack_module("nodes.patching.strength_curve").Curve
+guided_model = host.pack_module("nodes.patching.guided_model")
+# Settings by hand that the sweeps below start from. None is its default.
 BY_HAND: dict[str, Any] = {
     "guidance_scale": 4.0,
     "norm_threshold": 0.05,
@@ -34,7 +34,7 @@ BY_HAND: dict[str, Any] = {
     "start_percent": 0.1,
     "end_percent": 0.9,
 }
-# Of each setting two values, as they are written and as they are.
+# Two values of each setting, as text and as values.
 TRIED: dict[str, tuple[str, list[Any]]] = {
     "preset": ("paper, gentle", ["paper", "gentle"]),
     "rule": ("pladis, gag", ["pladis", "gag"]),
@@ -67,14 +67,15 @@ def picture(model: Any) -> Tensor:
 
 
 def guidances(model: Any) -> tuple[Any, ...]:
-    return patch_of(model).guidances
+    found: tuple[Any, ...] = guided_model.guidances_of(model)
+    return found
 
 
 # --- the models ---------------------------------------------------------------------------------------------------
 
 
 def test_every_setting_can_be_varied() -> None:
-    """None is forgotten: all that is a setting of the method or an input of GAG (advanced) that acts on the picture."""
+    """A setting is a field of the config, or an input of GAG (advanced) that acts on the picture."""
     inputs = {item.id for item in host.NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs}
     config = {field.name for field in dataclasses.fields(GuidanceConfig)}
     assert set(FIELDS) == (inputs | config | {"preset"}) - {"model", "verbose", "schedule"}
@@ -91,8 +92,8 @@ def test_each_model_is_the_one_set_by_hand(field: str) -> None:
     assert torch.equal(picture(models[0]), picture(plain))
     pictures = []
     for model, label, value in zip(models[1:], labels[1:], values, strict=True):
-        written = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-        assert label == f"{field} {written:g}" if isinstance(value, float) else label == f"{field} {written}"
+        shown = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        assert label == f"{field} {shown:g}" if isinstance(value, float) else label == f"{field} {shown}"
         if field == "preset":
             by_hand = advanced(plain, **{**dataclasses.asdict(PRESETS[value]), "strength": BY_HAND["strength"]})
         else:
@@ -117,7 +118,7 @@ def test_two_settings_make_every_pair_row_by_row() -> None:
         )
 
 
-def test_a_preset_comes_before_what_else_is_varied() -> None:
+def test_a_preset_is_applied_before_the_other_setting() -> None:
     plain = host.build_model("sd15")
     for order in (("preset", "guidance_scale"), ("guidance_scale", "preset")):
         texts = {"preset": "paper", "guidance_scale": "3"}
@@ -129,7 +130,7 @@ def test_a_preset_comes_before_what_else_is_varied() -> None:
         )
 
 
-def test_without_a_gag_node_the_default_preset_is_varied(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_default_preset_is_varied_without_a_gag_node(caplog: pytest.LogCaptureFixture) -> None:
     plain = host.build_model("sd15")
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         (off, model), _, _ = swept(plain, "strength", "0.7")
@@ -143,14 +144,14 @@ def test_the_last_of_several_nodes_is_varied_and_the_others_stay() -> None:
     plain = host.build_model("sd15")
     (first,) = host.run_node("GAGuidance", model=plain, preset="paper", end_percent=0.4)
     (both,) = host.run_node("GAGuidance", model=first, preset="gentle", start_percent=0.4, schedule=[1.0, 0.5])
-    (off, none, same), _, _ = swept(both, "strength", "0, 0.25")
+    (off, zero, quarter), _, _ = swept(both, "strength", "0, 0.25")
     assert torch.equal(picture(off), picture(plain))
-    assert torch.equal(picture(none), picture(first))
-    assert torch.equal(picture(same), picture(both))
-    assert not torch.equal(picture(same), picture(first))
+    assert torch.equal(picture(zero), picture(first))
+    assert torch.equal(picture(quarter), picture(both))
+    assert not torch.equal(picture(quarter), picture(first))
 
 
-def test_what_is_not_varied_stays_as_it_is() -> None:
+def test_settings_that_are_not_varied_stay() -> None:
     curve = Curve("bump")
     model = advanced(host.build_model("sd15"), schedule=curve, verbose=True)
     (base,) = guidances(model)
@@ -158,26 +159,26 @@ def test_what_is_not_varied_stays_as_it_is() -> None:
         (guidance,) = guidances(varied)
         assert (guidance.schedule, guidance.verbose, guidance.apply_to) == (curve, True, "positive")
         assert (guidance.layers, guidance.order) == (base.layers, base.order)
-    assert guidances(model) == (base,), "the model that came in was changed"
+    assert guidances(model) == (base,), "the input model was changed"
 
 
 def test_probes_stay_on_every_model() -> None:
     model, _ = host.run_node("GAGProbe", model=advanced(host.build_model("sd15")))
     for varied in swept(model, "strength", "0, 1")[0]:
-        assert len(patch_of(varied).probes) == 1
+        assert len(guided_model._probes_of(varied)) == 1
 
 
-def test_off_is_the_model_as_it_was_before_any_gag_node() -> None:
+def test_off_is_the_model_without_any_gag_node() -> None:
     plain = host.build_model("sd15")
     off = swept(advanced(plain), "alpha", "1.5")[0][0]
     assert off.wrappers == plain.wrappers or not any(entry for kind in off.wrappers.values() for entry in kind.values())
 
 
 @pytest.mark.parametrize(
-    ("number", "columns"), [(1, 1), (2, 2), (8, 8), (9, 5), (10, 5), (17, 6), (24, 8), (25, 7), (63, 8)]
+    ("count", "columns"), [(1, 1), (2, 2), (8, 8), (9, 5), (10, 5), (17, 6), (24, 8), (25, 7), (63, 8)]
 )
-def test_rows_of_one_setting_are_even(number: int, columns: int) -> None:
-    values = ", ".join(map(str, range(1, number + 1)))
+def test_rows_of_one_setting_are_even(count: int, columns: int) -> None:
+    values = ", ".join(map(str, range(1, count + 1)))
     assert swept(host.build_model("sd15"), "guidance_scale", values, include_off=False)[2] == columns
 
 
@@ -190,7 +191,7 @@ def test_rows_of_one_setting_are_even(number: int, columns: int) -> None:
         ("guidance_scale", "1, 2, 5", [1.0, 2.0, 5.0]),
         ("guidance_scale", "0..10 in 6", [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]),
         ("guidance_scale", " 10 .. 0  in 3 ,  -1e1", [10.0, 5.0, 0.0, -10.0]),
-        # As they are set by hand, and not 0.30000000000000004.
+        # Values are those that users would write, and not 0.30000000000000004.
         ("alpha", "1..2 IN 11", [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0]),
         ("norm_threshold", ".5, 1., inf", [0.5, 1.0, math.inf]),
         ("anderson_depth", "1..3 in 3, 5", [1, 2, 3, 5]),
@@ -199,7 +200,7 @@ def test_rows_of_one_setting_are_even(number: int, columns: int) -> None:
         ("blocks", "d0,m; u ;double 0-18, single 1", ["d0,m", "u", "double 0-18, single 1"]),
     ],
 )
-def test_values_are_read_as_they_are_written(field: str, text: str, values: list[Any]) -> None:
+def test_texts_are_parsed_into_values_of_the_right_type(field: str, text: str, values: list[Any]) -> None:
     found = parse_values(field, text)
     assert found == values
     assert [type(value) for value in found] == [type(value) for value in values]
@@ -209,7 +210,7 @@ def test_values_are_read_as_they_are_written(field: str, text: str, values: list
 @hypothesis.given(
     first=st.integers(-1000, 1000), last=st.integers(-1000, 1000), count=st.integers(2, MOST), digits=st.integers(0, 3)
 )
-def test_ranges_are_even_and_end_where_they_say(first: int, last: int, count: int, digits: int) -> None:
+def test_ranges_are_even_and_include_both_ends(first: int, last: int, count: int, digits: int) -> None:
     low, high = first / 10**digits, last / 10**digits
     found = parse_values("guidance_scale", f"{low}..{high} in {count}")
     assert len(found) == count
@@ -222,7 +223,7 @@ def test_ranges_are_even_and_end_where_they_say(first: int, last: int, count: in
 @hypothesis.given(
     field=st.sampled_from(list(FIELDS)), text=st.text(max_size=20) | st.text("0123456789.,-in e;", max_size=20)
 )
-def test_any_text_is_read_or_refused_in_a_sentence(field: str, text: str) -> None:
+def test_any_text_is_parsed_or_refused_in_a_sentence(field: str, text: str) -> None:
     try:
         values = parse_values(field, text)
     except ValueError as error:
@@ -269,7 +270,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_says_in_a_sentence_what_it_cannot_do_and_changes_nothing(case: str) -> None:
+def test_wrong_inputs_are_refused_in_a_sentence_and_change_nothing(case: str) -> None:
     inputs, sentence = WRONG[case]
     model = advanced(host.build_model("sd15"))
     before = guidances(model)
@@ -279,6 +280,6 @@ def test_says_in_a_sentence_what_it_cannot_do_and_changes_nothing(case: str) -> 
     assert guidances(model) == before
 
 
-def test_what_is_no_model_is_refused() -> None:
+def test_an_input_that_is_not_a_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got NoneType\.$"):
         host.run_node("GAGSweep", model=None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The pack's files as git knows them, and the command lines of the Comfy Registry and ComfyUI-Manager, kept offline."""
+"""The pack's files by git, and the command lines of the Comfy Registry and ComfyUI-Manager, kept offline."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import Any
 import pathspec
 import pytest
 
-import schemas
 from comfy_host import VENV_REGISTRY, python_in
 from comfy_server import ComfyServer, to_api
+from generate import schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class LocalWeb(ThreadingHTTPServer):
-    """All of the web there is: a folder on 127.0.0.1, which as a proxy refuses other addresses and remembers them."""
+    """A folder served on 127.0.0.1. As a proxy it refuses all other addresses and records them in ``refused``."""
 
     daemon_threads = True
 
@@ -35,11 +35,11 @@ class LocalWeb(ThreadingHTTPServer):
         self.folder = folder
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.answers: dict[str, Any] = {}
-        """What these paths answer, whatever is asked of them; the others are files."""
+        """Answers by path, whatever the query is; other paths are files."""
         self.refused: list[str] = []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Some clients hang up when they have seen the headers."""
+        """Ignore errors, because some clients hang up after the headers."""
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -71,18 +71,18 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def known_to_git() -> list[str]:
-    # Those that git does not know yet, but would, are taken as well: the tests run before a commit too.
+    # Files that git would add are included, because the tests run before a commit too.
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if listed.returncode:
-        # The registry packs what git knows; an unpacked download has no such list. The CI's checkout always has.
+        # The registry packs the files that git knows, which an unpacked download cannot list. The CI has a checkout.
         pytest.skip(f"this is no git checkout: {listed.stderr.strip()}")
     return [name for name in sorted(set(listed.stdout.splitlines())) if (ROOT / name).is_file()]
 
 
 @pytest.fixture(scope="session")
 def files(known_to_git: list[str]) -> list[str]:
-    """Those that ``comfy node pack`` takes: .comfyignore does not match them."""
+    """Files that ``comfy node pack`` takes, which .comfyignore does not match."""
     ignored = pathspec.PathSpec.from_lines("gitwildmatch", (ROOT / ".comfyignore").read_text().splitlines())
     return [name for name in known_to_git if not ignored.match_file(name)]
 
@@ -98,18 +98,18 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalWeb]:
 
 @pytest.fixture(scope="module")
 def offline(web: LocalWeb, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a user who has never set anything up, on a machine without a way outside."""
+    """Environment variables of a new user on a machine without access to the internet."""
     home = str(tmp_path_factory.mktemp("home"))
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), web.address) | {"no_proxy": "127.0.0.1"}
     proxies |= {name.upper(): value for name, value in proxies.items()}
     others = {"DO_NOT_TRACK": "1", "PIP_DRY_RUN": "1", "PYTHONUTF8": "1", "NO_COLOR": "1", "COLUMNS": "200"}
-    users = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return users | proxies | {"HOME": home, "USERPROFILE": home} | others
+    of_user = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return of_user | proxies | {"HOME": home, "USERPROFILE": home} | others
 
 
 @pytest.fixture(scope="module")
 def checkout(known_to_git: list[str], offline: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository in which all that git would know is committed."""
+    """A copy of the repository in which all files that git knows or would add are committed."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in known_to_git:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -122,15 +122,15 @@ def checkout(known_to_git: list[str], offline: dict[str, str], tmp_path_factory:
 
 @pytest.fixture(scope="session")
 def tools() -> Path:
-    """The Python that has the command lines, which dev.py prepares."""
+    """The Python with the command lines, which dev.py prepares."""
     python = python_in(VENV_REGISTRY)
-    assert python.is_file(), "run `python dev.py setup`, which prepares what this test needs"
+    assert python.is_file(), "run `python dev.py setup`, which prepares the tools of this test"
     return python
 
 
 @pytest.fixture(scope="module")
 def comfy(tools: Path, offline: dict[str, str]) -> Callable[[Path, str], subprocess.CompletedProcess[str]]:
-    """``comfy node`` in a folder."""
+    """A function that runs ``comfy node`` in a folder."""
 
     def run(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
         line = [str(tools), "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", "--no-json", "node", command]
@@ -141,7 +141,7 @@ def comfy(tools: Path, offline: dict[str, str]) -> Callable[[Path, str], subproc
 
 @pytest.fixture(scope="session")
 def smoke_test() -> Callable[[ComfyServer, Path, str], None]:
-    """Whether a pack works in a server that has it in this folder of ``custom_nodes/``."""
+    """A function that tests a pack in a server that has it in a folder of ``custom_nodes/``."""
 
     def run(server: ComfyServer, pack: Path, folder: str) -> None:
         object_info = server.object_info()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""ComfyUI-Manager's ``cm-cli`` in ComfyUI's Python: ``python manager.py PACKAGES BASE REGISTRY OPTION...``.
+"""Run ComfyUI-Manager's ``cm-cli`` in ComfyUI's Python: ``python manager.py PACKAGES BASE REGISTRY OPTION...``.
 
-Manager itself knows one registry and installs into the ComfyUI that it finds. Here it gets the address of another
-registry and another base directory, and its own packages from a folder, where ComfyUI's Python lacks them.
+Manager has a fixed registry and installs into the ComfyUI that it finds. This script sets another registry and another
+base directory, and adds the folder of those packages of Manager's that ComfyUI's Python lacks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 
 def main() -> None:
-    """Say where, then run it."""
+    """Set the addresses and run the command."""
     packages, base, registry, *options = sys.argv[1:]
     sys.argv[1:] = options
     sys.path[0] = os.environ["COMFYUI_PATH"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The Comfy Registry's own command line (comfy-cli) on a copy of the repository.
+"""The Comfy Registry's command line (comfy-cli) on a copy of the repository.
 
-It sends nothing: its two packages for telemetry are not installed, and it is told so.
+It sends no telemetry: its two packages for that are not installed, and an option switches it off.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ def test_packs_the_files_that_users_get(unpacked: Path, checkout: Path, files: l
 
 def test_what_users_get_is_valid(comfy: Comfy, unpacked: Path, offline: dict[str, str]) -> None:
     answer = comfy(unpacked, "validate")
-    said = answer.stdout + answer.stderr
-    assert answer.returncode == 0 and CLEAN in said and "warning" not in said.lower(), said
+    output = answer.stdout + answer.stderr
+    assert answer.returncode == 0 and CLEAN in output and "warning" not in output.lower(), output
     (configuration,) = Path(offline["HOME"]).rglob("comfy-cli")
-    assert not (configuration / "config.ini").exists(), "here it writes whether it may send, and who it is"
+    assert not (configuration / "config.ini").exists(), (
+        "comfy-cli would store its permission for telemetry and an id there"
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new", "code", "said"),
+    ("name", "old", "new", "code", "message"),
     [
         ("__init__.py", "\n", "\nexec('')\n", 0, "Security warnings found"),
         ("pyproject.toml", 'version = "', '# "', 1, "version is empty"),
@@ -51,12 +53,12 @@ def test_what_users_get_is_valid(comfy: Comfy, unpacked: Path, offline: dict[str
     ids=["exec", "no version"],
 )
 def test_validate_finds_faults(
-    comfy: Comfy, unpacked: Path, tmp_path: Path, name: str, old: str, new: str, code: int, said: str
+    comfy: Comfy, unpacked: Path, tmp_path: Path, name: str, old: str, new: str, code: int, message: str
 ) -> None:
     faulty = shutil.copytree(unpacked, tmp_path / "faulty")
     text = (faulty / name).read_text(encoding="utf-8")
     assert old in text
     (faulty / name).write_text(text.replace(old, new, 1), encoding="utf-8")
     answer = comfy(faulty, "validate")
-    assert answer.returncode == code and said in answer.stdout + answer.stderr
+    assert answer.returncode == code and message in answer.stdout + answer.stderr
     assert CLEAN not in answer.stdout + answer.stderr

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""ComfyUI-Manager's own code installs the pack, from a git address and from a registry, and ComfyUI runs it from there.
+"""ComfyUI-Manager installs the pack from a git address and from a registry, and ComfyUI runs the installed pack.
 
-Both are on this machine and speak HTTP: Manager installs no folder, no zip file and nothing at ``file:///``.
+Git address and registry are HTTP servers on this machine, because Manager installs no folder, no zip file and nothing
+at ``file:///``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SmokeTest = Callable[[ComfyServer, Path, str], None]
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """The folder of a ComfyUI without any packs."""
+    """The base folder of a ComfyUI without packs."""
     (tmp_path / "custom_nodes").mkdir()
     return tmp_path
 
@@ -49,16 +50,16 @@ def cm_cli(base: Path, web: LocalWeb, tools: Path, offline: dict[str, str]) -> C
 
     def run(*options: str) -> str:
         answer = subprocess.run([*manager, *options], env=env, capture_output=True, text=True, encoding="utf-8")
-        said = answer.stdout + answer.stderr
-        assert answer.returncode == 0, said
-        return said
+        output = answer.stdout + answer.stderr
+        assert answer.returncode == 0, output
+        return output
 
     return run
 
 
 @pytest.fixture
 def installed_server(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], ComfyServer]:
-    """A server that has what Manager installed, and nothing else."""
+    """A function that returns a server with the packs that Manager installed and no others."""
     monkeypatch.setattr(comfy_server, "prepare_base", lambda base, pack: None)
     return lambda: ComfyServer(base, cpu=True)
 
@@ -75,11 +76,13 @@ def test_installs_from_a_git_address(
 ) -> None:
     repository = web.folder / "gag.git"
     subprocess.run(["git", "clone", "--quiet", "--bare", str(checkout), str(repository)], env=offline, check=True)
-    # A plain web server suffices then.
+    # This lets git clone from a plain web server.
     subprocess.run(["git", "update-server-info"], cwd=repository, env=offline, check=True)
-    said = cm_cli("install", f"{web.address}/gag.git", "--exit-on-fail")
-    assert re.search(r"\[INSTALLED\] \S+/gag\.git", said), said
-    assert "Requirement already satisfied: matplotlib" in said, said
+    output = cm_cli("install", f"{web.address}/gag.git", "--exit-on-fail")
+    assert re.search(r"\[INSTALLED\] \S+/gag\.git", output), output
+    assert (
+        "Requirement already satisfied: matplotlib" in output and "Requirement already satisfied: einops" in output
+    ), output
     installed = base / "custom_nodes" / "gag"
     assert [name for name in known_to_git if not (installed / name).is_file()] == []
     with installed_server() as server:
@@ -102,8 +105,8 @@ def test_installs_what_the_registry_has(
     version = {"id": "1", "version": VERSION, "downloadUrl": f"{web.address}/node.zip"}
     web.answers["/nodes"] = {"nodes": [node], "totalPages": 1}
     web.answers[f"/nodes/{NAME}/install"] = version | {"status": "NodeVersionStatusActive"}
-    said = cm_cli("install", NAME, "--mode", "remote", "--exit-on-fail")
-    assert re.search(rf"\[INSTALLED\] {NAME} +\[{re.escape(VERSION)}\]", said), said
+    output = cm_cli("install", NAME, "--mode", "remote", "--exit-on-fail")
+    assert re.search(rf"\[INSTALLED\] {NAME} +\[{re.escape(VERSION)}\]", output), output
     installed = base / "custom_nodes" / NAME
     found = [path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()]
     assert sorted(found) == sorted([*files, ".tracking"])
@@ -112,7 +115,7 @@ def test_installs_what_the_registry_has(
 
 
 @pytest.mark.parametrize("address", ["http://192.0.2.1/", "https://192.0.2.1/"])
-def test_a_look_outside_is_noticed(address: str, web: LocalWeb, offline: dict[str, str]) -> None:
+def test_access_to_the_internet_is_noticed(address: str, web: LocalWeb, offline: dict[str, str]) -> None:
     code = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
     assert subprocess.run([sys.executable, "-c", code, address], env=offline, stderr=subprocess.DEVNULL).returncode
     assert "192.0.2.1" in web.refused.pop()

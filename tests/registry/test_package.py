@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The download that the Comfy Registry makes of the repository: what is in it, and that it works by itself."""
+"""The download that the Comfy Registry makes of the repository: its files, and that it works by itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from comfy_server import ComfyServer
 
 ROOT = Path(__file__).resolve().parents[2]
-# All that users have a need of.
+# Files that users need.
 WANTED = re.compile(
     r"__init__\.py|pyproject\.toml|requirements\.txt|LICENSE|README\.md|CHANGELOG\.md"
-    r"|(gag_core|nodes)/\w+\.py"
+    r"|(gag_core|nodes)/(\w+/)?\w+\.py"
     r"|web/(docs/.*\.(md|png)|.*\.(js|css))|locales/.*\.json"
     r"|workflows/\w+\.(json|jpg)"
     r"|docs/\w+\.(md|png|jpg)|assets/demo\w*\.(safetensors|sha256)|assets/demo\w*\.png|assets/evidence/[\w-]+\.png"
@@ -37,13 +37,15 @@ def unpacked(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_has_what_users_need_and_nothing_else(files: list[str]) -> None:
-    assert [name for name in files if not WANTED.fullmatch(name)] == [], "users do not need these: .comfyignore"
+    assert [name for name in files if not WANTED.fullmatch(name)] == [], (
+        "users do not need these: add them to .comfyignore"
+    )
     assert [name for name in NEEDED if name not in files] == []
     size = sum((ROOT / name).stat().st_size for name in files)
     assert size < MOST_BYTES, f"{size / 1e6:.1f} MB"
 
 
-def test_all_that_the_pages_show_and_link_to_is_there(files: list[str]) -> None:
+def test_all_pictures_and_links_of_the_pages_are_there(files: list[str]) -> None:
     for page in [name for name in files if name.endswith(".md") and not name.startswith("web/")]:
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the Comfy Registry is told of a release, and the workflow that tells it."""
+"""Version, notes and pictures of a release in the Comfy Registry, and the workflow that publishes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_changelog_begins_with_the_version_and_says_what_is_new() -> None:
 def test_a_version_without_notes_is_not_released() -> None:
     assert release.notes("# Changelog\n\n## 1.0.1\n\n- a\n- b\n\n## 1.0.0\n\n- c\n", "1.0.1") == "- a\n- b"
     for changelog in ("# Changelog\n", "## 1.0.10\n\n- a\n", "## 1.0.1\n\n## 1.0.0\n\n- c\n"):
-        with pytest.raises(SystemExit, match=re.escape("CHANGELOG.md says nothing of 1.0.1.")):
+        with pytest.raises(SystemExit, match=re.escape("CHANGELOG.md has no notes on 1.0.1.")):
             release.notes(changelog, "1.0.1")
 
 
@@ -39,14 +39,14 @@ def test_a_version_has_three_numbers() -> None:
             release.version(text)
 
 
-def test_the_version_stands_in_one_place() -> None:
+def test_the_version_is_in_one_file_only() -> None:
     version = re.compile(rf"(?<![\d.]){re.escape(release.version(PYPROJECT))}(?![\d.])")
     code = [path for folder in ("gag_core", "nodes", "web") for path in (ROOT / folder).rglob("*.*")]
     texts = [path for path in (*code, *ROOT.glob("*.py"), ROOT / "README.md") if path.suffix in (".py", ".js", ".md")]
     assert [path for path in texts if version.search(path.read_text(encoding="utf-8"))] == []
 
 
-def test_what_the_pack_needs_is_the_same_for_pip_and_the_registry() -> None:
+def test_requirements_are_the_same_for_pip_and_the_registry() -> None:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     (dependencies,) = re.findall(r"^dependencies = \[(.*)\]$", PYPROJECT, flags=re.MULTILINE)
     assert re.findall(r'"([^"]+)"', dependencies) == [line for line in lines if line and not line.startswith("#")]
@@ -61,15 +61,17 @@ def test_pictures_are_as_the_registry_wants_them(key: str, ratio: float, most: i
 
 
 def test_published_files_get_the_repositorys_address() -> None:
-    """The address stands in no file, so that a fork publishes its own."""
-    with_placeholder = {path.name for path in ROOT.glob("*.*") if path.suffix in (".md", ".toml") and _named(path)}
+    """No file has the address, so that a fork publishes its own."""
+    with_placeholder = {
+        path.name for path in ROOT.glob("*.*") if path.suffix in (".md", ".toml") and _has_placeholder(path)
+    }
     (replaced,) = re.findall(r"sed -i .*REPOSITORY.* (\S+ \S+)$", PUBLISH.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(replaced.split()) == with_placeholder
 
 
 def test_publishes_only_with_the_secret_and_only_new_versions() -> None:
     workflow: dict[Any, Any] = yaml.safe_load(PUBLISH.read_text(encoding="utf-8"))
-    on = workflow[True]  # YAML's word for "on"
+    on = workflow[True]  # YAML reads the key "on" as True
     assert set(on) == {"workflow_dispatch", "push"}
     assert on["push"] == {"branches": ["main"], "paths": ["pyproject.toml"]}
     assert workflow["permissions"] == {"contents": "read"}
@@ -82,5 +84,5 @@ def test_publishes_only_with_the_secret_and_only_new_versions() -> None:
     assert publish["with"]["personal_access_token"] == "${{ secrets.REGISTRY_ACCESS_TOKEN }}"
 
 
-def _named(path: Path) -> bool:
+def _has_placeholder(path: Path) -> bool:
     return "REPOSITORY" in path.read_text(encoding="utf-8")

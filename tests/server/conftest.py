@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""One ComfyUI server, with the pack installed, for all tests of this folder: starting it takes most of their time.
+"""One ComfyUI server with the pack installed, for all tests in this folder, because starting it takes most of the time.
 
-The server remembers what it has already computed. A test that wants a node to run must send it something new, such as
-a seed of its own.
+The server caches the outputs of nodes. A test that needs a node to run must send new inputs, such as an unused seed.
 """
 
 from __future__ import annotations

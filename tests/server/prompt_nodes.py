@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A prompt for models whose text encoder is too large for tests; loaded by the server of test_workflows_run.py."""
+"""A node for models whose text encoder is too large for tests; the server of test_example_runs.py loads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class RandomPrompt:
-    """What a text encoder would give: seeded random tokens."""
+    """Seeded random tokens in place of a text encoder's output."""
 
     CATEGORY = "GAG/tests"
     FUNCTION = "run"

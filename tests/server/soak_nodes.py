@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Nodes for the soak test, which its server loads: tiny transformers of the host's own classes, and digests of results.
 
-A loader makes a new model each time it runs, as loaders of checkpoints do: a model that something holds on to shows.
+The loader makes a new model each time it runs, as loaders of checkpoints do. So memory grows if a model is not freed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FLUX = {
     "depth": 2,
     "depth_single_blocks": 2,
     "guidance_embed": True,
-    # Later hosts want to be told where text has a place.
+    # Later hosts require the dimensions of positions that the text uses.
     **({"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}),
 }
 _WAN = {
@@ -64,7 +64,7 @@ class _Node:
 
 
 class SoakModel(_Node):
-    """A model of a family with seeded weights."""
+    """Load a model of a family with seeded weights."""
 
     RETURN_TYPES = ("MODEL",)
 
@@ -91,7 +91,7 @@ class SoakModel(_Node):
 
 
 class SoakPrompt(_Node):
-    """A random prompt."""
+    """Make a random prompt."""
 
     RETURN_TYPES = ("CONDITIONING",)
 
@@ -106,7 +106,7 @@ class SoakPrompt(_Node):
 
 
 class SoakLatent(_Node):
-    """An empty latent of a model."""
+    """Make an empty latent for a model."""
 
     RETURN_TYPES = ("LATENT",)
 
@@ -119,7 +119,7 @@ class SoakLatent(_Node):
 
 
 class SoakDigest(_Node):
-    """Puts out a digest of a latent's bits; ``tidy`` collects garbage, so that what remains is held by somebody."""
+    """Output a digest of a latent's bits. ``tidy`` collects garbage first, so that only referenced objects remain."""
 
     RETURN_TYPES = ()
     OUTPUT_NODE = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What users read of the nodes, in every language: as the nodes have it now, whole, and served by ComfyUI."""
+"""Texts of the nodes in every language: they are up to date, complete, and served by ComfyUI."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-import texts
 from comfy_server import ComfyServer, Json
+from generate import texts
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
-# What is written as it is in every language: names with underscores, and words in capitals.
+# Words that are not translated: names with underscores, and words in capitals.
 LITERAL = re.compile(r"\b[a-z]+(?:_[a-z0-9]+)+\b|\b[A-Z]{3,}\b")
 
 every_language = pytest.mark.parametrize("language", texts.LANGUAGES)
@@ -32,7 +32,7 @@ def read(language: str) -> Json:
     return found
 
 
-def test_files_are_what_the_nodes_say_now(object_info: Json) -> None:
+def test_files_are_up_to_date(object_info: Json) -> None:
     stale = [
         path.relative_to(ROOT).as_posix()
         for path, text in texts.files(object_info).items()
@@ -41,7 +41,7 @@ def test_files_are_what_the_nodes_say_now(object_info: Json) -> None:
     assert not stale, f"run `python dev.py texts`: {', '.join(stale)} would change"
 
 
-def test_there_are_no_other_languages() -> None:
+def test_each_language_has_its_files_and_there_are_no_others() -> None:
     assert sorted(path.name for path in texts.LOCALES.iterdir()) == sorted(("en", *texts.LANGUAGES))
     assert sorted(path.stem for path in texts.TRANSLATIONS.iterdir()) == sorted(texts.LANGUAGES)
 
@@ -57,15 +57,15 @@ def get(server: ComfyServer, path: str) -> bytes:
         connection.close()
 
 
-def test_comfyui_serves_them(server: ComfyServer) -> None:
+def test_comfyui_serves_the_texts(server: ComfyServer) -> None:
     served = json.loads(get(server, "/i18n"))
     for language in ("en", *texts.LANGUAGES):
         for node, definition in read(language).items():
             assert served[language]["nodeDefs"][node] == definition
 
 
-def test_pictures_of_help_pages_are_served(server: ComfyServer) -> None:
-    """The front end looks for them where it found the page."""
+def test_comfyui_serves_the_pictures_of_help_pages(server: ComfyServer) -> None:
+    """The front end looks for pictures in the folder of the page."""
     shown = [
         name
         for page in texts.HELP.glob("*.md")
@@ -77,7 +77,7 @@ def test_pictures_of_help_pages_are_served(server: ComfyServer) -> None:
 
 
 @every_language
-def test_a_language_is_whole(language: str) -> None:
+def test_a_language_has_a_translation_of_every_text(language: str) -> None:
     english, other = dict(texts.texts_of(read("en"))), dict(texts.texts_of(read(language)))
     assert other.keys() == english.keys()
     for keys, text in other.items():
@@ -87,14 +87,14 @@ def test_a_language_is_whole(language: str) -> None:
 
 
 @every_language
-def test_a_translation_keeps_what_is_no_matter_of_language(language: str, object_info: Json) -> None:
+def test_a_translation_keeps_numbers_names_and_titles(language: str, object_info: Json) -> None:
     english, other = read("en"), read(language)
     titles = sorted(((english[node]["display_name"], other[node]["display_name"]) for node in english), key=_length)
     options: dict[tuple[str, ...], list[str]] = {
         (node, "inputs", name, "tooltip"): settings["options"]
         for node, info in texts.nodes_of_pack(object_info).items()
-        for name, kind, settings in texts.inputs_of(info)
-        if kind == "COMBO"
+        for name, input_type, settings in texts.inputs_of(info)
+        if input_type == "COMBO"
     }
     translations = dict(texts.texts_of(other))
     for keys, text in texts.texts_of(english):
@@ -104,7 +104,7 @@ def test_a_translation_keeps_what_is_no_matter_of_language(language: str, object
             continue
         for word in (*LITERAL.findall(text), *(option for option in options.get(keys, ()) if _has(text, option))):
             assert _has(translation, word), f"{keys} must have {word}: {translation}"
-        for title, translated in titles:  # the longest first, of which a shorter one may be a part
+        for title, translated in titles:  # the longest first, because a shorter title may be a part of it
             if title != "GAG" and title in text:
                 assert translated in translation, f"{keys} must name {translated}: {translation}"
                 text = text.replace(title, "")
@@ -115,7 +115,7 @@ def _length(titles: tuple[str, str]) -> int:
 
 
 def _has(text: str, word: str) -> bool:
-    """Whether a word stands in a text as one; in some languages others follow without a space."""
+    """Return True if a text has the word. In some languages other words follow without a space."""
     return re.search(rf"(?<![A-Za-z0-9_]){re.escape(word)}(?![A-Za-z0-9_])", text) is not None
 
 
@@ -144,14 +144,14 @@ INFO: dict[str, Any] = {
 PAGE = "# Node\n\n## Inputs\n\n- **old**: Gone.\n\n## Outputs\n\nOld.\n\n## More\n\nStays.\n"
 
 
-def test_the_badge_has_words_for_each_reason_that_the_server_gives() -> None:
+def test_the_badge_has_a_text_for_each_reason_of_the_server() -> None:
     given = {
-        name for file in (ROOT / "nodes").glob("*.py") for name in re.findall(r'"(why_\w+)"', file.read_text("utf-8"))
+        name for file in (ROOT / "nodes").rglob("*.py") for name in re.findall(r'"(why_\w+)"', file.read_text("utf-8"))
     }
     assert given == {name for name in texts.panel_texts() if name.startswith("why_")} != set()
 
 
-def test_lists_of_a_help_page() -> None:
+def test_a_help_page_gets_lists_of_inputs_and_outputs() -> None:
     assert texts.with_lists(PAGE, INFO) == (
         "# Node\n\n## Inputs\n\n"
         "- **model**: The model.\n"
@@ -170,7 +170,7 @@ def test_a_help_page_without_a_list_is_refused() -> None:
         texts.with_lists("# Node\n\n## Inputs\n\n", INFO)
 
 
-def test_texts_of_a_node() -> None:
+def test_english_has_the_texts_of_the_packs_own_nodes() -> None:
     found = texts.english({"Node": INFO, "Other": {**INFO, "python_module": "nodes"}})
     assert list(found) == ["Node"]
     assert found["Node"]["inputs"]["size"] == {"tooltip": "The size."}
@@ -187,11 +187,11 @@ def test_a_text_that_the_front_end_cannot_show_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("phrases", "message"), [({}, "de.json has no translation of:\n  Another."), (None, "de.json has an unused")]
 )
-def test_translations_that_are_missing_or_left_over_are_told(
+def test_missing_and_unused_translations_are_refused(
     phrases: dict[str, str] | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     definitions = texts.english({"Node": INFO})
-    whole = {text: text for _, text in texts.texts_of(definitions)}
-    monkeypatch.setattr(texts, "phrases_of", lambda _: {**whole, "gone": "weg"} if phrases is None else phrases)
+    complete = {text: text for _, text in texts.texts_of(definitions)}
+    monkeypatch.setattr(texts, "phrases_of", lambda _: {**complete, "gone": "weg"} if phrases is None else phrases)
     with pytest.raises(texts.TextError, match=re.escape(message)):
         texts.translated(definitions, "de")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The probe's demo workflow on a real server: its report is on the node, in a file, and of that very run."""
+"""The demo workflow of the probe on a real server: its report is on the node and in a file, and belongs to that run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def object_info(server: ComfyServer) -> Json:
 
 
 def run(server: ComfyServer, object_info: Json, seed: int, **changes: object) -> tuple[RunResult, Json]:
-    """The demo with another seed and other settings of nodes, ``{type: {input: value}}``."""
+    """Run the demo workflow with a seed, with other inputs of the probe, and without GAG or without the probe."""
     workflow: Json = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     workflow = copy.deepcopy(workflow)
     for node in workflow["nodes"]:
@@ -49,24 +49,24 @@ def run(server: ComfyServer, object_info: Json, seed: int, **changes: object) ->
     return server.run(prompt), prompt
 
 
-def id_of(prompt: Json, kind: str) -> str:
-    return next(key for key, node in prompt.items() if node["class_type"] == kind)
+def id_of(prompt: Json, node_type: str) -> str:
+    return next(key for key, node in prompt.items() if node["class_type"] == node_type)
 
 
 def pixels(server: ComfyServer, result: RunResult) -> list[bytes]:
-    """Of the pictures in the output folder."""
+    """Return the pixels of the pictures in the output folder."""
     return [Image.open(io.BytesIO(data)).tobytes() for data in server.images(result)]
 
 
 def report_of(server: ComfyServer, result: RunResult, prompt: Json) -> Json:
-    """The JSON file that the node tells of."""
+    """Return the contents of the JSON file that the node names."""
     shown = result.outputs[id_of(prompt, "GAGReport")]
     _, path = shown["text"]
     data: Json = json.loads((server.base / path).read_text(encoding="utf-8"))
     return data
 
 
-def test_the_report_is_of_the_run_it_follows(server: ComfyServer, object_info: Json) -> None:
+def test_the_report_belongs_to_the_run_before_it(server: ComfyServer, object_info: Json) -> None:
     seed = next(_seeds)
     result, prompt = run(server, object_info, seed)
     assert result.status == "success", result.error
@@ -79,16 +79,16 @@ def test_the_report_is_of_the_run_it_follows(server: ComfyServer, object_info: J
     assert data["words"] == ["red", "circle", "blue", "square"]
     pages = [entry for entry in result.outputs[id_of(prompt, "GAGReport")]["images"] if entry["type"] == "temp"]
     assert len(pages) == 3
-    said = {data["node"]: data["text"] for kind, data in result.messages if kind == "progress_text"}
-    assert said[id_of(prompt, "GAGProbe")] == "Measured 5 attentions in 12 model calls."
-    assert said[id_of(prompt, "GAGReport")].startswith("Guidance acted in 4 of 5 text attentions")
+    shown_texts = {data["node"]: data["text"] for event, data in result.messages if event == "progress_text"}
+    assert shown_texts[id_of(prompt, "GAGProbe")] == "Measured 5 attentions in 12 model calls."
+    assert shown_texts[id_of(prompt, "GAGReport")].startswith("Guidance acted in 4 of 5 text attentions")
 
-    # The probe's node is not run again, and still another seed has other numbers.
+    # The host does not run the probe's node again, and still another seed has other measures.
     again, prompt = run(server, object_info, next(_seeds))
     assert report_of(server, again, prompt)["measures"] != data["measures"]
 
 
-def test_the_pictures_are_those_without_the_probe(server: ComfyServer, object_info: Json) -> None:
+def test_the_probe_does_not_change_the_pictures(server: ComfyServer, object_info: Json) -> None:
     seed = next(_seeds)
     with_probe, prompt = run(server, object_info, seed)
     without, _ = run(server, object_info, seed, without_probe=True)
@@ -110,31 +110,33 @@ def pixels_of(server: ComfyServer, result: RunResult, node: str) -> list[bytes]:
     return pixels(server, only)
 
 
-def test_without_gag_it_says_what_gag_would_do(server: ComfyServer, object_info: Json) -> None:
+def test_without_gag_the_report_is_about_the_default_preset(server: ComfyServer, object_info: Json) -> None:
     result, prompt = run(server, object_info, next(_seeds), without_gag=True)
     assert result.status == "success", result.error
     summary = report_of(server, result, prompt)["summary"]
-    assert summary.startswith("No guidance acted; what follows is what the preset gentle at strength 0.25 would do.")
+    assert summary.startswith("No guidance acted; the numbers are for the preset gentle at strength 0.25.")
 
 
-def test_equal_probes_of_two_models_have_a_report_each(server: ComfyServer, object_info: Json) -> None:
-    """The host takes what an equal node made from its cache, unless told that it must not."""
+def test_equal_probes_of_two_models_have_their_own_reports(server: ComfyServer, object_info: Json) -> None:
+    """The host would otherwise reuse the output of an equal node from its cache."""
     seed = next(_seeds)
     _, graph = run(server, object_info, seed)
-    gag, probe, sampler, report = (id_of(graph, kind) for kind in ("GAGuidance", "GAGProbe", "KSampler", "GAGReport"))
+    gag, probe, sampler, report = (
+        id_of(graph, node_type) for node_type in ("GAGuidance", "GAGProbe", "KSampler", "GAGReport")
+    )
     loader = graph[gag]["inputs"]["model"]
-    for number, strength in (("first", 0.25), ("second", 2.0)):
+    for copy_name, strength in (("first", 0.25), ("second", 2.0)):
         nodes = {
             name: copy.deepcopy(graph[node])
             for name, node in (("gag", gag), ("probe", probe), ("sampler", sampler), ("report", report))
         }
         nodes["probe"]["inputs"].update(model=loader, words="")
-        nodes["gag"]["inputs"].update(model=[f"{number} probe", 0], strength=strength)
-        nodes["sampler"]["inputs"]["model"] = [f"{number} gag", 0]
-        nodes["report"]["inputs"].update(probe=[f"{number} probe", 1], latent=[f"{number} sampler", 0])
+        nodes["gag"]["inputs"].update(model=[f"{copy_name} probe", 0], strength=strength)
+        nodes["sampler"]["inputs"]["model"] = [f"{copy_name} gag", 0]
+        nodes["report"]["inputs"].update(probe=[f"{copy_name} probe", 1], latent=[f"{copy_name} sampler", 0])
         nodes["report"]["inputs"].pop("images")
-        graph |= {f"{number} {name}": node for name, node in nodes.items()}
-    for prefix in ("one", "two"):  # the second time nothing but the first report runs again
+        graph |= {f"{copy_name} {name}": node for name, node in nodes.items()}
+    for prefix in ("one", "two"):  # in the second run only the first report runs again
         graph["first report"]["inputs"]["filename_prefix"] = prefix
         result = server.run(graph)
         assert result.status == "success", result.error
@@ -143,7 +145,7 @@ def test_equal_probes_of_two_models_have_a_report_each(server: ComfyServer, obje
         assert set(data["strengths"]) == {0.0, 0.25}
 
 
-def test_a_word_that_is_not_there_stops_with_a_sentence(server: ComfyServer, object_info: Json) -> None:
+def test_a_word_that_is_not_in_the_prompt_is_refused_in_a_sentence(server: ComfyServer, object_info: Json) -> None:
     result, _ = run(server, object_info, next(_seeds), words="red, dog")
     assert result.status == "error"
     assert 'words: "dog" is not in the prompt; write words as they stand there, with commas between.' in result.error

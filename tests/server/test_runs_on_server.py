@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Guidance in graphs queued on a real server: what users see when it is off, refused, interrupted or bypassed."""
+"""Guidance in graphs queued on a real server: results and messages when it is on, off, refused or interrupted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _seeds = itertools.count(1000)
 
 
 def graph(seed: int, guidance: Json | None = None, **sampler: Any) -> Json:
-    """The demo model in API form; ``guidance`` is the GAG node's, None leaves it out."""
+    """Return a graph of the demo model in API form. ``guidance`` is the GAG node; None leaves it out."""
     nodes: Json = {
         "1": {"class_type": "GAGDemoLoader", "inputs": {}},
         "2": {"class_type": "GAGDemoPrompt", "inputs": {"text_encoder": ["1", 1], "text": "a red circle"}},
@@ -86,18 +86,20 @@ def anderson(**inputs: Any) -> Json:
 
 
 def picture(server: ComfyServer, result: RunResult) -> bytes:
+    """Return the compressed pixels of a run's only picture."""
     assert result.status == "success", result.error
     (image,) = server.images(result)
-    # The pixels alone: the graph is embedded beside them.
+    # Only the pixels are compared: the file also has the graph.
     return b"".join(image.split(b"IDAT")[1:])
 
 
 def texts(result: RunResult) -> list[str]:
-    return [data["text"] for kind, data in result.messages if kind == "progress_text" and data["node"] == "5"]
+    """Return the texts that the GAG node showed in a run."""
+    return [data["text"] for event, data in result.messages if event == "progress_text" and data["node"] == "5"]
 
 
 @pytest.mark.parametrize(
-    ("guidance", "said"),
+    ("guidance", "text"),
     [
         (simple(strength=0.0), "GAG is off: strength is 0."),
         (simple(start_percent=1.0), "Nothing guided: no step within 1 to 1."),
@@ -105,22 +107,22 @@ def texts(result: RunResult) -> list[str]:
     ],
     ids=["strength 0", "outside the range", "advanced, strength 0"],
 )
-def test_off_gives_the_picture_without_the_node_and_says_so(server: ComfyServer, guidance: Json, said: str) -> None:
+def test_off_gives_the_picture_without_the_node_and_says_so(server: ComfyServer, guidance: Json, text: str) -> None:
     seed = next(_seeds)
     off, without = server.run(graph(seed, guidance)), server.run(graph(seed))
-    assert texts(off) == [said]
+    assert texts(off) == [text]
     assert picture(server, off) == picture(server, without)
 
 
 @pytest.mark.parametrize("guidance", [simple(preset="paper"), advanced()], ids=["simple", "advanced"])
-def test_on_changes_the_picture_and_says_what_was_guided(server: ComfyServer, guidance: Json) -> None:
+def test_on_changes_the_picture_and_shows_how_much_was_guided(server: ComfyServer, guidance: Json) -> None:
     seed = next(_seeds)
     on, without = server.run(graph(seed, guidance)), server.run(graph(seed))
     assert texts(on) == ["Guided 4 of 4 attentions in 4 of 4 calls."]
     assert picture(server, on) != picture(server, without)
 
 
-def test_the_log_says_why_nothing_was_guided(server: ComfyServer) -> None:
+def test_the_log_says_that_no_step_lies_within_the_range(server: ComfyServer) -> None:
     server.run(graph(next(_seeds), simple(start_percent=1.0)))
     assert (
         "GAG guided nothing in this run: no step lies within its start_percent and end_percent, 1 to 1;" in server.log()
@@ -135,10 +137,12 @@ def test_the_log_says_why_nothing_was_guided(server: ComfyServer) -> None:
     ],
     ids=["blocks", "range"],
 )
-def test_bad_input_ends_in_one_sentence_on_the_node(server: ComfyServer, guidance: Json, sentence: str) -> None:
+def test_bad_input_gives_an_error_of_one_sentence_on_the_node(
+    server: ComfyServer, guidance: Json, sentence: str
+) -> None:
     result = server.run(graph(next(_seeds), guidance))
     assert result.status == "error"
-    (error,) = (data for kind, data in result.messages if kind == "execution_error")
+    (error,) = (data for event, data in result.messages if event == "execution_error")
     assert error["node_id"] == "5"
     assert sentence in error["exception_message"]
 
@@ -149,15 +153,15 @@ def test_an_interrupted_run_leaves_nothing_behind(server: ComfyServer) -> None:
     without = picture(server, server.run(graph(seed, steps=6)))
     interrupted: list[Any] = []
 
-    def stop(kind: str, data: Any) -> None:
-        if kind == "progress" and not interrupted:
+    def stop(event: str, data: Any) -> None:
+        if event == "progress" and not interrupted:
             interrupted.append(data)
             server.interrupt()
 
     result = server.run(graph(next(_seeds), simple(preset="paper"), steps=2000), on_progress=stop)
     assert interrupted
     assert result.status == "interrupted"
-    # Another seed in between, so that nothing comes from the server's cache.
+    # A run with another seed keeps the results below from the server's cache.
     server.run(graph(next(_seeds), simple(preset="paper")))
     assert picture(server, server.run(graph(seed, simple(preset="paper"), steps=6))) == fresh
     assert picture(server, server.run(graph(seed, steps=6))) == without
@@ -168,17 +172,17 @@ def test_an_interrupted_run_leaves_nothing_behind(server: ComfyServer) -> None:
     [simple(strength=0.77), advanced(strength=0.77), anderson(strength=0.77)],
     ids=["simple", "advanced", "anderson"],
 )
-def test_an_equal_node_in_another_graph_says_on_itself_what_it_did(server: ComfyServer, guidance: Json) -> None:
-    """And not on the first one, whose result the host would take from its cache."""
-    for number in ("5", "50"):
+def test_an_equal_node_in_another_graph_shows_its_own_report(server: ComfyServer, guidance: Json) -> None:
+    """The host would otherwise take the output of the first node from its cache, and show the report there."""
+    for node_id in ("5", "50"):
         nodes = graph(next(_seeds), guidance)
-        nodes[number] = nodes.pop("5")
-        nodes["6"]["inputs"]["model"] = [number, 0]
-        said = [data for kind, data in server.run(nodes).messages if kind == "progress_text"]
-        assert [data["node"] for data in said] == [number]
+        nodes[node_id] = nodes.pop("5")
+        nodes["6"]["inputs"]["model"] = [node_id, 0]
+        shown = [data for event, data in server.run(nodes).messages if event == "progress_text"]
+        assert [data["node"] for data in shown] == [node_id]
 
 
-def test_the_same_graph_on_another_prompt_is_guided_again(server: ComfyServer) -> None:
-    """The GAG node itself is not run again, only the sampler: it still says what it did."""
+def test_a_cached_gag_node_guides_again_and_shows_its_report(server: ComfyServer) -> None:
+    """With another seed the host runs only the sampler again, and not the GAG node."""
     for _ in range(2):
         assert texts(server.run(graph(next(_seeds), simple()))) == ["Guided 4 of 4 attentions in 4 of 4 calls."]

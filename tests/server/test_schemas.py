@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Saved workflows keep working: the nodes' ids, inputs and outputs are what was written down of them."""
+"""Saved workflows keep working: the nodes' ids, inputs and outputs are as recorded in schemas.json."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 
-import schemas
 from comfy_server import ComfyServer, Json
+from generate import schemas
 
 
-def test_nodes_are_as_written_down(server: ComfyServer) -> None:
+def test_nodes_are_as_recorded(server: ComfyServer) -> None:
     found = schemas.changes(schemas.read(), schemas.of_pack(server.object_info()))
-    advice = "If this is meant, write it down with `python dev.py schemas` and say so in CHANGELOG.md."
-    assert not found, "\n".join(["The nodes are not what tests/server/schemas.json says.", *found, advice])
+    advice = "If this is intended, record it with `python dev.py schemas` and add it to CHANGELOG.md."
+    assert not found, "\n".join(["The nodes differ from tests/server/schemas.json.", *found, advice])
 
 
 INPUTS: list[Json] = [
@@ -72,14 +72,14 @@ SOCKET: Json = {"name": "x", "type": "SIGMAS", "optional": True}
         (lambda node: node.update(is_output=True), "breaks saved workflows: N: it is now an output node."),
     ],
 )
-def test_every_change_is_told(change: Callable[[Json], object], sentence: str) -> None:
+def test_every_change_is_reported(change: Callable[[Json], object], sentence: str) -> None:
     changed = copy.deepcopy(NODE)
     change(changed)
     (found,) = schemas.changes({"N": NODE}, {"N": changed})
     assert found.startswith(sentence)
 
 
-def test_nodes_that_come_and_go_are_told_the_worst_first() -> None:
+def test_added_and_removed_nodes_are_reported_with_breaking_changes_first() -> None:
     assert schemas.changes({"N": NODE}, {"N": NODE}) == []
     assert schemas.changes({"A": NODE, "N": NODE}, {"N": NODE, "Z": NODE}) == [
         "breaks saved workflows: the node A is gone.",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""200 graphs on one server, of several families, with errors and interrupts between them: nothing adds up.
+"""200 graphs on one server, of several families, with errors and interrupts between them, leave nothing behind.
 
-Each result is bit for bit that of a fresh server, and memory stays where it is.
+Each result equals that of a fresh server bit for bit, and memory does not grow.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ GUIDANCES = [
     [simple(preset="paper", end_percent=0.5), advanced(start_percent=0.5)],
 ]
 FAMILIES = ("demo", "flux", "wan")
-# What is wrong, and what the user is told.
+# Wrong nodes, and a part of the error message for each.
 ERRORS = [
     (advanced(blocks="sideways"), "blocks: 'sideways' names a part"),
     (advanced(blocks="!?,"), "blocks: '!?' is not a block"),
@@ -68,7 +68,7 @@ ERRORS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One graph: a family, what is done to it, and how long it runs."""
+    """One graph: a family, its GAG nodes, a seed and the number of steps."""
 
     family: str
     guidances: list[Json] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Case:
     steps: int = 2
 
     def graph(self, tidy: bool = False) -> Json:
-        """In API form; ``tidy`` has the server collect its garbage at the end."""
+        """Return the graph in API form. ``tidy`` makes the server collect garbage at the end."""
         nodes: Json = {}
         if self.family == "demo":
             encoder = ["model", 1]
@@ -86,13 +86,13 @@ class Case:
             nodes["latent"] = {"class_type": "GAGDemoEmptyLatent", "inputs": {"batch_size": 1}}
         else:
             nodes["model"] = {"class_type": "SoakModel", "inputs": {"name": self.family}}
-            # Prompts of two lengths, so that the host repeats them to a common one.
+            # The prompts have two lengths, so the host repeats them to a common length.
             for name, tokens in (("positive", 14), ("negative", 7)):
                 nodes[name] = {"class_type": "SoakPrompt", "inputs": {"seed": tokens, "tokens": tokens}}
             nodes["latent"] = {"class_type": "SoakLatent", "inputs": {"name": self.family}}
         model = "model"
-        for number, guidance in enumerate(self.guidances):
-            name = f"guidance {number}"
+        for index, guidance in enumerate(self.guidances):
+            name = f"guidance {index}"
             nodes[name] = {**guidance, "inputs": {"model": [model, 0], **guidance["inputs"]}}
             model = name
         nodes[SAMPLER] = {
@@ -118,19 +118,20 @@ CASES = [Case(family, guidances, seed) for seed, family in enumerate(FAMILIES, s
 
 
 def digest(result: RunResult) -> str:
+    """Return the digest of a run's latent; the sampler must have run."""
     assert result.status == "success", result.error
-    ran = {data["node"] for kind, data in result.messages if kind == "executing"}
-    assert SAMPLER in ran, "the result came from the server's memory"
+    ran = {data["node"] for event, data in result.messages if event == "executing"}
+    assert SAMPLER in ran, "the result came from the server's cache"
     assert result.outputs["digest"]["finite"] == [True]
     return str(result.outputs["digest"]["digest"][0])
 
 
 def interrupted(server: ComfyServer, case: Case) -> RunResult:
-    """A run that is stopped after its first step."""
+    """Run a graph and interrupt it after its first step."""
     stopped: list[Any] = []
 
-    def stop(kind: str, data: Any) -> None:
-        if kind == "progress" and not stopped:
+    def stop(event: str, data: Any) -> None:
+        if event == "progress" and not stopped:
             stopped.append(data)
             server.interrupt()
 
@@ -141,10 +142,10 @@ def interrupted(server: ComfyServer, case: Case) -> RunResult:
 def fresh() -> dict[int, str]:
     """The digest of each case on a server that has not run it before."""
     with ComfyServer(cpu=True, node_files=[NODES]) as server:
-        return {number: digest(server.run(case.graph())) for number, case in enumerate(CASES)}
+        return {index: digest(server.run(case.graph())) for index, case in enumerate(CASES)}
 
 
-def test_200_graphs_on_one_server(fresh: dict[int, str]) -> None:
+def test_200_graphs_on_one_server_leave_nothing_behind(fresh: dict[int, str]) -> None:
     choose = random.Random(0)
     done: Counter[str] = Counter()
     sizes: list[int] = []
@@ -152,13 +153,13 @@ def test_200_graphs_on_one_server(fresh: dict[int, str]) -> None:
     with ComfyServer(cpu=True, node_files=[NODES]) as server:
         for number in range(1, GRAPHS + 1):
             measured = number in (WARM_UP, GRAPHS)
-            what = "run" if measured else choose.choices(["run", "error", "interrupt"], [7, 1, 1])[0]
-            done[what] += 1
-            if what == "run":
-                # Not the last one again, which the server would only remember.
+            action = "run" if measured else choose.choices(["run", "error", "interrupt"], [7, 1, 1])[0]
+            done[action] += 1
+            if action == "run":
+                # The last case is not chosen again, because the server would take it from its cache.
                 last = choose.choice([case for case in range(len(CASES)) if case != last])
                 assert digest(server.run(CASES[last].graph(tidy=measured))) == fresh[last], CASES[last]
-            elif what == "error":
+            elif action == "error":
                 guidance, sentence = choose.choice(ERRORS)
                 result = server.run(Case(choose.choice(FAMILIES), [simple(), guidance]).graph())
                 assert result.status == "error"
@@ -168,9 +169,9 @@ def test_200_graphs_on_one_server(fresh: dict[int, str]) -> None:
                 assert interrupted(server, case).status == "interrupted"
             if measured:
                 sizes.append(psutil.Process(server.pid).memory_info().rss)
-        for number, case in enumerate(CASES):
-            if case.guidances == OFF and number != last:
-                assert digest(server.run(case.graph())) == fresh[number], "something is left where GAG is off"
-    assert min(done[what] for what in ("run", "error", "interrupt")) >= 15
+        for index, case in enumerate(CASES):
+            if case.guidances == OFF and index != last:
+                assert digest(server.run(case.graph())) == fresh[index], "guidance is left although GAG is off"
+    assert min(done[action] for action in ("run", "error", "interrupt")) >= 15
     grown = sizes[1] - sizes[0]
     assert grown < GROWTH, f"{grown / 2**20:.0f} MiB more in use after {GRAPHS} graphs than after {WARM_UP}"

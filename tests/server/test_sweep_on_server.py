@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A sweep and a schedule queued on a real server, as their workflows are: one press of Run makes all pictures."""
+"""Workflows with a sweep and with a schedule on a real server: one run makes all pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def object_info(server: ComfyServer) -> Json:
 
 
 def workflow(name: str, object_info: Json) -> Json:
-    """A workflow in API form, by the kinds of its nodes, and with a seed of its own."""
+    """Return a workflow in API form, with an unused seed and four steps."""
     flow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
     graph = to_api(flow, object_info)
     for node in graph.values():
@@ -34,8 +34,9 @@ def workflow(name: str, object_info: Json) -> Json:
     return graph
 
 
-def of_kind(graph: Json, kind: str) -> str:
-    (found,) = (number for number, node in graph.items() if node["class_type"] == kind)
+def id_of(graph: Json, node_type: str) -> str:
+    """Return the id of the only node of a type."""
+    (found,) = (node_id for node_id, node in graph.items() if node["class_type"] == node_type)
     return found
 
 
@@ -45,27 +46,27 @@ def pictures(server: ComfyServer, result: RunResult) -> list[Image.Image]:
 
 
 def texts(result: RunResult, node: str) -> list[str]:
-    return [data["text"] for kind, data in result.messages if kind == "progress_text" and data["node"] == node]
+    return [data["text"] for event, data in result.messages if event == "progress_text" and data["node"] == node]
 
 
-def test_one_run_makes_all_pictures_each_as_set_by_hand(server: ComfyServer, object_info: Json) -> None:
+def test_one_run_makes_all_pictures_and_each_equals_one_set_by_hand(server: ComfyServer, object_info: Json) -> None:
     graph = workflow("gag_demo_sweep", object_info)
-    sweep, sampler, decode = (of_kind(graph, kind) for kind in ("GAGSweep", "KSampler", "VAEDecode"))
+    sweep, sampler, decode = (id_of(graph, node_type) for node_type in ("GAGSweep", "KSampler", "VAEDecode"))
     graph[sweep]["inputs"].update(
         field="guidance_scale", values="2, 10", field_2="orthogonal_scale", values_2="0, 1", include_off=True
     )
-    # Whose settings are the defaults of GAG (advanced), by which the same is set by hand below.
-    graph[of_kind(graph, "GAGuidance")]["inputs"].update(preset="gentle", strength=0.25, start_percent=0.3)
-    every = copy.deepcopy(graph)
-    # The pictures themselves beside the grid: what the sampler made, before they were put together.
-    every["all"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "each"}}
-    result = server.run(every)
+    # These settings are the defaults of GAG (advanced), which sets the same by hand below.
+    graph[id_of(graph, "GAGuidance")]["inputs"].update(preset="gentle", strength=0.25, start_percent=0.3)
+    with_each = copy.deepcopy(graph)
+    # Save each picture of the sampler beside the grid.
+    with_each["all"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "each"}}
+    result = server.run(with_each)
     assert len(texts(result, sweep)) == 4
     assert set(texts(result, sweep)) == {"Guided 4 of 4 attentions in 2 of 4 calls."}
     found = pictures(server, result)
-    (whole,) = (picture for picture in found if picture.width > 32)
+    (grid,) = (picture for picture in found if picture.width > 32)
     each = [picture for picture in found if picture.width == 32]
-    batch = graph[of_kind(graph, "GAGDemoEmptyLatent")]["inputs"]["batch_size"]
+    batch = graph[id_of(graph, "GAGDemoEmptyLatent")]["inputs"]["batch_size"]
     assert len(each) == 5 * batch
 
     by_hand: list[Image.Image] = []
@@ -73,7 +74,7 @@ def test_one_run_makes_all_pictures_each_as_set_by_hand(server: ComfyServer, obj
     settings += [{"guidance_scale": scale, "orthogonal_scale": part} for scale in (2.0, 10.0) for part in (0.0, 1.0)]
     for setting in settings:
         single = copy.deepcopy(graph)
-        model: list[Any] = [of_kind(graph, "GAGDemoLoader"), 0]
+        model: list[Any] = [id_of(graph, "GAGDemoLoader"), 0]
         if setting is not None:
             defaults = {
                 name: spec[1]["default"]
@@ -84,83 +85,93 @@ def test_one_run_makes_all_pictures_each_as_set_by_hand(server: ComfyServer, obj
             single["by hand"] = {"class_type": "GAGuidanceAdvanced", "inputs": inputs}
             model = ["by hand", 0]
         single[sampler]["inputs"]["model"] = model
-        for kind in ("GAGGrid", "GAGSweep", "SaveImage"):
-            del single[of_kind(single, kind)]
+        for node_type in ("GAGGrid", "GAGSweep", "SaveImage"):
+            del single[id_of(single, node_type)]
         single["save"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "one"}}
         by_hand += pictures(server, server.run(single))
     assert [picture.tobytes() for picture in each] == [picture.tobytes() for picture in by_hand]
     assert len({picture.tobytes() for picture in each}) == len(each)
 
-    # In the grid they are there pixel by pixel, eight times as large: one row of the one without GAG, two of two.
-    corners = [place_of(whole, picture) for picture in each[::batch]]
+    # The grid has each picture eight times as large: the picture without GAG in the first row, then two rows of two.
+    corners = [corner_of(grid, picture) for picture in each[::batch]]
     assert [top for _, top in corners] == sorted(top for _, top in corners)
     assert len({top for _, top in corners}) == 3
     assert corners[0][0] == corners[1][0] == corners[3][0] < corners[2][0] == corners[4][0]
 
 
-def place_of(whole: Image.Image, picture: Image.Image) -> tuple[int, int]:
-    """Left and top of a picture in the grid."""
+def corner_of(grid: Image.Image, picture: Image.Image) -> tuple[int, int]:
+    """Return left and top of a picture in the grid."""
     large = picture.resize((256, 256), Image.Resampling.NEAREST)
     found = [
         (left, top)
-        for top in range(whole.height - 255)
-        for left in range(whole.width - 255)
-        if whole.getpixel((left, top)) == large.getpixel((0, 0))
-        and whole.getpixel((left + 255, top + 255)) == large.getpixel((255, 255))
-        and whole.crop((left, top, left + 256, top + 256)).tobytes() == large.tobytes()
+        for top in range(grid.height - 255)
+        for left in range(grid.width - 255)
+        if grid.getpixel((left, top)) == large.getpixel((0, 0))
+        and grid.getpixel((left + 255, top + 255)) == large.getpixel((255, 255))
+        and grid.crop((left, top, left + 256, top + 256)).tobytes() == large.tobytes()
     ]
     assert len(found) == 1
     return found[0]
 
 
-def test_the_sweeps_workflow_makes_its_grid(server: ComfyServer, object_info: Json) -> None:
+def test_the_workflow_of_a_sweep_makes_its_grid(server: ComfyServer, object_info: Json) -> None:
     graph = workflow("gag_demo_sweep", object_info)
     result = server.run(graph)
-    (whole,) = pictures(server, result)
-    assert whole.width > 1000 and whole.height > 1000
-    assert len(texts(result, of_kind(graph, "GAGSweep"))) == 9
+    (grid,) = pictures(server, result)
+    assert grid.width > 1000 and grid.height > 1000
+    assert len(texts(result, id_of(graph, "GAGSweep"))) == 9
 
 
 def test_each_picture_of_a_sweep_has_its_report(server: ComfyServer, object_info: Json) -> None:
     graph = workflow("gag_demo_sweep", object_info)
-    sweep = graph[of_kind(graph, "GAGSweep")]["inputs"]
+    sweep = graph[id_of(graph, "GAGSweep")]["inputs"]
     graph["probe"] = {"class_type": "GAGProbe", "inputs": {"model": sweep["model"], "words": ""}}
     sweep.update(model=["probe", 0], field="strength", values="0.5, 1, 2", field_2="none", include_off=True)
     graph["report"] = {
         "class_type": "GAGReport",
-        "inputs": {"probe": ["probe", 1], "latent": [of_kind(graph, "KSampler"), 0], "filename_prefix": "sweep"},
+        "inputs": {"probe": ["probe", 1], "latent": [id_of(graph, "KSampler"), 0], "filename_prefix": "sweep"},
     }
     result = server.run(graph)
     assert result.status == "success", result.error
     shown = result.outputs["report"]["text"]
-    for number, strength in enumerate([0.0, 0.5, 1.0, 2.0]):
-        summary, path = shown[2 * number : 2 * number + 2]
-        assert summary.startswith(f"Run {number + 1} of 4. ")
+    for index, strength in enumerate([0.0, 0.5, 1.0, 2.0]):
+        summary, path = shown[2 * index : 2 * index + 2]
+        assert summary.startswith(f"Run {index + 1} of 4. ")
         data = json.loads((server.base / path).read_text(encoding="utf-8"))
         assert set(data["strengths"]) == {strength}
 
 
-def test_the_schedules_workflow_shows_its_curve_and_counts_the_steps(server: ComfyServer, object_info: Json) -> None:
+def test_the_workflow_of_a_schedule_shows_its_curve_and_counts_the_steps(
+    server: ComfyServer, object_info: Json
+) -> None:
     graph = workflow("gag_demo_schedule", object_info)
     result = server.run(graph)
     assert result.status == "success", result.error
-    schedule = of_kind(graph, "GAGSchedule")
+    schedule = id_of(graph, "GAGSchedule")
     (shown,) = result.outputs[schedule]["images"]
     assert shown["type"] == "temp"
     (guided,) = (
-        number for number, node in graph.items() if node["class_type"] == "GAGuidance" and "schedule" in node["inputs"]
+        node_id
+        for node_id, node in graph.items()
+        if node["class_type"] == "GAGuidance" and "schedule" in node["inputs"]
     )
-    # 0, 1/3, 2/3 and 1 of the steps; from 0.6 on the factor is 0.
+    # The steps are at 0, 1/3, 2/3 and 1 of the run; from 0.6 on the factor is 0.
     assert texts(result, guided) == ["Guided 4 of 4 attentions in 2 of 4 calls."]
 
 
-def test_a_schedule_of_0_is_the_picture_without_gag_and_says_so(server: ComfyServer, object_info: Json) -> None:
+def test_a_schedule_of_0_gives_the_picture_without_gag_and_the_node_says_so(
+    server: ComfyServer, object_info: Json
+) -> None:
     graph = workflow("gag_demo_schedule", object_info)
-    graph[of_kind(graph, "GAGSchedule")]["inputs"].update(kind="constant", end_value=0.0)
+    graph[id_of(graph, "GAGSchedule")]["inputs"].update(kind="constant", end_value=0.0)
     (scheduled,) = (
-        number for number, node in graph.items() if node["class_type"] == "GAGuidance" and "schedule" in node["inputs"]
+        node_id
+        for node_id, node in graph.items()
+        if node["class_type"] == "GAGuidance" and "schedule" in node["inputs"]
     )
-    (other,) = (number for number, node in graph.items() if node["class_type"] == "GAGuidance" and number != scheduled)
+    (other,) = (
+        node_id for node_id, node in graph.items() if node["class_type"] == "GAGuidance" and node_id != scheduled
+    )
     graph[other]["inputs"]["strength"] = 0.0
     seed = next(_seeds)
     for node in graph.values():
@@ -170,7 +181,7 @@ def test_a_schedule_of_0_is_the_picture_without_gag_and_says_so(server: ComfySer
     assert texts(result, scheduled) == ["Nothing guided: its schedule is 0."]
     assert "GAG guided nothing in this run: its schedule is 0 in all steps of the run." in server.log()
     saved = [
-        output["images"] for number, output in result.outputs.items() if graph[number]["class_type"] == "SaveImage"
+        output["images"] for node_id, output in result.outputs.items() if graph[node_id]["class_type"] == "SaveImage"
     ]
     assert len(saved) == 2
     plain, off = (pictures_of(server, images) for images in saved)
@@ -182,12 +193,12 @@ def pictures_of(server: ComfyServer, images: list[Json]) -> list[bytes]:
     return [picture.tobytes() for picture in pictures(server, result)]
 
 
-def test_bad_values_end_in_one_sentence_on_the_node(server: ComfyServer, object_info: Json) -> None:
+def test_bad_values_give_an_error_of_one_sentence_on_the_node(server: ComfyServer, object_info: Json) -> None:
     graph = workflow("gag_demo_sweep", object_info)
-    sweep = of_kind(graph, "GAGSweep")
+    sweep = id_of(graph, "GAGSweep")
     graph[sweep]["inputs"]["values"] = "1, two"
     result = server.run(graph)
     assert result.status == "error"
-    (error,) = (data for kind, data in result.messages if kind == "execution_error")
+    (error,) = (data for event, data in result.messages if event == "execution_error")
     assert error["node_id"] == sweep
     assert "guidance_scale must be values such as 1, 2, 5 or 0..10 in 6, got 'two'." in error["exception_message"]

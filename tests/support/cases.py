@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Inputs for the tests of ``gag_core``: shapes, memory layouts, masks."""
+"""Inputs of the tests of ``gag_core``: shapes, memory layouts, masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Shape(NamedTuple):
-    """The sizes of one attention call."""
+    """Sizes of one attention call."""
 
     batch: int
     heads: int
@@ -24,7 +24,7 @@ class Shape(NamedTuple):
         return f"B{self.batch}-H{self.heads}-{self.queries}x{self.keys}-d{self.dim}"
 
 
-# Prompts of one, two and three chunks of 77 tokens, the smallest, an odd and a long one; heads and dims of real models.
+# Keys of one, two and three prompts of 77 tokens, the smallest, an odd and a long text; heads and dims of real models.
 SHAPES = [
     Shape(1, 1, 1, 1, 4),
     Shape(2, 3, 5, 2, 8),
@@ -40,7 +40,7 @@ shape_id = str
 
 
 def random(*size: int, seed: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers, the same for the same seed whatever the dtype."""
+    """Draw normal numbers, the same for all dtypes at one seed."""
     generator = torch.Generator().manual_seed(seed)
     return (std * torch.randn(*size, generator=generator, dtype=torch.float64)).to(dtype)
 
@@ -48,9 +48,9 @@ def random(*size: int, seed: int, std: float = 1.0, dtype: torch.dtype = torch.f
 def qkv(
     shape: Shape, *, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 1.5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, ``[B, H, N, D]`` each; the logits of the default scale have a deviation of ``std**2``."""
+    """Make q, k and v, ``[B, H, N, D]`` each; the logits at the default scale have a deviation of ``std**2``."""
     batch, heads, queries, keys, dim = shape
-    # Values with a mean of their own, as real ones have: S and D then share a direction.
+    # Values have a mean, as real ones do, so that S and D share a direction.
     offset = random(batch, heads, 1, dim, seed=seed + 3)
     return (
         random(batch, heads, queries, dim, seed=seed, std=std, dtype=dtype),
@@ -60,10 +60,10 @@ def qkv(
 
 
 def ties_at_the_edge(keys: int, alpha: float) -> Tensor:
-    """Logits ``[rows, keys]``: few keys on top, and many together about as far below them as the threshold."""
+    """Make logits ``[rows, keys]``: a few keys on top, and many about as far below them as the threshold."""
     rows = []
     for top in (1, 2, 4):
-        # With weights for the top alone the threshold lies so far below them.
+        # Distance of the threshold below the top keys if these have all the weight.
         edge = top ** (1.0 - alpha) / (alpha - 1.0)
         for near in (edge * (1.0 + sign * step) for sign in (-1, 1) for step in (0.0, 1e-3, 1e-2, 0.03, 0.1, 0.3)):
             tied = torch.arange(keys - top) < (keys - top) * 0.75
@@ -72,7 +72,7 @@ def ties_at_the_edge(keys: int, alpha: float) -> Tensor:
 
 
 def with_logits(logits: Tensor, dim: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v whose logits at scale 1 are these rows, a head each: ``[1, rows, 1 or keys, dim]``."""
+    """Make q, k and v whose logits at scale 1 are these rows, one head each: ``[1, rows, 1 or keys, dim]``."""
     rows, keys = logits.shape
     q, k = torch.zeros(1, rows, 1, dim), torch.zeros(1, rows, keys, dim)
     q[..., 0], k[..., 0] = 1.0, logits
@@ -87,20 +87,20 @@ def as_contiguous(x: Tensor) -> Tensor:
 
 
 def as_merged_heads(x: Tensor) -> Tensor:
-    """A view of ``[B, N, H * D]``, the way UNet attention gets its heads."""
+    """Return a view of ``[B, N, H * D]``, as UNet attention gets its heads."""
     batch, heads, tokens, dim = x.shape
     merged = x.transpose(1, 2).reshape(batch, tokens, heads * dim)
     return merged.view(batch, tokens, heads, dim).transpose(1, 2)
 
 
 def as_fused_qkv(x: Tensor) -> Tensor:
-    """A view of ``[B, N, 3, H, D]``, the way transformers split one projection."""
+    """Return a view of ``[B, N, 3, H, D]``, as transformers split one projection."""
     fused = torch.stack([torch.full_like(x, math.nan), x, torch.full_like(x, math.nan)])
     return fused.permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4)[1]
 
 
 def as_every_other(x: Tensor) -> Tensor:
-    """Steps in every axis, with NaN between: reading past the view shows."""
+    """Return a view with steps in every axis and NaN between, so that a read outside of the view shows."""
     wide = torch.full([2 * size for size in x.shape], math.nan, dtype=x.dtype)
     view = wide[::2, ::2, ::2, ::2]
     view.copy_(x)
@@ -108,7 +108,7 @@ def as_every_other(x: Tensor) -> Tensor:
 
 
 def as_channels_first(x: Tensor) -> Tensor:
-    """A view of ``[B, H, D, N]``, the way a 1x1 convolution gives it."""
+    """Return a view of ``[B, H, D, N]``, as a 1x1 convolution gives it."""
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
@@ -125,7 +125,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _allowed(*size: int, seed: int) -> Tensor:
-    """A random bool mask in which every row allows its first key at least."""
+    """Make a random bool mask in which each row may read at least its first key."""
     mask = random(*size, seed=seed) > 0
     mask[..., 0] = True
     return mask
@@ -150,7 +150,7 @@ def bool_per_head(s: Shape) -> Tensor:
 
 
 def bool_some_rows_empty(s: Shape) -> Tensor:
-    """Every third query may attend to nothing, and so may all of the last batch row's first head."""
+    """Every third query, and all queries of the first head of the last batch row, may read nothing."""
     mask = _allowed(s.batch, s.heads, s.queries, s.keys, seed=15)
     mask[:, :, ::3] = False
     mask[-1, 0] = False
@@ -158,7 +158,7 @@ def bool_some_rows_empty(s: Shape) -> Tensor:
 
 
 def bool_per_query(s: Shape) -> Tensor:
-    """``[B, 1, Nq, 1]``: a query reads everything or nothing."""
+    """``[B, 1, Nq, 1]``: a query may read all keys or none."""
     return random(s.batch, 1, s.queries, 1, seed=19) > 0
 
 
@@ -171,12 +171,12 @@ def additive_three_dims(s: Shape) -> Tensor:
 
 
 def additive_inf(s: Shape) -> Tensor:
-    """A bias with ``-inf`` where nothing may be read, whole rows of it included."""
+    """Make a bias with ``-inf`` at masked keys, including whole rows."""
     return random(s.batch, 1, s.queries, s.keys, seed=18).masked_fill(~bool_some_rows_empty(s)[:, :1], -math.inf)
 
 
 def additive_lowest(s: Shape) -> Tensor:
-    """The most negative finite number in the place of ``-inf``, as text encoders' masks have it."""
+    """Make a mask with the lowest finite number instead of ``-inf``, as masks of text encoders have."""
     return torch.zeros(s.batch, 1, 1, s.keys).masked_fill(~bool_per_key(s), torch.finfo(torch.float32).min)
 
 
@@ -195,7 +195,7 @@ MASKS: dict[str, Callable[[Shape], Tensor]] = {
 
 
 def cast_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """An additive mask in the dtype of the call (torch wants them equal); a bool one as it is."""
+    """Cast an additive mask to the dtype of the call, as torch requires; a bool mask stays as it is."""
     if mask.dtype == torch.bool:
         return mask
     if torch.finfo(dtype).bits < 32:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What users put beside guidance, each applied as its node does it, and what is right there: one list.
+"""List of the nodes that users put beside guidance, each applied as the node applies itself, and their right results.
 
-The nodes are the host's own. Third-party packs are stood for by small patches that hook in the same way; none of their
-code is here. The rows of ``docs/composition.md`` are made of this list and of what the tests say.
+The nodes are the host's own. Third-party packs are represented by stand-ins with the same hooks; none of their code is
+here. The rows of ``docs/composition.md`` are made from this list and from the test results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers_of_host import TRANSFORMERS
 
 FIRST, LAST = "GAG first", "GAG last"
 BOTH_ORDERS = (FIRST, LAST)
-EITHER = ("any order",)  # it is not a node on the model's line
+EITHER = ("any order",)  # the companion is not a node that patches the model
 
 Model = Any
 Patch = Callable[[Model], Model]
@@ -37,16 +37,16 @@ Patch = Callable[[Model], Model]
 
 @dataclass(frozen=True)
 class Companion:
-    """One row for each order.
+    """One node, or group of nodes, beside guidance. It has one row in the table for each order.
 
     Attributes:
-        name: what users know it as.
-        result: what is right beside guidance, in one sentence.
-        patched: the model with it. Where there is none, the companion has tests of its own.
-        model: which of the tiny models it is tried on.
-        run: settings of the run that it needs, or that bring it in.
-        orders: where GAG stands.
-        since: the host's module that has it, where not every host does.
+        name: name that users know it by.
+        result: right result beside guidance, in one sentence.
+        patched: function that returns a model with the companion; None if the companion has its own tests.
+        model: name of the tiny model that the companion is tested on.
+        run: function that returns the settings of a run that the companion needs, or that bring it in.
+        orders: positions of GAG among the nodes.
+        since: module of the host that has the node; None if every host has it.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Companion:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The ids of its rows."""
+        """Ids of the companion's rows."""
         return tuple(f"{self.name}, {order}" for order in self.orders)
 
 
@@ -71,8 +71,8 @@ def sample(model: Model, name: str, **settings: Any) -> Tensor:
     return TRANSFORMERS[name].sample(model) if name not in host.CONFIGS else host.sample(model, name, **settings)
 
 
-def extra(module: str, node: str, **inputs: Any) -> Any:
-    """The first output of a node of the host, run as the host runs it."""
+def run_host_node(module: str, node: str, **inputs: Any) -> Any:
+    """Execute a node of the host as the host does, and return its first output."""
     found = getattr(importlib.import_module(f"comfy_extras.{module}" if module != "nodes" else "nodes"), node)
     if hasattr(found, "GET_SCHEMA"):
         defaults = {entry.id: entry.default for entry in found.GET_SCHEMA().inputs if hasattr(entry, "default")}
@@ -81,19 +81,20 @@ def extra(module: str, node: str, **inputs: Any) -> Any:
     return getattr(found(), found.FUNCTION)(**inputs)[0]
 
 
-def by_node(module: str, node: str, **inputs: Any) -> Patch:
-    return lambda model: extra(module, node, model=model, **inputs)
+def host_patch(module: str, node: str, **inputs: Any) -> Patch:
+    """Return a function that applies a node of the host to a model."""
+    return lambda model: run_host_node(module, node, model=model, **inputs)
 
 
 class Shared:
-    """Stays one object when the host copies a model's options."""
+    """An object that is not copied when the host copies a model's options."""
 
     def __deepcopy__(self, _: Any) -> Shared:
         return self
 
 
 class ForeignAttention(Shared):
-    """Stands for attention that a pack brings (sage, flash, block-sparse): recognisable, since it halves."""
+    """Stand-in for a pack's attention (sage, flash, block-sparse). It halves the output, to be recognisable."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -103,13 +104,13 @@ class ForeignAttention(Shared):
         return function(*args, **kwargs) * 0.5
 
     def on_the_model(self, model: Model) -> Model:
-        """As most packs do it: over whatever is there."""
+        """Set the override on the model, in place of an earlier one, as most packs do."""
         model = model.clone()
         model.model_options["transformer_options"]["optimized_attention_override"] = self
         return model
 
     def before_sampling(self, model: Model) -> Model:
-        """When a run is prepared, over whatever is there."""
+        """Set the override when a run is prepared, in place of an earlier one."""
         model = model.clone()
 
         def prepare(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +121,7 @@ class ForeignAttention(Shared):
         return model
 
     def at_the_model_call(self, model: Model) -> Model:
-        """At each model call, around what is there."""
+        """Set the override at each model call, around an earlier one."""
         model = model.clone()
 
         def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +140,7 @@ class ForeignAttention(Shared):
 
 
 class ImageAdapter(Shared):
-    """Stands for an image adapter's attn2 replacement: the text attention plus one of its own over image tokens.
+    """Stand-in for an image adapter's attn2 replacement: the text attention plus the adapter's own over image tokens.
 
     More images are added to the same object, as IPAdapter does.
     """
@@ -147,7 +148,7 @@ class ImageAdapter(Shared):
     def __init__(self, passes_options: bool = False) -> None:
         self.passes_options = passes_options
         self.weights = [0.3]
-        self.seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, weight: float) -> None:
         self.weights.append(weight)
@@ -158,7 +159,7 @@ class ImageAdapter(Shared):
         out = host_attention.optimized_attention(query, key, value, heads, **passed)
         for weight in self.weights:
             out = out + weight * host_attention.optimized_attention(query, key[:, :4] * weight, value[:, :4], heads)
-        self.seen.append((query.clone(), key.clone(), value.clone(), out.clone()))
+        self.calls.append((query.clone(), key.clone(), value.clone(), out.clone()))
         return out
 
     def on(self, model: Model, *block: Any) -> Model:
@@ -168,9 +169,9 @@ class ImageAdapter(Shared):
 
 
 def normalized_guidance(model: Model) -> Model:
-    """Stands for the core's NAGuidance, which not every host has.
+    """Apply a stand-in for the core's NAGuidance, which not every host has.
 
-    Positive and negative rows are mixed behind the attention of image tokens, in one batch even at CFG 1.
+    Positive and negative rows are mixed after the attention of image tokens, in one batch even at CFG 1.
     """
     model = model.clone()
 
@@ -188,8 +189,8 @@ def normalized_guidance(model: Model) -> Model:
     return model
 
 
-def compiled_carelessly(model: Model, **settings: Any) -> Model:
-    """By the way of newer TorchCompileModel nodes, which would run what was compiled in one call in all others."""
+def compiled_without_guards(model: Model, **settings: Any) -> Model:
+    """Compile a model as newer TorchCompileModel nodes do: the graph of one call would run in all other calls."""
     model = model.clone()
     options: Any = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
     set_torch_compile_wrapper(model, backend="eager", options=options, **settings)
@@ -197,12 +198,12 @@ def compiled_carelessly(model: Model, **settings: Any) -> Model:
 
 
 def unchanged(model: Model) -> Model:
-    """For what comes in with the conditionings or the latent."""
+    """Return the model itself, for companions that come in with the conditionings or the latent."""
     return model
 
 
 class WrappedLinear(torch.nn.Module):
-    """Stands for GGUF's linears: the weight is kept small and made whole at every use."""
+    """Stand-in for GGUF's linears: the weight is stored in 8 bits and restored at every use."""
 
     scale: Tensor
     quantised: Tensor
@@ -227,7 +228,7 @@ def with_wrapped_linears(model: Model) -> Model:
 
 @lru_cache
 def lora() -> dict[str, Tensor]:
-    """A LoRA for the text attention of the tiny SD1.5."""
+    """Return a LoRA for the text attention of the tiny SD1.5."""
     model = host.build_model("sd15").model
     weights = model.state_dict()
     generator = torch.Generator().manual_seed(6)
@@ -246,12 +247,14 @@ def with_lora(model: Model) -> Model:
 
 
 def hooked_lora() -> dict[str, Any]:
-    """The positive prompt has a LoRA of its own, which weakens half-way."""
+    """Return the settings of a run whose positive prompt has its own LoRA, which becomes weaker half-way."""
     hooks = comfy.hooks.create_hook_lora(lora=lora(), strength_model=1.0, strength_clip=0.0)
-    frames = extra("nodes_hooks", "CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)
-    frames = extra("nodes_hooks", "CreateHookKeyframe", strength_mult=0.2, start_percent=0.5, prev_hook_kf=frames)
-    hooks = extra("nodes_hooks", "SetHookKeyframes", hooks=hooks, hook_kf=frames)
-    positive = extra(
+    frames = run_host_node("nodes_hooks", "CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)
+    frames = run_host_node(
+        "nodes_hooks", "CreateHookKeyframe", strength_mult=0.2, start_percent=0.5, prev_hook_kf=frames
+    )
+    hooks = run_host_node("nodes_hooks", "SetHookKeyframes", hooks=hooks, hook_kf=frames)
+    positive = run_host_node(
         "nodes_hooks",
         "ConditioningSetProperties",
         cond_NEW=host.conditioning("sd15", 10),
@@ -263,7 +266,7 @@ def hooked_lora() -> dict[str, Any]:
 
 
 def control_net() -> Any:
-    """A tiny ControlNet of the host's own class for the tiny SD1.5, with seeded weights."""
+    """Return a tiny ControlNet of the host's own class for the tiny SD1.5, with seeded weights."""
     config = dict(host.CONFIGS["sd15"][1])
     for key in ("out_channels", "transformer_depth_output", "use_temporal_attention", "use_temporal_resblock"):
         config.pop(key)
@@ -277,12 +280,12 @@ def control_net() -> Any:
 def controlled() -> dict[str, Any]:
     picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(5))
     inputs = {"control_net": control_net(), "image": picture, "strength": 1.0}
-    return {"positive": extra("nodes", "ControlNetApply", conditioning=host.conditioning("sd15", 10), **inputs)}
+    return {"positive": run_host_node("nodes", "ControlNetApply", conditioning=host.conditioning("sd15", 10), **inputs)}
 
 
 def regions() -> dict[str, Any]:
-    """Three prompts of different lengths: two areas of different sizes and one under a mask."""
-    left = extra(
+    """Return the settings of a run with three prompts of different lengths: two areas of other sizes, and a mask."""
+    left = run_host_node(
         "nodes",
         "ConditioningSetArea",
         conditioning=host.conditioning("sd15", 10, 154),
@@ -292,7 +295,7 @@ def regions() -> dict[str, Any]:
         y=0,
         strength=1.0,
     )
-    corner = extra(
+    corner = run_host_node(
         "nodes",
         "ConditioningSetArea",
         conditioning=host.conditioning("sd15", 12, 77),
@@ -304,7 +307,7 @@ def regions() -> dict[str, Any]:
     )
     mask = torch.zeros(1, 16, 16)
     mask[:, 8:, 8:] = 1.0
-    masked = extra(
+    masked = run_host_node(
         "nodes",
         "ConditioningSetMask",
         conditioning=host.conditioning("sd15", 13, 231),
@@ -316,9 +319,9 @@ def regions() -> dict[str, Any]:
 
 
 def scheduled() -> dict[str, Any]:
-    """One prompt for the first half of the run, another for the rest."""
+    """Return the settings of a run with one prompt for the first half and another for the rest."""
     first, second = (
-        extra("nodes", "ConditioningSetTimestepRange", conditioning=prompt, start=start, end=end)
+        run_host_node("nodes", "ConditioningSetTimestepRange", conditioning=prompt, start=start, end=end)
         for prompt, start, end in (
             (host.conditioning("sd15", 10), 0.0, 0.5),
             (host.conditioning("sd15", 12, 154), 0.5, 1.0),
@@ -333,9 +336,9 @@ def masked_latent() -> dict[str, Any]:
     return {"latent": latent, "noise_mask": mask, "steps": 4}
 
 
-_CFG = "Its own formula, applied to predictions that are guided."
-_PASS = "Its extra pass reads the text with guidance too, so that what it compares differs only in what it is about."
-_CACHE = "Steps that it leaves out repeat a guided result; the node counts those that ran."
+_CFG = "Its formula is applied to guided predictions."
+_PASS = "Its extra pass is guided too, so the two predictions that it compares differ only by its own change."
+_CACHE = "Steps that it skips repeat a guided result; the node counts the steps that ran."
 _WINDOW = {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid", "context_schedule": "standard_static"}
 _LAYERS = {"double_layers": "1", "single_layers": "0,2", "start_percent": 0.0, "end_percent": 1.0}
 _CACHED = {"reuse_threshold": 3.0, "start_percent": 0.1, "end_percent": 0.9, "verbose": False}
@@ -343,46 +346,48 @@ _CACHED = {"reuse_threshold": 3.0, "start_percent": 0.1, "end_percent": 0.9, "ve
 COMPANIONS = (
     Companion(
         "NAGuidance",
-        "The text is read with guidance in positive and negative rows, and its negative prompt works at CFG 1. Needs a "
-        "ComfyUI of March 2026 or later.",
-        lambda model: extra("nodes_nag", "NAGuidance", model=model, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5),
+        "Positive and negative rows are guided, and its negative prompt works at CFG 1. Needs a ComfyUI of March 2026 "
+        "or later.",
+        lambda model: run_host_node("nodes_nag", "NAGuidance", model=model, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5),
         model="flux-schnell",
         run=lambda: {"cfg": 1.0},
         since="comfy_extras.nodes_nag",
     ),
     Companion(
         "stand-in for NAGuidance on UNets",
-        "As above: it acts behind the attention of image tokens among themselves, which guidance leaves alone.",
+        "Positive and negative rows are guided. It acts after the attention among image tokens, which is not guided.",
         normalized_guidance,
         run=lambda: {"cfg": 1.0},
     ),
-    Companion("PerturbedAttentionGuidance (PAG)", _PASS, by_node("nodes_pag", "PerturbedAttentionGuidance", scale=3.0)),
+    Companion(
+        "PerturbedAttentionGuidance (PAG)", _PASS, host_patch("nodes_pag", "PerturbedAttentionGuidance", scale=3.0)
+    ),
     Companion(
         "SkipLayerGuidanceDiT (SLG)",
-        "The layers that it skips in its extra pass are skipped; all that run are guided.",
-        by_node("nodes_slg", "SkipLayerGuidanceDiT", scale=3.0, rescaling_scale=0.0, **_LAYERS),
+        "The layers that it skips in its extra pass are skipped; all layers that run are guided.",
+        host_patch("nodes_slg", "SkipLayerGuidanceDiT", scale=3.0, rescaling_scale=0.0, **_LAYERS),
         model="flux",
     ),
     Companion(
         "SkipLayerGuidanceDiTSimple",
-        "The layers that it skips for the negative prompt are skipped; all that run are guided.",
-        by_node("nodes_slg", "SkipLayerGuidanceDiTSimple", **_LAYERS),
+        "The layers that it skips for the negative prompt are skipped; all layers that run are guided.",
+        host_patch("nodes_slg", "SkipLayerGuidanceDiTSimple", **_LAYERS),
         model="flux",
     ),
     Companion(
         "SelfAttentionGuidance (SAG)",
-        _PASS + ' With apply_to "positive" its pass, which has the negative prompt, is not guided.',
-        by_node("nodes_sag", "SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
+        _PASS + ' With apply_to "positive" the pass is not guided, because it has the negative prompt.',
+        host_patch("nodes_sag", "SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
     ),
-    Companion("APG", _CFG, by_node("nodes_apg", "APG", eta=0.5, norm_threshold=5.0, momentum=0.0)),
-    Companion("TCFG", _CFG, by_node("nodes_tcfg", "TCFG")),
-    Companion("FreSca", _CFG, by_node("nodes_fresca", "FreSca", scale_low=1.0, scale_high=1.5, freq_cutoff=2)),
-    Companion("RescaleCFG", _CFG, by_node("nodes_model_advanced", "RescaleCFG", multiplier=0.7)),
-    Companion("CFGZeroStar", _CFG, by_node("nodes_cfg", "CFGZeroStar")),
+    Companion("APG", _CFG, host_patch("nodes_apg", "APG", eta=0.5, norm_threshold=5.0, momentum=0.0)),
+    Companion("TCFG", _CFG, host_patch("nodes_tcfg", "TCFG")),
+    Companion("FreSca", _CFG, host_patch("nodes_fresca", "FreSca", scale_low=1.0, scale_high=1.5, freq_cutoff=2)),
+    Companion("RescaleCFG", _CFG, host_patch("nodes_model_advanced", "RescaleCFG", multiplier=0.7)),
+    Companion("CFGZeroStar", _CFG, host_patch("nodes_cfg", "CFGZeroStar")),
     Companion(
         "PerpNeg",
-        'The empty prompt is guided like the others; with apply_to "positive" only the positive one is.',
-        lambda model: extra(
+        'The empty prompt is guided like the others; with apply_to "positive" only the positive prompt is guided.',
+        lambda model: run_host_node(
             "nodes_perpneg",
             "PerpNeg",
             model=model,
@@ -392,34 +397,34 @@ COMPANIONS = (
     ),
     Companion(
         "PerpNegGuider, DualCFGGuider",
-        'All their prompts are guided; with apply_to "positive" only the first positive one is.',
+        'All their prompts are guided; with apply_to "positive" only the first positive prompt is guided.',
         orders=EITHER,
     ),
     Companion(
         "HyperTile",
-        "It tiles the attention of image tokens among themselves; the text is read with guidance by whole pictures.",
-        by_node("nodes_hypertile", "HyperTile", tile_size=32, swap_size=2, max_depth=0, scale_depth=False),
+        "It tiles the attention among image tokens; the text attention is guided over the whole picture.",
+        host_patch("nodes_hypertile", "HyperTile", tile_size=32, swap_size=2, max_depth=0, scale_depth=False),
     ),
     Companion(
         "TomePatchModel (ToMe)",
-        "It merges tokens only in the attention of image tokens among themselves, which guidance leaves alone.",
-        by_node("nodes_tomesd", "TomePatchModel", ratio=0.5),
+        "It merges tokens only in the attention among image tokens, which is not guided.",
+        host_patch("nodes_tomesd", "TomePatchModel", ratio=0.5),
     ),
     Companion(
         "FreeU",
-        "It changes what goes between blocks; the attention there is guided.",
-        by_node("nodes_freelunch", "FreeU", b1=1.1, b2=1.2, s1=0.9, s2=0.2),
+        "It changes the tensors between blocks; the attention in the blocks is guided.",
+        host_patch("nodes_freelunch", "FreeU", b1=1.1, b2=1.2, s1=0.9, s2=0.2),
     ),
     Companion(
         "FreeU_V2",
-        "The same.",
-        by_node("nodes_freelunch", "FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
+        "It changes the tensors between blocks; the attention in the blocks is guided.",
+        host_patch("nodes_freelunch", "FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),
     ),
     *(
         Companion(
             f"{node} on {'UNets' if model == 'sd15' else 'transformers'}",
             _CACHE,
-            by_node("nodes_easycache", f"{node}Node", **_CACHED),
+            host_patch("nodes_easycache", f"{node}Node", **_CACHED),
             model=model,
             run=lambda: {"steps": 8, "cfg": 3.0},
         )
@@ -429,39 +434,40 @@ COMPANIONS = (
     Companion(
         "ContextWindowsManual, WanContextWindowsManual",
         "Every window of frames is guided.",
-        by_node(
+        host_patch(
             "nodes_context_windows", "ContextWindowsManualNode", context_length=1, context_overlap=0, dim=2, **_WINDOW
         ),
         model="wan-t2v",
     ),
     Companion(
         "TorchCompileModel",
-        "The same picture as without it. Tried with the backend that traces the model and compiles nothing further.",
+        "The picture is the same as without it. Tested with the backend that traces the model and compiles nothing "
+        "further.",
     ),
     Companion(
         "TorchCompileModel of newer ComfyUIs",
-        "It compiles without regard to patches, so the steps in which GAG acts are compiled by themselves, or run "
-        "uncompiled where there is no way to do so; the log says which.",
+        "It compiles without regard to patches. So the steps in which GAG acts are compiled separately, or run "
+        "uncompiled where that is not possible; the log says which.",
     ),
     Companion(
         "ModelMergeSimple",
-        "The merged model is guided if GAG stands behind the merge or on its first model; ComfyUI drops every patch of "
-        "the second one, and with it a GAG node there.",
-        lambda model: extra(
+        "The merged model is guided if GAG comes after the merge or is on its first model. ComfyUI drops every patch "
+        "of the second model, and with it a GAG node there.",
+        lambda model: run_host_node(
             "nodes_model_merging", "ModelMergeSimple", model1=model, model2=host.build_model("sd15", seed=1), ratio=0.5
         ),
     ),
-    Companion("LoRA", "The LoRA's weights are read with guidance.", with_lora),
+    Companion("LoRA", "The attention with the LoRA's weights is guided.", with_lora),
     Companion(
         "hook LoRA with a schedule",
-        "The prompt that has it and the one that has not run apart, both guided, each with its weights of the moment.",
+        "The prompts with and without the LoRA run separately, both guided, each with its weights at that step.",
         run=hooked_lora,
         patched=unchanged,
         orders=EITHER,
     ),
     Companion(
         "ControlNet",
-        "The model is guided, the ControlNet itself is not.",
+        "The model is guided; the ControlNet itself is not.",
         run=controlled,
         patched=unchanged,
         orders=EITHER,
@@ -469,67 +475,69 @@ COMPANIONS = (
     Companion(
         "DifferentialDiffusion",
         "It works on the latent between steps; all steps are guided.",
-        by_node("nodes_differential_diffusion", "DifferentialDiffusion", strength=1.0),
+        host_patch("nodes_differential_diffusion", "DifferentialDiffusion", strength=1.0),
         run=masked_latent,
     ),
     Companion(
         "regions: ConditioningSetArea, ConditioningSetMask",
-        "Areas of different sizes in one step, and prompts of different lengths: each is guided by its own words.",
+        "Areas may differ in size and prompts in length within one step; each area is guided by its own prompt.",
         run=regions,
         patched=unchanged,
         orders=EITHER,
     ),
     Companion(
         "ConditioningSetTimestepRange",
-        "Each prompt is guided in its time.",
+        "Each prompt is guided in its part of the run.",
         run=scheduled,
         patched=unchanged,
         orders=EITHER,
     ),
     Companion(
         "batches split by memory",
-        "The same picture as in one batch, up to rounding.",
+        "The picture is the same as in one batch, up to rounding.",
         orders=EITHER,
     ),
     Companion(
         "attention override (sage, flash) set on the model",
-        "It computes the host's part of every attention; guidance is added to what it gives. Tried with a stand-in.",
+        "It computes the host's part of every attention; guidance is added to its output. Tested with a stand-in.",
     ),
     Companion(
         "attention override set when a run is prepared",
-        "The same. Tried with a stand-in.",
+        "It computes the host's part of every attention; guidance is added to its output. Tested with a stand-in.",
     ),
     Companion(
         "attention override set at each model call",
-        "Whoever wraps later is inside; every attention passes through both. Tried with a stand-in.",
+        "The later node's override is around the earlier one's; every attention passes through both. Tested with a "
+        "stand-in.",
     ),
     Companion(
         "image adapter in attn2 (IPAdapter)",
-        "Its image attention comes out whole, and the reading of the text is guided once. Tried with a stand-in.",
+        "Its image attention is kept in full, and the text attention is guided once. Tested with a stand-in.",
     ),
     Companion(
         "image adapter, a second image added",
-        "The same, whether GAG stands before, between or behind the two. Tried with a stand-in.",
+        "Both images are kept in full, and the text attention is guided once, whether GAG comes before, between or "
+        "after the two. Tested with a stand-in.",
         orders=(FIRST, "GAG between", LAST),
     ),
     Companion(
         "PLADIS of another pack (attn2 replacement)",
-        "What it makes of the attention stays, and what guidance changes is added: both act. Tried with a stand-in.",
+        "Its change of the attention is kept and guidance is added, so both act. Tested with a stand-in.",
     ),
     Companion(
         "attn2 patch that brings its own text",
-        "The text that arrives is what is guided, whatever its length and rows. Tried with stand-ins.",
+        "The text that reaches the attention is guided, for any length and any number of rows. Tested with stand-ins.",
         orders=EITHER,
     ),
     Companion(
         "GGUF-style linears",
-        "Guidance does not touch weights; it acts on what the attention gets. Tried with a stand-in.",
+        "Guidance does not touch weights; it works on the inputs of the attention. Tested with a stand-in.",
         with_wrapped_linears,
         orders=EITHER,
     ),
     Companion(
         "GAG twice",
-        "Each acts in its range; where they overlap the later node does, and the log and the earlier node say so.",
+        "Each node acts in its range. Where ranges overlap the later node acts; the log and the earlier node say so.",
         orders=("two ranges",),
     ),
 )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The real ComfyUI inside the test process: its model classes, ModelPatcher and sampler, and the pack loaded by it.
 
-Importing this module puts the host on ``sys.path`` and sets it to the CPU; the repository's root never goes there,
-because its folder ``nodes`` would hide the host's module of that name.
+Importing this module puts the host at the front of ``sys.path``, where its module ``nodes`` comes before the
+repository's folder of that name, and sets it to the CPU.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _HOST = find_host()
 if str(_HOST) not in sys.path:
     sys.path.insert(0, str(_HOST))
 
-import comfy.options  # noqa: E402  (args_parsing stays off, so pytest's own arguments are left alone)
+import comfy.options  # noqa: E402  (args_parsing stays off, so the host does not parse pytest's arguments)
 from comfy.cli_args import args  # noqa: E402
 
-args.cpu = True  # before comfy.model_management is imported, which looks for devices then
+args.cpu = True  # before comfy.model_management is imported, because it looks for devices at import
 
 import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
@@ -36,13 +36,13 @@ import nodes as host_nodes  # noqa: E402
 
 
 def version_of(text: str) -> tuple[int, ...]:
-    """A release's number, to be compared."""
+    """Return a release's number as a tuple, for comparisons."""
     return tuple(int(part) for part in text.split("."))
 
 
 VERSION: str = importlib.import_module("comfyui_version").__version__
 
-# The models are so small that threads cost more than they bring, by far so on a busy machine.
+# The models are so small that threads cost more time than they save, by far on a busy machine.
 torch.set_num_threads(1)
 
 assert asyncio.run(host_nodes.load_custom_node(str(ROOT))), "the host could not load the pack"
@@ -51,32 +51,32 @@ NODES: dict[str, Any] = host_nodes.NODE_CLASS_MAPPINGS
 
 
 def pack_module(name: str) -> Any:
-    """A module of the pack as the host loaded it, such as ``nodes.patch``."""
+    """Return a module of the pack as the host loaded it, such as ``nodes.patching.patch``."""
     return sys.modules[f"{PACK.__name__}.{name}"]
 
 
 def run_node(node_id: str, **inputs: Any) -> tuple[Any, ...]:
-    """Execute one of the pack's nodes as the host does, acting in every step unless told otherwise; its outputs.
+    """Execute one of the pack's nodes as the host does, and return its outputs.
 
-    Inputs that are not named are else at the defaults of its schema.
+    Inputs that are not given have the defaults of the node's schema, except that guidance acts from the first step on.
     """
     node = NODES[node_id]
     schema = node.GET_SCHEMA()
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
-    whole = {"start_percent": 0.0} if "start_percent" in defaults else {}
-    output: tuple[Any, ...] = node.execute(**{**defaults, **whole, **inputs}).result
+    from_first_step = {"start_percent": 0.0} if "start_percent" in defaults else {}
+    output: tuple[Any, ...] = node.execute(**{**defaults, **from_first_step, **inputs}).result
     return output
 
 
 def run_advanced(**inputs: Any) -> tuple[Any, ...]:
-    """Execute GAG (advanced) at the defaults of ``GuidanceConfig``, which are the paper's; its outputs."""
+    """Execute GAG (advanced) at the defaults of ``GuidanceConfig``, which are the paper's, and return its outputs."""
     fields = {i.id for i in NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs}
-    published = vars(pack_module("gag_core").GuidanceConfig())
-    return run_node("GAGuidanceAdvanced", **{**{k: v for k, v in published.items() if k in fields}, **inputs})
+    paper = vars(pack_module("gag_core").GuidanceConfig())
+    return run_node("GAGuidanceAdvanced", **{**{k: v for k, v in paper.items() if k in fields}, **inputs})
 
 
-def known(target: str, **settings: Any) -> dict[str, Any]:
-    """Those of a configuration's settings that a class of the host knows; later hosts have more of them."""
+def accepted_settings(target: str, **settings: Any) -> dict[str, Any]:
+    """Return those settings of a configuration that a class of the host accepts; later hosts accept more."""
     module, _, name = target.rpartition(".")
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     return {key: value for key, value in settings.items() if key in parameters}
@@ -110,9 +110,9 @@ _FLUX = {
     "depth": 2,
     "depth_single_blocks": 3,
     "guidance_embed": True,
-    **known("comfy.ldm.flux.model.FluxParams", txt_ids_dims=[]),
+    **accepted_settings("comfy.ldm.flux.model.FluxParams", txt_ids_dims=[]),
 }
-# The smallest configurations of the host's own classes that have every kind of block.
+# The smallest configurations of the host's own classes that have all types of blocks.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": (
         "SD15",
@@ -151,7 +151,7 @@ _WIDTH = 64
 
 
 def build_model(name: str, seed: int = 0) -> Any:
-    """A ModelPatcher of a tiny model of the host's own class with seeded random weights, fp32, on the CPU."""
+    """Return a ModelPatcher of a tiny model of the host's own class with seeded random weights, fp32, on the CPU."""
     return build(*CONFIGS[name], seed)
 
 
@@ -160,12 +160,12 @@ def build(
     config: dict[str, Any],
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    computed_in: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Any:
-    """The same of any of the host's supported models, with any configuration and weights of any dtype."""
+    """Return a ModelPatcher of any model that the host supports, with any configuration and weights of any dtype."""
     configured = getattr(supported, class_name)(dict(config))
-    configured.unet_config.update(config)  # over the sizes that some of them fix
-    configured.set_inference_dtype(dtype, computed_in)
+    configured.unet_config.update(config)  # replaces the sizes that some classes fix
+    configured.set_inference_dtype(dtype, compute_dtype)
     model = configured.get_model({}, "")
     fill(model.diffusion_model, seed)
     model.eval()
@@ -177,11 +177,11 @@ def build(
 
 
 def fill(module: torch.nn.Module, seed: int) -> None:
-    """Seeded random weights for every parameter: the host's layers skip their own initialisation."""
+    """Fill every parameter with seeded random weights, because the host's layers skip their own initialisation."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for buffer_name, buffer in module.named_buffers():
-            if buffer_name == "pos_embed":  # a buffer of SD3 that comes with its weights
+            if buffer_name == "pos_embed":  # SD3 loads this buffer with its weights
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.02)
         for parameter_name, parameter in sorted(module.named_parameters()):
             if parameter.numel() == 0:
@@ -198,7 +198,7 @@ def fill(module: torch.nn.Module, seed: int) -> None:
 
 
 def conditioning(name: str, seed: int, tokens: int = 77, **extra: Any) -> list[Any]:
-    """A random prompt of a number of tokens, as a CLIPTextEncode node would give it."""
+    """Return a random prompt of ``tokens`` tokens, in the format of a CLIPTextEncode node."""
     generator = torch.Generator().manual_seed(seed)
     values: dict[str, Any] = dict(extra)
     if name in _POOLED:
@@ -224,7 +224,7 @@ def sample(
     callback: Any = None,
     sigmas: Tensor | None = None,
 ) -> Tensor:
-    """One run of the host's own sampler, of so many steps or by noise levels; the finished latent."""
+    """Run the host's own sampler once, over ``steps`` steps or over ``sigmas``, and return the finished latent."""
     channels, height, width = LATENTS[name]
     if latent is None:
         latent = torch.zeros(batch, channels, *(size or (height, width)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tiny transformers of families that the host has only since releases after 0.3.75."""
+"""Tiny transformers of families that came with releases of the host after 0.3.75."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ LATER = {
         2,
         since="0.12.3",
         patch=1,
-        width=2 * WIDTH,  # once for the picture and once for the sound
+        width=2 * WIDTH,  # for the picture and for the sound
         text_first=None,
         text_modules=r"\.attn2",
         wrapped=False,

@@ -23,7 +23,7 @@ def measures(
     scale: float | None = None,
     mass: Tensor | None = None,
 ) -> dict[str, list[float]]:
-    """By name, the measure of each batch row. ``mass`` is that of each query ``[B, H, N, 1]``, None for all of it."""
+    """Compute each measure, by name, for each batch row. ``mass`` is that of each query ``[B, H, N, 1]``; None is 1."""
     rows = [_measures_of_row(parts, config) for parts in _rows(q, k, v, config, mask, scale, mass)]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -48,7 +48,7 @@ def _measures_of_row(parts: tuple[Tensor, ...], config: Any) -> dict[str, float]
     heads, queries, _ = z.shape
     readable = [[bool((z[h, n] > -math.inf).any()) for n in range(queries)] for h in range(heads)]
     dense, sparse = p @ v, s @ v
-    # Vectors whose norms are taken: of each head, or of all heads of a token together.
+    # Norms are taken of the vectors of each head, or of all heads of a token together.
     if config.merge_heads:
         groups = [[(dense[:, n].flatten(), sparse[:, n].flatten(), guided[:, n].flatten()) for n in range(queries)]]
         counted = [[sum(readable[h][n] for h in range(heads)) for n in range(queries)]]
@@ -70,10 +70,10 @@ def _measures_of_row(parts: tuple[Tensor, ...], config: Any) -> dict[str, float]
                 cc + float((out - d) @ (out - d)),
             )
             g = r_par + config.orthogonal_scale * (r - r_par)
-            cap = config.norm_threshold * (float(t.norm()) if config.norm_mode == "relative" else 1.0)
-            # Once for each head that may read something.
+            shortened = bool(reference.cap(g.norm(), reference.cap_limit(t.norm(), config)) < g.norm())
+            # Counted once for each head that may read a key.
             negative += known * [float(r @ t) < -1e-6 * float(t.norm() * d.norm())]
-            capped += known * [config.rule == "gag" and float(g.norm()) > cap]
+            capped += known * [config.rule == "gag" and shortened]
         discrepancy.append(math.sqrt(rr / dd) if dd > 0 else 0.0)
         parallel.append(pp / rr if rr > 0 else 0.0)
         gain.append(math.sqrt(cc / dd) if dd > 0 else 0.0)
@@ -102,7 +102,7 @@ def _entropy(weights: Tensor) -> float:
 
 
 def _contraction(q: Tensor, k: Tensor, p: Tensor, additive: Tensor) -> float:
-    """How far a second retrieval goes from the first, to how far the first went from the query's state."""
+    """Compute the distance of a second retrieval from the first, relative to that of the first from the state."""
     patterns = k - k.mean(0)
     radius = math.sqrt(float(p @ (patterns**2).sum(1)))
     length = float(q.norm())
@@ -117,6 +117,6 @@ def _contraction(q: Tensor, k: Tensor, p: Tensor, additive: Tensor) -> float:
 
 
 def word_shares(q: Tensor, k: Tensor, words: list[tuple[int, ...]], mask: Tensor | None = None) -> Tensor:
-    """The share of each word's tokens in what each query reads, ``[B, W, N]``, mean over heads."""
+    """Compute the share of attention on each word's tokens for each query, ``[B, W, N]``, mean over heads."""
     p = reference.softmax(reference.attention_logits(q, k, mask)).mean(1)
     return torch.stack([sum((p[:, :, token] for token in word), torch.zeros_like(p[:, :, 0])) for word in words], dim=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What runs in a worker process: the host comes up there with the pack, as in any process that samples."""
+"""Functions that run in a worker process. Importing this module starts the host there, which loads the pack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Sampled = tuple[npt.NDArray[Any], list[str]]
 
 
 class _Messages(logging.Handler):
-    """Keeps what the pack logs."""
+    """Keeps the messages that the pack logs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class _Messages(logging.Handler):
 
 
 def sampled(model: Any, name: str) -> Sampled:
-    """The finished latent of one run and what the pack said of it."""
+    """Sample once and return the finished latent and the messages that the pack logged."""
     log, messages = logging.getLogger("comfyui-gag"), _Messages()
     level = log.level
     log.setLevel(logging.INFO)
@@ -40,14 +40,14 @@ def sampled(model: Any, name: str) -> Sampled:
 
 
 def sampled_with_patch(patch: bytes, name: str) -> Sampled:
-    """The same with a model that was built here, and with another process's pickled wrappers and options on it."""
+    """Sample with a model that is built here and gets another process's pickled wrappers and options."""
     model = host.build_model(name)
     model.wrappers, model.model_options = pickle.loads(patch)
     return sampled(model, name)
 
 
 class Worker:
-    """What a Ray pack keeps running: the process with the host in it, which is then sent models."""
+    """Ray actor as Ray-based packs have it: a process with the host in it that models are sent to."""
 
     def sampled(self, model: Any, name: str) -> Sampled:
         return sampled(model, name)

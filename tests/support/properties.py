@@ -19,9 +19,9 @@ PROPERTY = settings(
 )
 
 
-def examples(number: int) -> settings:
-    """The same settings with another number of examples."""
-    return settings(PROPERTY, max_examples=number)
+def examples(count: int) -> settings:
+    """Return the same settings with another number of examples."""
+    return settings(PROPERTY, max_examples=count)
 
 
 SEEDS = st.integers(0, 10_000)
@@ -54,16 +54,16 @@ def _denormal(x: Tensor, _: float) -> Tensor:
 
 
 def _any_size(x: Tensor, end: float) -> Tensor:
-    """Every number of another size, over all of the range."""
-    reach = math.log10(end)
-    return (x.sign() * 10.0 ** (x.double() * reach / 2).clamp(-reach, reach)).to(x.dtype).clamp(-end, end)
+    """Spread the sizes of the numbers over the whole range of the dtype."""
+    digits = math.log10(end)
+    return (x.sign() * 10.0 ** (x.double() * digits / 2).clamp(-digits, digits)).to(x.dtype).clamp(-end, end)
 
 
 def _one_hot(x: Tensor, _: float) -> Tensor:
     return (x == x.amax(-1, keepdim=True)).to(x.dtype) * 100
 
 
-# From normal numbers, and the end of the range, to the numbers of a tensor.
+# Functions from normal numbers and the end of the range to the numbers of a tensor.
 VALUES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "normal": _normal,
     "large": lambda x, end: (x * 1e4).clamp(-min(end, 6e4), min(end, 6e4)),
@@ -78,17 +78,17 @@ TAME = ("normal", "zeros", "ties")
 
 
 def end_of(dtype: torch.dtype) -> float:
-    """The largest number of a dtype."""
+    """Return the largest number of a dtype."""
     return float(torch.finfo(dtype).max)
 
 
 def end_of_factors(dtype: torch.dtype) -> float:
-    """The largest query and key whose logits, of up to 16 products and twice that, torch's own attention can tell."""
+    """Return the largest query and key whose logits, sums of up to 32 products, torch's own attention can compute."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return min(end_of(dtype), end_of(wide) ** 0.5 / 16)
 
 
-# An axis that a broadcast repeats is one number seen many times: writing to it would show everywhere.
+# Along an expanded axis all numbers share one place in memory: a write to one would show in all.
 FUZZ_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     **cases.LAYOUTS,
     "expanded-batch": lambda x: x[:1].expand_as(x),
@@ -102,7 +102,7 @@ def _all_masked(s: cases.Shape) -> Tensor:
 
 
 def _additive_largest(s: cases.Shape) -> Tensor:
-    """Half of either end of fp32's range, in the place of True and False: with the logits added they still fit."""
+    """Make a mask with half of either end of the range of fp32 for True and False, so that logits still fit."""
     end = end_of(torch.float32) / 2
     return torch.where(cases.bool_full(s), end, -end)
 
@@ -114,13 +114,13 @@ FUZZ_MASKS: dict[str, Callable[[cases.Shape], Tensor]] = {
     "additive-one-number": lambda s: torch.tensor(3.0),
     "additive-largest": _additive_largest,
 }
-# Beside the ends of the range a half-precision attention forgets its logits sooner than the reference does.
+# Added to numbers at the ends of the range, logits in half precision are lost sooner than those of the reference.
 TAME_MASKS = tuple(mask for mask in FUZZ_MASKS if mask != "additive-largest")
 
 
 @dataclass(frozen=True)
 class Call:
-    """The tensors of one attention call, and what they are made of."""
+    """Tensors and settings of one attention call, and its shape."""
 
     shape: cases.Shape
     q: Tensor
@@ -132,7 +132,7 @@ class Call:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that the call is given."""
+        """Return all tensors of the call."""
         return [t for t in (self.q, self.k, self.v, self.base, self.mask) if t is not None]
 
 
@@ -146,10 +146,11 @@ def calls(
     queries: int = 0,
     masks: tuple[str, ...] = tuple(FUZZ_MASKS),
 ) -> Call:
-    """Any attention call of finite numbers; ``joint`` has as many queries as keys, ``queries`` is the least of them.
+    """Draw an attention call of finite numbers.
 
-    Queries and keys go as far as their logits can be told in the work dtype, all else to the end of its dtype. One
-    exception: torch's own attention, which gives the joint output, adds values up before it divides.
+    With ``joint`` there are as many queries as keys. ``queries`` is the least number of queries. All numbers go to the
+    ends of their dtype. One exception are joint calls: torch's own attention, which gives the joint output, overflows
+    with large logits, and adds values up before it divides.
     """
     tokens = draw(st.integers(2 if joint else 1, 12))
     shape = cases.Shape(
@@ -163,13 +164,13 @@ def calls(
     dtype = draw(dtypes)
     seed = draw(SEEDS)
 
-    def tensor(number: int, tokens: int, dim: int, end: float) -> Tensor:
-        normal = cases.random(shape.batch, shape.heads, tokens, dim, seed=seed + number, std=1.5, dtype=dtype)
+    def tensor(index: int, tokens: int, dim: int, end: float) -> Tensor:
+        normal = cases.random(shape.batch, shape.heads, tokens, dim, seed=seed + index, std=1.5, dtype=dtype)
         made = VALUES[draw(st.sampled_from(values))](normal, end)
         return FUZZ_LAYOUTS[draw(st.sampled_from(list(FUZZ_LAYOUTS)))](made) if tokens else made
 
     mask = draw(st.none() | st.sampled_from(masks))
-    # Of a joint attention torch computes the whole, and overflows where numbers are too large for it.
+    # torch itself computes the joint attention, and overflows where numbers are too large for it.
     end = end_of(dtype)
     factors = end_of_factors(dtype) if joint else end
     return Call(

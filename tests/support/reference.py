@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Plain fp64 twins of ``gag_core``: the formulas as the paper has them, nothing fused, chunked or in place.
+"""Plain fp64 twins of ``gag_core``: the formulas of the paper, nothing fused, chunked or in place.
 
 The paper is arXiv 2603.02531 v2, *Geometry-Aware Attention Guidance for Diffusion Models via Modern Hopfield
-Dynamics*; ``S`` and ``D`` are the sparse and the dense retrieval, and the extrapolation is its eq. 12-13. The
+Dynamics*. ``S`` and ``D`` are the sparse and the dense read-out, and the extrapolation is its eq. 12-13. The
 predecessor rule, PLADIS, is arXiv 2503.07677.
 
-Everything takes tensors of any dtype and returns fp64. This file shares no code with ``gag_core``, on purpose:
-the tests compare the two, and a mistake in common would go unseen.
+All functions take tensors of any dtype and return fp64. This file shares no code with ``gag_core``, on purpose: the
+tests compare the two, and an error in shared code would not be found.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Config(Protocol):
     def anderson_regularization(self) -> float: ...
 
 
-# --- entmax: three ways to the same weights -------------------------------------------------------------------
+# --- entmax: three algorithms for the same weights -------------------------------------------------------------------
 #
 # entmax_alpha(z) = argmax over the simplex of <p, z> + Tsallis entropy of order alpha. Its solution is
 # p_i = relu(x_i - tau) ** (1 / (alpha - 1)) with x = (alpha - 1) z and tau such that p sums to 1.
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Softmax over the last axis; a row of only ``-inf`` gives zeros. ``[..., n] -> [..., n]``."""
+    """Compute softmax over the last axis, ``[..., n] -> [..., n]``; a row of only ``-inf`` gives zeros."""
     z = logits.double()
     top = z.amax(-1, keepdim=True)
     powers = torch.exp(z - torch.where(top == -math.inf, 0.0, top))
@@ -59,9 +59,9 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 def entmax_by_sort(logits: Tensor, alpha: float) -> Tensor:
-    """entmax for alpha = 1.5 and 2 over the last axis from sorted rows. ``[..., n] -> [..., n]``.
+    """Compute entmax for alpha = 1.5 and 2 over the last axis from sorted rows, ``[..., n] -> [..., n]``.
 
-    If the k largest entries are the support, tau solves an equation in their sums alone:
+    If the k largest entries are the support, tau solves an equation in the sums of these entries:
 
     - alpha = 2:    sum (x_i - tau) = 1,    so tau = (sum x - 1) / k;
     - alpha = 1.5:  sum (x_i - tau)^2 = 1,  so tau = mean - sqrt((1 - k variance) / k), the smaller root because
@@ -78,7 +78,7 @@ def entmax_by_sort(logits: Tensor, alpha: float) -> Tensor:
     elif alpha == 1.5:
         mean = total / k
         k_variance = (ordered**2).cumsum(-1) - k * mean**2
-        # A k with 1 < k variance has no root: it is not a support. NaN compares false below.
+        # A k with 1 < k variance has no root, so it is not a support. NaN compares false below.
         tau = mean - torch.sqrt((1.0 - k_variance) / k)
     else:
         raise ValueError(f"the sorted form exists for alpha 1.5 and 2, not for {alpha}")
@@ -88,7 +88,7 @@ def entmax_by_sort(logits: Tensor, alpha: float) -> Tensor:
 
 
 def entmax_by_bisection(logits: Tensor, alpha: float) -> Tensor:
-    """entmax for any alpha in (1, 2] over the last axis: halve the bracket of tau. ``[..., n] -> [..., n]``.
+    """Compute entmax for alpha in (1, 2] over the last axis by bisection of tau, ``[..., n] -> [..., n]``.
 
     With max x = 0 the bracket is [-1, -n^(1 - alpha)]: at the left end the largest entry alone has weight 1, at
     the right end even n equal entries reach 1 together.
@@ -106,7 +106,7 @@ def entmax_by_bisection(logits: Tensor, alpha: float) -> Tensor:
 
 
 def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
-    """The reference entmax along ``dim``: the sorted form where there is one."""
+    """Compute entmax along ``dim``, by the sorted form where there is one."""
     rows = logits.movedim(dim, -1)
     if alpha == 1.0:
         weights = softmax(rows)
@@ -118,9 +118,9 @@ def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
 
 
 def _shifted(logits: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """``(alpha - 1) (z - max z)`` clamped at -2, and which rows allow nothing at all.
+    """Compute ``(alpha - 1) (z - max z)``, clamped at -2, and True for each row in which no key may be read.
 
-    tau is never below -1, so an entry of -2 has weight 0 like everything below it: the clamp changes no weight and
+    tau is never below -1, so an entry of -2 has weight 0, as all smaller entries have. The clamp changes no weight and
     turns ``-inf`` into a number that can be summed.
     """
     z = logits.double()
@@ -133,7 +133,7 @@ def _shifted(logits: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def attention_logits(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """``scale * q k^T``, masked. ``[B, H, Nq, D], [B, H, Nk, D] -> [B, H, Nq, Nk]``."""
+    """Compute ``scale * q k^T``, masked: ``[B, H, Nq, D], [B, H, Nk, D] -> [B, H, Nq, Nk]``."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     z = scale * torch.matmul(q.double(), k.double().transpose(-1, -2))
     if mask is None:
@@ -146,15 +146,15 @@ def attention_logits(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: fl
 def sparse_dense_attention(
     q: Tensor, k: Tensor, v: Tensor, *, alpha: float = 1.5, mask: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """S = entmax_alpha(z) V and D = softmax(z) V, each ``[B, H, Nq, D]``; a fully masked row is 0 in both."""
+    """Compute S = entmax_alpha(z) V and D = softmax(z) V, each ``[B, H, Nq, D]``; a fully masked row is 0 in both."""
     z = attention_logits(q, k, mask, scale)
     return torch.matmul(entmax(z, alpha), v.double()), torch.matmul(softmax(z), v.double())
 
 
 def extrapolate(sparse: Tensor, dense: Tensor, config: Config, signal: Tensor | None = None) -> Tensor:
-    """The guided output before the blend, ``[B, H, N, D]`` (v2, eq. 12-13; PLADIS: D + scale (S - D)).
+    """Compute the guided read-out before the blend, ``[B, H, N, D]`` (v2, eq. 12-13; PLADIS: D + scale (S - D)).
 
-    ``signal`` is what rule "anderson" has in the place of S - D.
+    ``signal`` takes the place of S - D for rule "anderson".
     """
     sparse, dense = sparse.double(), dense.double()
     if config.rule == "pladis":
@@ -165,35 +165,43 @@ def extrapolate(sparse: Tensor, dense: Tensor, config: Config, signal: Tensor | 
     return _gag(sparse, r, config)
 
 
+def cap(length: Tensor, limit: Tensor) -> Tensor:
+    """Compute the length of the guidance vector after the cap, as ``gag_core.geometry.cap`` does."""
+    return torch.minimum(length, limit)
+
+
+def cap_limit(sparse_norm: Tensor, config: Config) -> Tensor:
+    """Compute the largest length that the cap allows, from ||S||."""
+    return config.norm_threshold * (sparse_norm if config.norm_mode == "relative" else torch.ones_like(sparse_norm))
+
+
 def _gag(sparse: Tensor, r: Tensor, config: Config) -> Tensor:
-    """S + lambda g on the last axis, whatever that axis gathers."""
+    """Compute S + lambda g on the last axis."""
     square = (sparse * sparse).sum(-1, keepdim=True)
-    # A zero S has no direction, so that nothing of r lies along it.
+    # A zero S has no direction, so no part of r lies along it.
     along = torch.where(square > 0, (r * sparse).sum(-1, keepdim=True) / square, 0.0)
     r_par = along * sparse
     r_perp = r - r_par
     g = r_par + config.orthogonal_scale * r_perp
     if not math.isinf(config.norm_threshold):
-        cap = torch.as_tensor(config.norm_threshold, dtype=torch.float64)
-        if config.norm_mode == "relative":
-            cap = cap * sparse.norm(dim=-1, keepdim=True)
         length = g.norm(dim=-1, keepdim=True)
-        g = torch.where(length > cap, g * (cap / length), g)
+        capped = cap(length, cap_limit(sparse.norm(dim=-1, keepdim=True), config))
+        g = torch.where(length > 0, g * (capped / length), g)
     return sparse + config.guidance_scale * g
 
 
 def _merge(heads: Tensor) -> Tensor:
-    """``[B, H, N, D] -> [B, N, H * D]``: all heads of a token in one vector."""
+    """Concatenate the heads of each token: ``[B, H, N, D] -> [B, N, H * D]``."""
     return heads.transpose(1, 2).flatten(2)
 
 
 def _split(tokens: Tensor, like: Tensor) -> Tensor:
-    """The way back: ``[B, N, H * D] -> [B, H, N, D]``."""
+    """Split tokens into heads again: ``[B, N, H * D] -> [B, H, N, D]``."""
     return tokens.unflatten(2, (like.shape[1], like.shape[3])).transpose(1, 2)
 
 
 def combine(sparse: Tensor, dense: Tensor, config: Config) -> Tensor:
-    """``D + strength (guided - D)``, ``[B, H, N, D]``."""
+    """Compute ``D + strength (guided - D)``, ``[B, H, N, D]``."""
     dense = dense.double()
     return dense + config.strength * (extrapolate(sparse, dense, config) - dense)
 
@@ -208,7 +216,7 @@ def guided_attention(
     scale: float | None = None,
     base: Tensor | None = None,
 ) -> Tensor:
-    """Guided cross-attention ``[B, H, Nq, D]``; ``base`` is the host's own output in the place of D."""
+    """Compute guided cross-attention ``[B, H, Nq, D]``; ``base`` is the host's own output in the place of D."""
     sparse, dense = sparse_dense_attention(q, k, v, alpha=config.alpha, mask=mask, scale=scale)
     signal = anderson_signal(q, k, v, config, mask=mask, scale=scale) if config.rule == "anderson" else None
     start = dense if base is None else base.double()
@@ -216,7 +224,7 @@ def guided_attention(
 
 
 def text_mass(q: Tensor, k: Tensor, text: slice, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """m: the part of the joint softmax that falls on text keys, ``[B, H, N, 1]``."""
+    """Compute m, the share of the joint softmax that falls on text keys, ``[B, H, N, 1]``."""
     return softmax(attention_logits(q, k, mask, scale))[..., text].sum(-1, keepdim=True)
 
 
@@ -231,9 +239,9 @@ def guided_joint_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Guided joint attention ``[B, H, N, D]``: O_joint + strength m (GAG(S_T, D_T) - D_T) on image queries.
+    """Compute guided joint attention ``[B, H, N, D]``: O_joint + strength m (GAG(S_T, D_T) - D_T) on image queries.
 
-    S_T and D_T read the text keys alone; text queries keep O_joint.
+    S_T and D_T are read-outs over the text keys alone. Text queries keep O_joint.
     """
     z = attention_logits(q, k, mask, scale)
     joint = torch.matmul(softmax(z), v.double()) if base is None else base.double()
@@ -253,14 +261,14 @@ def guided_joint_attention(
 
 # --- rule "anderson" ------------------------------------------------------------------------------------------------
 #
-# One query at a time. Key space has its origin at d, the dense retrieval's image; a state is a point on the sphere
-# around it whose radius is the keys' distance from d (root mean square, weighted by the softmax).
+# One query at a time. Key space has its origin at d, the image of the dense retrieval. A state is a point on the sphere
+# around d whose radius is the distance of the keys from d (root mean square, weighted by the softmax).
 
 
 def anderson_signal(
     q: Tensor, k: Tensor, v: Tensor, config: Config, *, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """``(out - S) / guidance_scale`` before the geometry, ``[B, H, Nq, D]``; 0 where nothing is solved for."""
+    """Compute ``(out - S) / guidance_scale`` before the geometry, ``[B, H, Nq, D]``; 0 at alpha 1."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = attention_logits(torch.zeros_like(q), k, mask, 1.0)
     signal = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
@@ -278,8 +286,13 @@ def anderson_signal(
 
 
 class AndersonProblem(NamedTuple):
-    """Of one query: the sparse retrieval's residual ``[D]``, its differences to the others' ``[m, D]``, and the
-    differences of the read-outs ``[m, Dv]``."""
+    """Least squares problem of one query.
+
+    Attributes:
+        residual: residual of the sparse retrieval, ``[D]``.
+        differences: that residual minus each other residual, ``[m, D]``.
+        read_outs: the sparse read-out minus each other read-out, ``[m, Dv]``.
+    """
 
     residual: Tensor
     differences: Tensor
@@ -287,7 +300,7 @@ class AndersonProblem(NamedTuple):
 
 
 def anderson_problem(query: Tensor, k: Tensor, v: Tensor, bias: Tensor, config: Config) -> AndersonProblem:
-    """What there is to solve for one scaled query ``[D]`` and its keys, values and mask ``[Nk]``; all fp64."""
+    """Set up the problem of one scaled query ``[D]`` with its keys, values and additive mask ``[Nk]``; all fp64."""
     z = k @ query + bias
     p, s = softmax(z), entmax(z, config.alpha)
     origin = p @ k
@@ -306,16 +319,16 @@ def anderson_problem(query: Tensor, k: Tensor, v: Tensor, bias: Tensor, config: 
 
 
 def tikhonov(residual: Tensor, differences: Tensor, regularization: float) -> Tensor:
-    """gamma ``[m]`` that minimises |f - gamma differences|^2 + regularization sum gamma_j^2 |difference_j|^2.
+    """Find gamma ``[m]`` with the least |f - gamma differences|^2 + regularization sum gamma_j^2 |difference_j|^2.
 
-    As plain least squares with one more row per coefficient.
+    This is plain least squares with one more row per coefficient.
     """
     lengths = differences.norm(dim=-1)
     rows = torch.cat([differences.T, math.sqrt(regularization) * torch.diag(lengths)])
     wanted = torch.cat([residual, torch.zeros_like(lengths)])
     if not rows.any():
         return torch.zeros_like(lengths)
-    # Columns of one length, so that "nearly parallel" does not depend on their lengths.
+    # All columns get the same length, so that the solver's threshold for nearly parallel columns does not depend on it.
     sizes = torch.where(lengths > 0, lengths, 1.0)
     return torch.linalg.lstsq(rows / sizes, wanted[:, None], driver="gelsd").solution[:, 0] / sizes
 

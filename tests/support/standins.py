@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Files that ComfyUI's loaders take for the models that the workflows name: of the right kind, tiny, of random weights.
+"""Stand-ins for the model files that the workflows name: tiny models of the right class with random weights.
 
-ComfyUI tells a model's class by the names and shapes in its file. Image models and VAEs are the smallest that it takes
-for one of the right class. Text encoders have one size only: the CLIPs are written with holes in the file, where all
+ComfyUI recognises a model's class by the names and shapes in its file. Image models and VAEs are the smallest that it
+recognises as the right class. Text encoders have only one size: the CLIPs are written with holes in the file, where all
 weights are zero, and the T5 and language models are too large for that.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import host_process as host  # brings up ComfyUI, which the rest is imported from
+import host_process as host  # starts ComfyUI, which the imports below need
 
 # isort: split
 import comfy.cldm.cldm
@@ -26,7 +26,7 @@ import comfy.taesd.taesd
 import torch
 from torch import Tensor
 
-# A tensor, or the shape of one that is all zero.
+# Tensors by name. A shape stands for a tensor of zeros.
 Weights = dict[str, "Tensor | torch.Size"]
 
 _UNET = {
@@ -50,7 +50,7 @@ _SD15 = {
     "use_linear_in_transformer": False,
     "context_dim": 768,
 }
-# ComfyUI knows SDXL by the depths of its transformers; these are the fewest that it takes for one of the kind (KOALA).
+# ComfyUI recognises SDXL by the depths of its transformers; these are the smallest that it recognises (KOALA).
 _SDXL = {
     **_UNET,
     "num_classes": "sequential",
@@ -84,7 +84,7 @@ _WAN = {
 
 
 def sd15() -> Weights:
-    """A checkpoint of SD1.5."""
+    """Return a checkpoint of SD1.5."""
     clip = {name.removeprefix("clip_l."): w for name, w in _clip(comfy.sd1_clip.SD1ClipModel).items()}
     return {
         **_named("model.diffusion_model.", _unet("SD15", _SD15)),
@@ -94,7 +94,7 @@ def sd15() -> Weights:
 
 
 def sdxl() -> Weights:
-    """A checkpoint of SDXL's kind."""
+    """Return a checkpoint that ComfyUI recognises as SDXL."""
     return {
         **_named("model.diffusion_model.", _unet("SDXL", _SDXL)),
         **_named("first_stage_model.", _tiny_autoencoder(4)),
@@ -106,14 +106,14 @@ def sdxl() -> Weights:
 
 
 def sdxl_lora() -> Weights:
-    """A LoRA that fits ``sdxl``."""
+    """Return a LoRA that fits ``sdxl``."""
     down, up = torch.randn(2, 2048) / 45, torch.randn(320, 2)
     name = "diffusion_model.input_blocks.3.1.transformer_blocks.0.attn2.to_k"
     return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
 
 
 def sdxl_control_lora() -> Weights:
-    """A control LoRA that fits ``sdxl``: what a ControlNet has besides a copy of the model's own weights."""
+    """Return a control LoRA that fits ``sdxl``: the weights of a ControlNet that are not a copy of the model's own."""
     config = {**_SDXL, "hint_channels": 3, "operations": comfy.ops.disable_weight_init}
     config.pop("out_channels")
     net = comfy.cldm.cldm.ControlNet(**config)
@@ -124,13 +124,13 @@ def sdxl_control_lora() -> Weights:
 
 
 def wan(seed: int) -> Weights:
-    """The diffusion model of Wan 2.1 and 2.2."""
+    """Return the diffusion model of Wan 2.1 and 2.2."""
     return dict(host.build("WAN21_T2V", _WAN, seed).model.diffusion_model.state_dict())
 
 
 def wan_vae() -> Weights:
-    """The VAE of Wan 2.1."""
-    dim = 8 if host.version_of(host.VERSION) >= (0, 3, 75) else 96  # earlier ones do not read it from the file
+    """Return the VAE of Wan 2.1."""
+    dim = 8 if host.version_of(host.VERSION) >= (0, 3, 75) else 96  # earlier hosts do not read it from the file
     vae = comfy.ldm.wan.vae.WanVAE(dim=dim, z_dim=16, num_res_blocks=2, temperal_downsample=[False, True, True])
     host.fill(vae, 6)
     return dict(vae.state_dict())
@@ -179,7 +179,7 @@ def _tiny_autoencoder(channels: int) -> Weights:
 
 
 def _clip(model: Callable[..., torch.nn.Module]) -> Weights:
-    """CLIPs whose layers pass on what they get: each token's and each place's own vector, which are random."""
+    """Return CLIPs whose layers pass their input on: the random vectors of each token and of each position."""
     shapes = {name: weight.shape for name, weight in model(device="meta").state_dict().items()}
     generator = torch.Generator().manual_seed(3)
     weights: Weights = {}

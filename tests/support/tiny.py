@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 import host_process as host
 
-# The prompt's width in all of them.
+# Width of the prompt in all models.
 WIDTH = 64
 
 
@@ -21,14 +21,27 @@ WIDTH = 64
 class Tiny:
     """A model's class and configuration, and the facts that its tests check.
 
-    ``family`` is its entry's name, ``since`` the first release of ComfyUI that runs it and is looked at. ``guided`` is
-    the number of text attentions. Of the prompt's tokens ``unread`` at the end are not attended to, and ``more_text``
-    more come from ``more_cond``, which has what else a prompt's tensors are: of a seeded generator and the number of
-    tokens. In a joint sequence the text comes first or last, behind ``before_text`` tokens of the model's own, and
-    padded to ``padded_to``: at its front, or, where the padding is refined with it, at its end, and the image to a
-    multiple of that as well. Where ``prompt_modulates``, the prompt acts on the image's tokens before attention too.
-    ``text_first`` None is a family with text cross-attention, whose calls come from modules
-    with the path ``text_modules``, a regular expression. ``wrapped``: the host lets nodes wrap its blocks.
+    Attributes:
+        family: name of its entry in FAMILIES.
+        class_name: name of the class in the host's list of supported models.
+        config: configuration of the class.
+        latent: shape of a latent without the batch.
+        guided: number of text attentions.
+        since: first release of ComfyUI, of those that are tested, that runs the model.
+        patch: height and width of the part of the latent that becomes one token.
+        width: width of the prompt.
+        text_first: True if the text comes first in the joint sequence; None for a family with text cross-attention.
+        before_text: number of the model's own tokens before the text.
+        more_text: number of text tokens that come from ``more_cond``.
+        unread: number of tokens at the end of the prompt that no attention reads.
+        padded_to: length that the text is padded to, at its front. If ``padding_is_refined``, the text is padded at its
+            end, and the image is padded to a multiple of this length as well.
+        padding_is_refined: True if a refiner processes the padding along with the text.
+        prompt_modulates: True if the prompt acts on the image's tokens before attention too.
+        text_modules: path of the modules whose calls read the text by cross-attention, as a regular expression.
+        wrapped: True if the host lets nodes wrap the blocks.
+        cond: entries of the conditioning beside the text.
+        more_cond: function of a seeded generator and the number of tokens that returns the prompt's other tensors.
     """
 
     family: str
@@ -60,21 +73,21 @@ class Tiny:
         return [[text, {**self.cond, **(self.more_cond(generator, tokens) if self.more_cond else {})}]]
 
     def text(self, sequence: int, tokens: int) -> slice:
-        """The text with its padding in a joint sequence of a length."""
+        """Return the position of the text with its padding in a joint sequence of ``sequence`` tokens."""
         tokens = max(tokens + self.more_text - self.unread, self.padded_to)
         if self.text_first:
             return slice(self.before_text, self.before_text + tokens)
         return slice(sequence - tokens, sequence)
 
     def words(self, sequence: int, tokens: int) -> slice:
-        """The tokens that a prompt changes: the text without padding that no refiner has touched."""
+        """Return the position of the tokens that a prompt changes: the text, and its padding only if refined."""
         text = self.text(sequence, tokens)
         if self.padding_is_refined:
             return text
         return slice(text.stop - (tokens + self.more_text - self.unread), text.stop)
 
     def image_tokens(self) -> int:
-        """How many tokens of the sequence the noise changes."""
+        """Return the number of tokens of the sequence that the noise changes."""
         *frames, height, width = self.latent[1:]
         tokens = (height // self.patch) * (width // self.patch) * (frames[0] if frames else 1)
         return -(-tokens // self.padded_to) * self.padded_to if self.padding_is_refined else tokens
@@ -90,7 +103,7 @@ class Tiny:
         other_token: bool = False,
         other_patch: bool = False,
     ) -> Tensor:
-        """A run; with other values for the first token of the text or of the image if wanted."""
+        """Run the host's sampler. Two options change the values of the first token of the text or of the image."""
         latent = torch.zeros(1, *self.latent)
         noise = comfy.sample.prepare_noise(latent, seed)
         positive = self.prompt(prompt, tokens)
@@ -115,5 +128,5 @@ class Tiny:
 
 
 def unmasked(_: Generator, tokens: int) -> dict[str, Any]:
-    """The mask of a prompt without padding, for models that count its tokens by it."""
+    """Return the mask of a prompt without padding, for models that count the tokens by it."""
     return {"attention_mask": torch.ones(1, tokens, dtype=torch.long)}

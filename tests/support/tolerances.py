@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""How far a result may lie from its fp64 twin, per dtype, in one place.
+"""Allowed errors of a result against its fp64 twin, per dtype, in one place.
 
-``gag_core`` computes in fp32 and rounds once, to the dtype of its inputs. So a result may be off by that one rounding,
-relative to itself, plus an fp32 error relative to what went into it. A computation that rounds to half precision on
-the way (logits, weights) does not fit in these bounds.
+``gag_core`` computes in fp32 and rounds once, to the dtype of its inputs. So the error of a result is at most that one
+rounding, relative to the result, plus an fp32 error relative to the inputs. A computation that rounds logits or weights
+to half precision on the way exceeds these bounds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Relative size of one rounding to nearest, a little widened because the value rounded is itself slightly off.
+# Relative size of one rounding to nearest, slightly widened because the value before rounding has an error too.
 ROUNDING = {
     torch.float64: 2.0**-24 * 1.02,  # the maths may be fp32 here too
     torch.float32: 2.0**-24 * 1.02,
@@ -31,9 +31,9 @@ DTYPES = (torch.float32, *HALF_DTYPES, torch.float64)
 def assert_close(
     actual: Tensor, expected: Tensor, *, error: float | Tensor = ARITHMETIC, dtype: torch.dtype | None = None
 ) -> None:
-    """``actual`` equals the fp64 ``expected`` up to one rounding to its dtype plus ``error`` (absolute).
+    """Assert that ``actual`` equals the fp64 ``expected`` up to one rounding to its dtype plus ``error`` (absolute).
 
-    ``dtype`` names the dtype rounded to where it is not that of ``actual``.
+    ``dtype`` is the dtype of the rounding, if it is not that of ``actual``.
     """
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(actual).all(), f"{int((~torch.isfinite(actual)).sum())} entries are not finite"
@@ -51,10 +51,10 @@ def assert_close(
 
 
 def extrapolation_error(sparse: Tensor, dense: Tensor, v: Tensor, guidance_scale: float) -> Tensor:
-    """fp32 error that an extrapolated read-out may have, per token ``[B, H, N, 1]``.
+    """Compute the fp32 error that an extrapolated read-out may have, per token ``[B, H, N, 1]``.
 
-    Errors of S and D are relative to the values they average. lambda multiplies them, and so does ||D|| / ||S||:
-    the direction of a short S is poorly known.
+    Errors of S and D are relative to the values that they average. lambda multiplies them, and so does ||D|| / ||S||,
+    because the direction of a short S has a large error.
     """
     ratio = dense.norm(dim=-1, keepdim=True) / sparse.norm(dim=-1, keepdim=True).clamp_min(1e-30)
     return ARITHMETIC * v.double().abs().max() * (1.0 + abs(guidance_scale)) * (1.0 + ratio)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Tiny transformers of the host's own classes, one per family, and where their attention reads the text."""
+"""Tiny transformers of the host's own classes, and the position of the text in their attention."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from host_process import CONFIGS, VERSION, known, version_of
+from host_process import CONFIGS, VERSION, accepted_settings, version_of
 from later_transformers_of_host import LATER
 from tiny import WIDTH, Tiny, unmasked
 
 _FLUX = CONFIGS["flux"][1]
 _CHROMA = {
     **{k: v for k, v in _FLUX.items() if k not in ("vec_in_dim", "guidance_embed")},
-    **known("comfy.ldm.chroma.model.ChromaParams", vec_in_dim=None),
+    **accepted_settings("comfy.ldm.chroma.model.ChromaParams", vec_in_dim=None),
 }
 _WAN = {
     "image_model": "wan2.1",
@@ -64,7 +64,7 @@ _LUMINA = {
     "n_kv_heads": 1,
     "axes_dims": [4, 6, 6],
     "axes_lens": [300, 512, 512],
-    **known("comfy.ldm.lumina.model.NextDiT", rope_theta=10000.0),
+    **accepted_settings("comfy.ldm.lumina.model.NextDiT", rope_theta=10000.0),
     "ffn_dim_multiplier": 1.0,
     "multiple_of": 16,
 }
@@ -86,15 +86,15 @@ _HUNYUAN = {
     "qkv_bias": True,
     "byt5": False,
     "guidance_embed": True,
-    **known(
+    **accepted_settings(
         "comfy.ldm.hunyuan_video.model.HunyuanVideoParams",
         use_cond_type_embedding=False,
         vision_in_dim=None,
         meanflow_sum=False,
     ),
 }
-# Until some release between 0.12.3 and 0.20.0 the host puts HunyuanVideo's image in front of its text.
-_IMAGE_FIRST = bool(known("comfy.ldm.flux.layers.DoubleStreamBlock", flipped_img_txt=True))
+# Until some release between 0.12.3 and 0.20.0 the host put HunyuanVideo's image before its text.
+_IMAGE_FIRST = bool(accepted_settings("comfy.ldm.flux.layers.DoubleStreamBlock", flipped_img_txt=True))
 
 
 def _noise(seed: int, *shape: int) -> torch.Tensor:
@@ -175,7 +175,9 @@ _ALL = {
             "nerf_tile_size": 512,
             "nerf_final_head_type": "conv",
             "nerf_embedder_dtype": torch.float32,
-            **known("comfy.ldm.chroma_radiance.model.ChromaRadianceParams", use_x0=False, use_sequential_txt_ids=False),
+            **accepted_settings(
+                "comfy.ldm.chroma_radiance.model.ChromaRadianceParams", use_x0=False, use_sequential_txt_ids=False
+            ),
         },
         (3, 64, 64),
         5,
@@ -253,7 +255,7 @@ _ALL = {
         since="0.3.75",
         patch=1,
         text_first=not _IMAGE_FIRST,
-        # An embedded picture is put in front of the text, and so is what it says to write, which is text as well.
+        # The model puts an embedded picture before the text, and also the words to be written, which count as text.
         before_text=4,
         more_text=5,
         cond={**_POOLED, "clip_vision_output": SimpleNamespace(last_hidden_state=_noise(3, 1, 4, 16))},
@@ -336,7 +338,7 @@ _ALL = {
         (16, 8, 8),
         4,
         text_first=False,
-        # The same prompt as two layers of another text encoder saw it.
+        # Outputs of two layers of another text encoder for the same prompt.
         more_text=24,
         cond=_POOLED,
         more_cond=lambda generator, tokens: {
@@ -418,7 +420,7 @@ _ALL = {
         (16, 2, 8, 8),
         2,
         text_first=None,
-        # Not the blocks beside them that read the control video, as a control network would.
+        # Without the blocks beside them that read the control video, as a control network would.
         text_modules=_WAN_CROSS,
     ),
     "wan-camera": Tiny(
@@ -448,7 +450,7 @@ _ALL = {
         {**_WAN, "model_type": "s2v", "audio_dim": 16, "audio_inject_layers": [0]},
         (16, 2, 8, 8),
         2,
-        since="0.6.0",  # before, its blocks are given no options
+        since="0.6.0",  # earlier releases pass no options to its blocks
         text_first=None,
         text_modules=_WAN_CROSS,
     ),
@@ -565,5 +567,5 @@ _ALL = {
     ),
 }
 
-# Those that the host under test has; which they have to be is pinned in test_hosts.py.
+# The models that the host under test has. test_hosts.py checks that none is missing.
 TRANSFORMERS = {name: tiny for name, tiny in {**_ALL, **LATER}.items() if version_of(tiny.since) <= version_of(VERSION)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Counts the multiplications that matrix products and torch's own attention do inside a block."""
+"""Counter of the multiplications that matrix products and torch's own attention do inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::mv",
 
 
 class WorkCounter(TorchDispatchMode):
-    """``products`` and ``attention``: multiply-adds in matrix products and in torch's own attention.
+    """Counts the work inside a ``with`` block.
 
-    ``attention_calls`` counts the calls of the latter.
+    Attributes:
+        products: number of multiply-adds in matrix products.
+        attention: number of multiply-adds in torch's own attention.
+        attention_calls: number of calls of torch's own attention.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The checker's own error rates: true pictures pass, blurred and noisy ones too; every changed attribute is caught."""
+"""Error rates of the checker: true, blurred and noisy pictures pass, and every changed attribute is caught."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def test_true_pictures_are_right(blur: float, noise: float) -> None:
     assert right / len(SAMPLES) >= 0.97
 
 
-@pytest.mark.parametrize("what", ["colour", "shape", "count", "relation"])
-def test_each_changed_attribute_is_caught(what: str) -> None:
-    everything, attribute = [], []
+@pytest.mark.parametrize("attribute", ["colour", "shape", "count", "relation"])
+def test_each_changed_attribute_is_caught(attribute: str) -> None:
+    everything, alone = [], []
     values: dict[str, tuple[int | str, ...]] = {"colour": tuple(COLOURS), "shape": SHAPES, "count": (1, 2, 3)}
     for one in SAMPLES:
         wrong: list[Scene] = []
-        if what == "relation":
+        if attribute == "relation":
             if one.scene.relation is not None:
                 wrong = [replace(one.scene, relation=other) for other in RELATIONS if other != one.scene.relation]
         else:
-            for number, group in enumerate(one.scene.groups):
-                others = [value for value in values[what] if value != getattr(group, what)]
-                wrong += [changed(one.scene, number, **{what: other}) for other in others]
+            for index, group in enumerate(one.scene.groups):
+                others = [value for value in values[attribute] if value != getattr(group, attribute)]
+                wrong += [changed(one.scene, index, **{attribute: other}) for other in others]
         for scene in wrong:
             verdict = check(one.picture, scene)
             everything.append(verdict.everything)
-            attribute.append(getattr(verdict, what))
+            alone.append(getattr(verdict, attribute))
     assert len(everything) > 200
     assert not any(everything)
-    # One attribute by itself asks only which colours and shapes there are.
-    assert np.mean(attribute) <= 0.05
+    # A single attribute checks only which colours and shapes there are, so a few changes pass.
+    assert np.mean(alone) <= 0.05
 
 
 def test_one_wrong_attribute_leaves_the_others_right() -> None:

@@ -30,7 +30,7 @@ def test_splits_differ_and_an_unknown_one_is_refused() -> None:
     captions = {
         split: [sample(split, 0, index).caption for index in range(100)] for split in ("train", "tune", "report")
     }
-    assert len({tuple(said) for said in captions.values()}) == 3
+    assert len({tuple(listed) for listed in captions.values()}) == 3
     with pytest.raises(ValueError, match="no split 'test'; there are train, tune, report"):
         sample("test", 0, 0)
 
@@ -54,7 +54,8 @@ def test_a_relation_is_drawn_along_its_own_axis_only() -> None:
         related += 1
         things = lay_out(scene, rng)
         centres = [
-            np.mean([(t.x + t.size / 2, t.y + t.size / 2) for t in things if t.group == n], axis=0) for n in (0, 1)
+            np.mean([(t.x + t.size / 2, t.y + t.size / 2) for t in things if t.group == group], axis=0)
+            for group in (0, 1)
         ]
         along, across = (0, 1) if scene.relation in ("left", "right") else (1, 0)
         sign = 1 if scene.relation in ("left", "above") else -1
@@ -82,12 +83,12 @@ def test_muddling_changes_the_scene_always_and_training_captions_as_often_as_sta
     assert 0.25 <= changed / 2000 <= 0.31
 
 
-def test_a_relation_is_told_from_both_sides() -> None:
-    said = set()
+def test_a_relation_is_described_from_both_sides() -> None:
+    used = set()
     scene = next(s for index in range(100) if (s := make_scene(stream("tune", 0, index))).relation == "left")
     for index in range(200):
-        said |= set(words_of(describe(scene, stream("tune", 9, index))))
-    assert {"left", "right"} <= said and not said & {"above", "below", "over", "under"}
+        used |= set(words_of(describe(scene, stream("tune", 9, index))))
+    assert {"left", "right"} <= used and not used & {"above", "below", "over", "under"}
     assert RELATIONS["left"] == "right"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The models in training and in ComfyUI's own classes, and the training itself."""
+"""The models in training compared with ComfyUI's own classes, and the training itself."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _the_hosts_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training takes another attention of the host's; it is put back."""
+    """Restore ComfyUI's attention after the test, because training replaces it."""
     module = comfy.ldm.modules.attention
     monkeypatch.setattr(module, "optimized_attention", module.optimized_attention)
 
 
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An untrained text encoder in place of the distilled one."""
+    """Use an untrained text encoder in place of the distilled one."""
     torch.manual_seed(5)
     made = text.new_encoder().eval().requires_grad_(False)
     monkeypatch.setattr(text, "load", lambda: made)
@@ -35,7 +35,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _filled(name: schedules.Name) -> nn.Module:
-    """A model with random weights everywhere, also where training begins at zero."""
+    """Return a model with random weights everywhere, also where training starts at zero."""
     torch.manual_seed(1)
     model = train.build(name).eval()
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_training_lowers_the_loss_through_every_weight(name: schedules.Name) -> 
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, encoder: Any) -> None:
     settings = {"seed": 0, "minutes": 100.0, "steps": 4, "batch": 2, "lr": 1e-3}
     runs = []
-    for name, stops in (("whole", (4,)), ("halves", (2, 4))):
+    for name, stops in (("once", (4,)), ("halves", (2, 4))):
         folder = tmp_path / name
         folder.mkdir()
         for stop in stops:
@@ -107,8 +107,8 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, enco
         runs.append(training)
     for key, value in runs[0].average.items():
         assert torch.equal(value, runs[1].average[key]), key
-    with pytest.raises(SystemExit, match=r"begun with --lr 0.001, not 0.002: .*another --out"):
-        train.Training("mmdit", tmp_path / "whole", {**settings, "lr": 2e-3})
+    with pytest.raises(SystemExit, match=r"started with --lr 0.001, not 0.002: .*another --out"):
+        train.Training("mmdit", tmp_path / "once", {**settings, "lr": 2e-3})
 
 
 def test_the_transformer_reads_short_contexts_first_and_whole_ones_at_the_end(tmp_path: Path, encoder: Any) -> None:
@@ -123,7 +123,7 @@ def test_the_transformer_reads_short_contexts_first_and_whole_ones_at_the_end(tm
 @pytest.mark.parametrize("name", schedules.NAMES)
 def test_every_weight_is_trained_by_one_optimizer_and_the_inner_ones_by_muon(name: schedules.Name) -> None:
     model = train.build(name)
-    # What Muon is given are other tensors on the same memory.
+    # Muon gets other tensors on the same memory.
     named = {p.data_ptr(): key for key, p in model.named_parameters()}
     adam, muon = (
         {named[p.data_ptr()] for group in one.param_groups for p in group["params"]}
@@ -143,7 +143,7 @@ def test_every_weight_is_trained_by_one_optimizer_and_the_inner_ones_by_muon(nam
     assert not any(part in key or key.startswith(("input_blocks.0.", "out.")) for key in muon for part in outer)
 
 
-def test_muon_takes_a_convolution_as_a_matrix() -> None:
+def test_muon_treats_a_convolution_as_a_matrix() -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     matrix = nn.Parameter(convolution.weight.detach().permute(0, 2, 3, 1).reshape(6, 36).clone())

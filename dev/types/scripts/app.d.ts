@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-/** As much of ComfyUI's front end as web/ uses, for `tsc`. */
+/** The part of ComfyUI's front end that web/ uses, declared for `tsc`. */
 export const app: {
   canvas: any;
   graph: any;

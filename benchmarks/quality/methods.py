@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Methods that are compared: the pack's nodes at many settings, CFG, and controls that are no nodes of the pack.
+
+The controls change the temperature T of the text attention, ``softmax(z / T)`` with logits z. They replace the
+implementation that ``gag_core`` picks, behind a GAG node. So they act on exactly the attention calls that guidance acts
+on, with constant text mass in joint attentions, and nothing else changes for ComfyUI.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed import steps
+
+Guide = Callable[..., None]
+NODE = "GAGuidanceAdvanced"
+NOTHING = "none"
+CFG, SPARSE, SHARPER = "CFG", "sparse alone", "sharper softmax"
+CONTROLS = (SPARSE, SHARPER)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One setting of one family of methods.
+
+    Attributes:
+        family: name of the family. Each family has one tuned setting on held-out captions.
+        setting: the settings in words, unique in the family.
+        scale: position on a curve over scale; None without such a curve.
+        curve: name of the curve, where a family has several.
+        node: id of the pack's node, or empty.
+        inputs: inputs of the node.
+        temperature: temperature of the text attention, for the control.
+        cfg: CFG scale that replaces that of the run.
+    """
+
+    family: str
+    setting: str = ""
+    scale: float | None = None
+    curve: str = ""
+    node: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict, hash=False)
+    temperature: float = 1.0
+    cfg: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Return family and setting in words."""
+        return f"{self.family}, {self.setting}" if self.setting else self.family
+
+
+BASELINE = Method(NOTHING)
+# Strength of methods whose strength is not varied.
+_FULL = 1.0
+# norm_threshold, norm_mode and orthogonal_scale. The third is the paper's.
+_CAPS = ((0.1, "relative", 0.0), (0.5, "relative", 0.0), (15.0, "absolute", 0.0), (0.5, "relative", 1.0))
+
+# Settings of a node that acts and leaves the model's own attention as it is.
+_PLAIN = {"rule": "pladis", "guidance_scale": 0.0, "strength": 1.0}
+
+
+def _gag(scale: float, cap: float, mode: str, orthogonal: float, strength: float = _FULL) -> Method:
+    inputs = {"guidance_scale": scale, "norm_threshold": cap, "norm_mode": mode, "orthogonal_scale": orthogonal}
+    inputs["strength"] = strength
+    cap_text = f"cap {cap:g} {mode}" + (f", orthogonal {orthogonal:g}" if orthogonal else "")
+    cap_text += f", strength {strength:g}" if strength != _FULL else ""
+    return Method("GAG", f"scale {scale:g}, {cap_text}", scale, f"GAG, {cap_text}", NODE, inputs)
+
+
+def _anderson(depth: int, bound: float) -> Method:
+    family = f"Anderson, depth {depth}"
+    return Method(family, f"bound {bound:g}", bound, family, "GAGAnderson", {"guidance_scale": bound, "depth": depth})
+
+
+def _sparse(alpha: float) -> Method:
+    inputs = {"rule": "gag", "guidance_scale": 0.0, "alpha": alpha, "strength": _FULL}
+    return Method(SPARSE, f"alpha {alpha:g}", node=NODE, inputs=inputs)
+
+
+def _pladis(scale: float) -> Method:
+    inputs = {"rule": "pladis", "guidance_scale": scale, "strength": _FULL}
+    return Method("PLADIS", f"scale {scale:g}", scale, "PLADIS", NODE, inputs)
+
+
+def _preset(preset: str, strength: float, start: float = 0.0) -> Method:
+    inputs = {"preset": preset, "strength": strength, "start_percent": start}
+    family = f"preset {preset}" + (", later start" if start else "")
+    setting = f"strength {strength:g}" + (f", from {start:g} of the run" if start else "")
+    return Method(family, setting, node="GAGuidance", inputs=inputs)
+
+
+# Within a family milder settings come first, because the first of equally good settings is chosen.
+METHODS = (
+    BASELINE,
+    *(Method(CFG, f"scale {scale:g}", scale, CFG, cfg=scale) for scale in (1.5, 2.0, 3.0, 4.0, 6.0)),
+    *(_sparse(alpha) for alpha in (1.5, 2.0)),
+    *(Method(SHARPER, f"temperature {t:g}", 1 / t, SHARPER, temperature=t) for t in (0.85, 0.7, 0.5, 0.35, 0.25)),
+    *(_pladis(scale) for scale in (0.25, 0.5, 1.5, 2.0, 4.0)),
+    *(_gag(scale, *_CAPS[0], strength=strength) for strength in (0.25, 0.5) for scale in (1.0, 3.0, 10.0)),
+    *(_gag(scale, *cap) for scale in (1.0, 3.0, 10.0) for cap in _CAPS),
+    # The same setting for all models: on every UNet without CFG, tuning chose it or one that was hardly better.
+    replace(_gag(10.0, *_CAPS[0], strength=0.5), family="GAG, one setting", scale=None, curve=""),
+    _preset("gentle", 0.25),
+    _preset("gentle", 0.25, start=0.3),
+    _preset("paper", _FULL),
+    *(_anderson(depth, scale) for depth in (1, 3) for scale in (1.0, 3.0, 10.0)),
+)  # fmt: skip
+FAMILIES = tuple(dict.fromkeys(method.family for method in METHODS))
+
+
+def node_named(name: str) -> Any:
+    """Return a node class of the pack as ComfyUI loaded it, or None if there is none of that name."""
+    return sys.modules["nodes"].NODE_CLASS_MAPPINGS.get(name)
+
+
+@contextmanager
+def applied(model: Any, method: Method, softening: float = 1.0) -> Iterator[Any]:
+    """Yield the model with a method applied, which holds inside the context.
+
+    Args:
+        model: a ModelPatcher.
+        method: method to apply; its ``cfg`` is left to the sampler.
+        softening: temperature above 1 of the model's own text attention, the same for every method. Guidance acts on
+            the softened attention.
+
+    Raises:
+        RuntimeError: a method that should act on the text attention was never called.
+    """
+    temperature = softening * method.temperature
+    if not method.node and temperature == 1.0:
+        yield model
+        return
+    node = node_named(method.node or NODE)
+    if node is None:
+        raise RuntimeError(f"the pack has no node {method.node}")
+    if method.node and softening != 1.0:
+        # This node softens the steps in which the method does not act. In the others the later node replaces it.
+        model = steps.execute(node_named(NODE), **_PLAIN, model=model)[0]
+    patched = steps.execute(node, **method.inputs, model=model)[0]
+    attention = sys.modules[node.__module__.rpartition(".nodes.")[0] + ".gag_core.attention"]
+    guide = at_temperature(attention.default_guide, temperature, guided=bool(method.node))
+    calls = 0
+
+    def counted(out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: Any, **more: Any) -> None:
+        nonlocal calls
+        calls += (config.rule, config.guidance_scale) != (_PLAIN["rule"], _PLAIN["guidance_scale"])
+        guide(out, q, k, v, config, **more)
+
+    with attention.use_implementation(counted):
+        yield patched
+    if not calls:
+        raise RuntimeError(f"{method.name} acted on no attention: nothing was measured")
+
+
+def at_temperature(guide: Guide, temperature: float, *, guided: bool) -> Guide:
+    """Return ``gag_core.attention.default_guide`` for a model whose text attention has another temperature T.
+
+    It writes ``base + mass * (read_out - softmax(z) V)``, where ``read_out`` is ``softmax(z / T) V``, or the guided
+    read-out of the logits ``z / T`` if ``guided``. The mass of the text stays the same.
+    """
+    if temperature == 1.0 and guided:
+        return guide
+
+    def tempered(
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: Any,
+        *,
+        base: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        joint_lse: Tensor | None = None,
+    ) -> None:
+        config = config if guided else replace(config, strength=0.0)
+        read_out = torch.empty_like(out)
+        guide(read_out, q, k, v, config, base=None, mask=mask, scale=scale / temperature)
+        if base is not None:
+            logits = torch.matmul(q.float() * scale, k.float().transpose(-1, -2))
+            if mask is not None:
+                logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+            dense = torch.matmul(logits.softmax(dim=-1), v.float()).nan_to_num(nan=0.0)
+            mass = torch.ones(1) if joint_lse is None else (logits.logsumexp(-1) - joint_lse).exp().unsqueeze(-1)
+            read_out = base + mass.nan_to_num(nan=0.0).clamp(max=1.0) * (read_out - dense)
+        out.copy_(read_out)
+
+    return tempered

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Care for dtypes and ranges: work dtype, power-of-two scales, keys and values in range, masks, saturating writes.
+
+The mathematics runs in the work dtype, fp32 or fp64. Large tensors are divided by a power of two first. That division
+rounds nothing, and afterwards no product and no square of finite numbers leaves the range of the work dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import GuidanceConfig
+
+_ALL = slice(None)
+# The power of two just below the largest number of fp16. fp32 has room on both sides of it, so values in fp16 need no
+# scale that is measured.
+_FP16_SCALE = 2.0**15
+
+
+def work_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that the mathematics runs in: fp64 for fp64 tensors, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def work_copy(x: Tensor, pad: int = 0) -> Tensor:
+    """Copy ``[B, H, N, D]`` to a contiguous tensor ``[B, H, N + pad, D]`` of the work dtype; padding is zero.
+
+    Products with the heads of a contiguous tensor need no further copy.
+    """
+    batch, heads, tokens, dim = x.shape
+    copy = torch.empty((batch, heads, tokens + pad, dim), dtype=work_dtype(x), device=x.device)
+    copy[:, :, :tokens] = x
+    if pad:
+        copy[:, :, tokens:] = 0.0
+    return copy
+
+
+def mask_part(
+    mask: Tensor | None,
+    rows: slice | Tensor = _ALL,
+    heads: slice | Tensor = _ALL,
+    queries: slice | Tensor = _ALL,
+    keys: slice | Tensor = _ALL,
+) -> Tensor | None:
+    """Return the part of a mask of rank 4 for some batch rows, heads, queries and keys; None for no mask.
+
+    Dimensions of size 1 stay as they are, because they broadcast. At most one of the four may be a tensor of indices.
+    """
+    if mask is None:
+        return None
+    indices = zip((rows, heads, queries, keys), mask.shape, strict=True)
+    return mask[tuple(_ALL if size == 1 else index for index, size in indices)]
+
+
+def clamp_to_dtype(value: float, dtype: torch.dtype) -> float:
+    """Clamp a number to the finite range of a dtype."""
+    largest = torch.finfo(dtype).max
+    return min(max(value, -largest), largest)
+
+
+class ConfigNumbers(NamedTuple):
+    """Numbers of a :class:`GuidanceConfig`, clamped to the range of a dtype.
+
+    Attributes:
+        gain: ``strength * guidance_scale``.
+        strength: the same field of the config.
+        norm_threshold: the same field of the config.
+        zeta_scale: ``max(1, |orthogonal_scale|)``.
+    """
+
+    gain: float
+    strength: float
+    norm_threshold: float
+    zeta_scale: float
+
+
+def config_numbers(config: GuidanceConfig, dtype: torch.dtype) -> ConfigNumbers:
+    """Compute the numbers of a config that :mod:`gag_core.geometry` multiplies tensors of ``dtype`` with."""
+    return ConfigNumbers(
+        clamp_to_dtype(config.strength * config.guidance_scale, dtype),
+        clamp_to_dtype(config.strength, dtype),
+        clamp_to_dtype(config.norm_threshold, dtype),
+        clamp_to_dtype(max(1.0, abs(config.orthogonal_scale)), dtype),
+    )
+
+
+def power_of_two_scale(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Compute a power of two such that ``x / scale`` lies below 2, exactly; ``axes`` are kept with size 1.
+
+    ``x`` is of a work dtype. The scale is just below the norm over these axes, and at least 2^-64: smaller numbers may
+    stay so, and the product of a smaller scale with any other number could leave the range. So an underflow of the
+    squares in the norm does not matter.
+    """
+    largest = 2.0 ** (math.frexp(torch.finfo(x.dtype).max)[1] - 1)
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    return norm.clamp_(2.0**-64, largest).log2_().floor_().exp2_()
+
+
+def split_scale(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Split ``scale`` into a factor of -1 to 1 and a factor of at least 1, clamped to the range of ``dtype``."""
+    return math.copysign(min(abs(scale), 1.0), scale), clamp_to_dtype(max(abs(scale), 1.0), dtype)
+
+
+class Keys(NamedTuple):
+    """Keys in a scale in which no product with a finite query overflows: logits are ``scale * (q @ transposed)``.
+
+    The keys carry the factor of the logits, because there are fewer keys than queries.
+
+    Attributes:
+        transposed: ``[B, H, D, N_k + padding]`` in the work dtype.
+        scale: a positive number, or ``[B, H, 1, 1]``.
+        tokens: N_k.
+    """
+
+    transposed: Tensor
+    scale: Tensor | float
+    tokens: int
+
+    @classmethod
+    def prepare(cls, k: Tensor, logit_scale: float, pad: int = 0) -> Keys:
+        """Prepare keys ``[B, H, N_k, D]`` for logits with the factor ``logit_scale``, any finite number.
+
+        ``pad`` is the number of tokens of padding behind the keys.
+        """
+        wide = work_copy(k, pad)
+        small_factor, large_factor = split_scale(logit_scale, wide.dtype)
+        if k.dtype == torch.float16:  # fp16 ends long before fp32 does
+            return cls(wide.mul_(small_factor).transpose(-1, -2), large_factor, k.shape[2])
+        largest, terms, scale = torch.finfo(wide.dtype).max, 4.0 * k.shape[3], power_of_two_scale(wide, (-2, -1))
+        wide.div_(scale).mul_(small_factor / terms)
+        scale.mul_(terms).clamp_(max=largest)
+        if large_factor != 1.0:
+            scale.mul_(large_factor).clamp_(max=largest)
+        return cls(wide.transpose(-1, -2), scale, k.shape[2])
+
+    def logits(self, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """Compute logits ``[B, H, N_q, N_k + padding]`` in the work dtype, and the scale that they are to be times.
+
+        Masked keys and padding are ``-inf``.
+        """
+        # Contiguous at once, where the product would need that next.
+        q = q.to(self.transposed.dtype, memory_format=torch.contiguous_format) if q.dtype != work_dtype(q) else q
+        padded = torch.matmul(q, self.transposed)
+        logits = padded[..., : self.tokens]
+        if self.tokens < padded.shape[-1]:
+            padded[..., self.tokens :] = -torch.inf
+        if mask is None:
+            return padded, self.scale
+        if mask.dtype == torch.bool:
+            logits.masked_fill_(~mask, -torch.inf)
+            return padded, self.scale
+        largest = torch.finfo(logits.dtype).max
+        logits.mul_(self.scale).clamp_(-largest, largest).add_(mask).clamp_(max=largest)
+        return padded, 1.0
+
+
+def prepare_values(v: Tensor, axes: tuple[int, ...], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Copy values to the work dtype, divided by a power-of-two scale over ``axes``, with ``pad`` tokens of zeros.
+
+    Returns:
+        The values ``[B, H, N_k + pad, D_v]`` and the scale, of rank 4.
+    """
+    values = work_copy(v, pad)
+    if v.dtype == torch.float16:
+        scale = values.new_full((1, 1, 1, 1), _FP16_SCALE)
+    else:
+        scale = power_of_two_scale(values, axes)
+    return values.div_(scale), scale
+
+
+def weighted_sum_(scale: Tensor, *parts: tuple[Tensor, Tensor | float]) -> Tensor:
+    """Compute ``scale`` times the sum of ``vectors * factor`` over the parts, in place of the first vectors.
+
+    Vectors are about 4 at most. Where vectors and factors are finite no product leaves the range of the dtype. So the
+    sum is never NaN, but it may overflow.
+    """
+    (total, factor), *others = parts
+    largest = torch.finfo(total.dtype).max / 4.0
+    total.mul_((scale * factor).clamp_(-largest, largest))
+    for vectors, factor in others:
+        if isinstance(factor, Tensor) or factor:
+            total.addcmul_(vectors, (scale * factor).clamp_(-largest, largest))
+    return total
+
+
+def write_saturated(out: Tensor, wide: Tensor) -> Tensor:
+    """Write ``wide`` to ``out``, clamped to the range of the dtype of ``out``, and return ``out``; ``wide`` is changed.
+
+    An extrapolation may leave that range. Rounding may do so too, because weights may sum to a little more than 1.
+    """
+    largest = torch.finfo(out.dtype).max
+    return out.copy_(wide.clamp_(-largest, largest))

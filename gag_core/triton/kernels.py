@@ -1,0 +1,805 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Triton kernels that compute both read-outs, the geometry and the blend in one pass; only the output leaves the chip.
+
+A program does a block of queries of one head. Head dimensions and keys are cut into tiles whose widths are powers of
+two (77 keys cost 80 and not 128, a head of 40 costs 48 and not 64), written ``(first, width)``. A tuple of tiles stands
+for a row, and loops over the tuple are unrolled. Only the last tile may reach beyond the end. ``eager.py``,
+``entmax.py`` and ``geometry.py`` explain the mathematics, and the tests hold this file to them. The comments here
+explain how a card does it in few instructions.
+
+Arguments that both kernels take:
+    q, k, v, out, base, mask: pointers, each with its four strides; where there is no base or mask, these are q, which
+        is not read (``HAS_BASE``, ``MASK``). ``joint_lse`` has three strides.
+    ALIGNMENT: the number of elements that can be read at once. Strides of q, k, v, out and base, except the last, are
+        in units of it.
+    logit_scale: logits are products of queries and keys times this; above 0.
+    HEAD_DIM, VALUE_DIM: head dimension of q and k, and of v; DIM_TILES, VALUE_TILES: their tiles.
+    power: ``1 / (alpha - 1)``. POWER: 2 or 1 where the power is that, which is cheaper, and else 0.
+    STEPS: Newton steps that find the threshold tau.
+    ORTHOGONAL: True if orthogonal_scale is not 0.
+    MASK: "none", "bool" or "additive"; MASK_PER_QUERY: True if the mask differs between queries.
+    FP32_RANGE: True if the tensors have the range of fp32, which fp16 has not. Products and sums of such numbers could
+        overflow.
+    UPCAST: True for bf16 in Triton's interpreter, which multiplies its bits as if they were integers.
+    PRECISION: precision of products in fp32, as ``tl.dot`` names it.
+    OUT_MAX: the largest finite number of the dtype of the output.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter runs these on the CPU: slow, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Custom reductions save exchanges between threads. The interpreter would call them for each number.
+FEW_EXCHANGES = tl.constexpr(not INTERPRETED)
+
+# Keeps 0 / 0 at 0. It is not a denormal, which GPUs may flush to 0.
+_TINY = tl.constexpr(1.2e-38)
+_FP32_MAX = tl.constexpr(3.4028234663852886e38)
+# The reciprocal of a larger power of two is a denormal.
+_LARGEST_SCALE = tl.constexpr(2.0**126)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# Where products could overflow (FP32_RANGE), queries are clamped to _MAX_QUERY and divided by QUERY_SCALE, a power of
+# two, so that no sum of 256 products with finite keys overflows. Dense weights are divided by 2**_DENSE_SCALE_BITS, so
+# that no sum of values overflows.
+_MAX_QUERY = tl.constexpr(2.0**54)
+QUERY_SCALE = 2.0**64
+_QUERY_SCALE = tl.constexpr(QUERY_SCALE)
+_DENSE_SCALE_BITS = tl.constexpr(20)
+# With factors up to this, no sum of two products with numbers that fp16 holds overflows.
+_MAX_FACTOR = tl.constexpr(2.0**100)
+
+
+@triton.jit(do_not_specialize=["heads", "query_count", "key_count"])
+def guided_attention_kernel(
+    q,
+    q_strides,
+    k,
+    k_strides,
+    v,
+    v_strides,
+    out,
+    out_strides,
+    base,
+    base_strides,
+    mask,
+    mask_strides,
+    joint_lse,
+    lse_strides,
+    heads,
+    query_count,
+    key_count,
+    logit_scale,
+    power,
+    guidance_scale,
+    norm_threshold,
+    orthogonal_scale,
+    strength,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    DIM_TILES: tl.constexpr,
+    VALUE_TILES: tl.constexpr,
+    KEY_TILES: tl.constexpr,
+    WARPS_SHARE_QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    POWER: tl.constexpr,
+    STEPS: tl.constexpr,
+    RULE: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    ORTHOGONAL: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,
+    JOINT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    FP32_RANGE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OUT_MAX: tl.constexpr,
+):
+    """Compute guided attention with the logits of a whole row on chip.
+
+    KEY_TILES: tiles of the keys. WARPS_SHARE_QUERIES: True if several warps work on the same queries.
+    """
+    first_query, head, batch = _program_position(query_count, heads, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
+    row_count = query_count - first_query
+    queries = _queries(
+        q, q_strides, batch, head, first_query, rows, row_count, HEAD_DIM, DIM_TILES, ALIGNMENT, FP32_RANGE
+    )
+    k = _start(k, k_strides, batch, head, 0, ALIGNMENT)
+    v = _start(v, v_strides, batch, head, 0, ALIGNMENT)
+    mask = _start(mask, mask_strides, batch, head, first_query, 1)
+
+    logits = ()
+    for i in tl.static_range(len(KEY_TILES)):
+        tile = _masked_logits(
+            queries, k, k_strides, KEY_TILES[i][0], key_count, mask, mask_strides, rows, row_count, logit_scale,
+            BLOCK_M, KEY_TILES[i][1], i < len(KEY_TILES) - 1, HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY,
+            UPCAST, PRECISION,
+        )  # fmt: skip
+        logits = logits + (tile,)
+    maximum = _row_maximum(logits)
+    # For a row that may read nothing, -inf minus this stays -inf.
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    if MASK == "additive":
+        logit_scale = 1.0
+
+    scaled = ()
+    for i in tl.static_range(len(KEY_TILES)):
+        scaled = scaled + (_scale_and_shift(logits[i], maximum, logit_scale / power),)
+    tau = tl.full((BLOCK_M,), -1.0, tl.float32)
+    for _ in range(STEPS):
+        total, slope = _newton_sums(scaled, tau, power, POWER)
+        tau = _newton_step(tau, total, slope, power, POWER)
+
+    sparse = _zero_tiles(BLOCK_M, VALUE_TILES)
+    dense = _zero_tiles(BLOCK_M, VALUE_TILES)
+    for i in tl.static_range(len(KEY_TILES)):
+        values = _values(
+            v, v_strides, KEY_TILES[i][0], key_count,
+            KEY_TILES[i][1], i < len(KEY_TILES) - 1, VALUE_DIM, VALUE_TILES, ALIGNMENT,
+        )  # fmt: skip
+        sparse_weights = _sparse_weights(scaled[i], tau, power, POWER, v.dtype.element_ty == tl.float32)
+        sparse = _accumulate(sparse, sparse_weights, values, UPCAST, PRECISION)
+        dense_weights = _dense_weights(scaled[i], power, FP32_RANGE)
+        dense = _accumulate(dense, dense_weights, values, UPCAST, PRECISION)
+        if i == 0:
+            totals = _start_sums(sparse_weights, dense_weights, WARPS_SHARE_QUERIES)
+        else:
+            totals = _add_to_sums(totals, sparse_weights, dense_weights)
+    sparse_total, dense_total = _finish_sums(totals)
+
+    _finish(
+        sparse, dense, sparse_total, dense_total, maximum * logit_scale,
+        out, out_strides, base, base_strides, joint_lse, lse_strides, batch, head, first_query,
+        rows, row_count, guidance_scale, norm_threshold, orthogonal_scale, strength,
+        VALUE_DIM, VALUE_TILES, ALIGNMENT, RULE, RELATIVE, ORTHOGONAL, HAS_BASE, JOINT, FP32_RANGE, OUT_MAX,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "query_count", "key_count"])
+def guided_attention_long_kernel(
+    q,
+    q_strides,
+    k,
+    k_strides,
+    v,
+    v_strides,
+    out,
+    out_strides,
+    base,
+    base_strides,
+    mask,
+    mask_strides,
+    joint_lse,
+    lse_strides,
+    heads,
+    query_count,
+    key_count,
+    logit_scale,
+    power,
+    guidance_scale,
+    norm_threshold,
+    orthogonal_scale,
+    strength,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    DIM_TILES: tl.constexpr,
+    VALUE_TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MAX_KEY_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    POWER: tl.constexpr,
+    STEPS: tl.constexpr,
+    RULE: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    ORTHOGONAL: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,
+    JOINT: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    FP32_RANGE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OUT_MAX: tl.constexpr,
+):
+    """Compute guided attention over more keys than fit on chip: their logits are computed anew in every pass.
+
+    The first pass is the dense read-out. It also stores the largest logit of each block of keys. The later passes, the
+    search for tau and the sparse read-out, skip the blocks whose logits lie below tau in all rows.
+
+    BLOCK_N: keys of a block. MAX_KEY_BLOCKS: a power of two, at least the number of blocks.
+    """
+    first_query, head, batch = _program_position(query_count, heads, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
+    row_count = query_count - first_query
+    queries = _queries(
+        q, q_strides, batch, head, first_query, rows, row_count, HEAD_DIM, DIM_TILES, ALIGNMENT, FP32_RANGE
+    )
+    k = _start(k, k_strides, batch, head, 0, ALIGNMENT)
+    v = _start(v, v_strides, batch, head, 0, ALIGNMENT)
+    mask = _start(mask, mask_strides, batch, head, first_query, 1)
+    key_blocks = tl.cdiv(key_count, BLOCK_N)
+    block_indices = tl.arange(0, MAX_KEY_BLOCKS)
+    # Where a mask is added, _masked_logits has applied the scale already.
+    remaining_scale = logit_scale
+    if MASK == "additive":
+        remaining_scale = 1.0
+
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    block_maximum = tl.full((BLOCK_M, MAX_KEY_BLOCKS), float("-inf"), tl.float32)
+    dense_total = tl.zeros((BLOCK_M,), tl.float32)
+    dense = _zero_tiles(BLOCK_M, VALUE_TILES)
+    for block in range(key_blocks):
+        logits = _masked_logits(
+            queries, k, k_strides, block * BLOCK_N, key_count, mask, mask_strides, rows, row_count, logit_scale,
+            BLOCK_M, BLOCK_N, False, HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
+        )  # fmt: skip
+        largest = tl.max(logits, 1)
+        block_maximum = tl.where(block_indices[None, :] == block, largest[:, None], block_maximum)
+        earlier = maximum
+        maximum = tl.maximum(maximum, largest)
+        # Both are -inf where no key could be read so far. Then there is nothing to rescale.
+        rescale = tl.where(earlier == float("-inf"), 0.0, tl.exp2((earlier - maximum) * remaining_scale * _LOG2_E))
+        largest = tl.where(maximum == float("-inf"), 0.0, maximum)
+        weights = _dense_weights(_scale_and_shift(logits, largest, remaining_scale / power), power, FP32_RANGE)
+        dense_total = dense_total * rescale + tl.sum(weights, 1)
+        values = _values(v, v_strides, block * BLOCK_N, key_count, BLOCK_N, False, VALUE_DIM, VALUE_TILES, ALIGNMENT)
+        dense = _accumulate(_multiply(dense, rescale), weights, values, UPCAST, PRECISION)
+
+    # For a row that may read nothing, -inf minus this stays -inf.
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    block_maximum = _scale_and_shift(block_maximum, maximum, remaining_scale / power)
+    tau = tl.full((BLOCK_M,), -1.0, tl.float32)
+    for _ in range(STEPS):
+        largest_above = tl.max(block_maximum - tau[:, None], 0)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        slope = tl.zeros((BLOCK_M,), tl.float32)
+        for block in range(key_blocks):
+            if tl.sum(tl.where(block_indices == block, largest_above, 0.0)) > 0.0:
+                logits = _masked_logits(
+                    queries, k, k_strides, block * BLOCK_N, key_count, mask, mask_strides, rows, row_count,
+                    logit_scale,
+                    BLOCK_M, BLOCK_N, False, HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
+                )  # fmt: skip
+                scaled = _scale_and_shift(logits, maximum, remaining_scale / power)
+                block_total, block_slope = _newton_sums((scaled,), tau, power, POWER)
+                total += block_total
+                slope += block_slope
+        tau = _newton_step(tau, total, slope, power, POWER)
+
+    largest_above = tl.max(block_maximum - tau[:, None], 0)
+    sparse_total = tl.zeros((BLOCK_M,), tl.float32)
+    sparse = _zero_tiles(BLOCK_M, VALUE_TILES)
+    for block in range(key_blocks):
+        if tl.sum(tl.where(block_indices == block, largest_above, 0.0)) > 0.0:
+            logits = _masked_logits(
+                queries, k, k_strides, block * BLOCK_N, key_count, mask, mask_strides, rows, row_count, logit_scale,
+                BLOCK_M, BLOCK_N, False, HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
+            )  # fmt: skip
+            scaled = _scale_and_shift(logits, maximum, remaining_scale / power)
+            weights = _sparse_weights(scaled, tau, power, POWER, v.dtype.element_ty == tl.float32)
+            sparse_total += tl.sum(weights, 1)
+            values = _values(
+                v, v_strides, block * BLOCK_N, key_count, BLOCK_N, False, VALUE_DIM, VALUE_TILES, ALIGNMENT
+            )
+            sparse = _accumulate(sparse, weights, values, UPCAST, PRECISION)
+
+    _finish(
+        sparse, dense, sparse_total, dense_total, maximum * remaining_scale,
+        out, out_strides, base, base_strides, joint_lse, lse_strides, batch, head, first_query,
+        rows, row_count, guidance_scale, norm_threshold, orthogonal_scale, strength,
+        VALUE_DIM, VALUE_TILES, ALIGNMENT, RULE, RELATIVE, ORTHOGONAL, HAS_BASE, JOINT, FP32_RANGE, OUT_MAX,
+    )  # fmt: skip
+
+
+@triton.jit
+def _program_position(query_count, heads, BLOCK_M: tl.constexpr):
+    """Return the first query, the head and the batch row of this program, in 64 bits, as they multiply strides."""
+    blocks = tl.cdiv(query_count, BLOCK_M)
+    program = tl.program_id(0)
+    plane = program // blocks
+    return (program % blocks).to(tl.int64) * BLOCK_M, (plane % heads).to(tl.int64), (plane // heads).to(tl.int64)
+
+
+@triton.jit
+def _start(pointer, strides, batch, head, row, ALIGNMENT: tl.constexpr):
+    """Return the pointer to a row of one head."""
+    return pointer + (batch * strides[0] + head * strides[1] + row * strides[2]) * ALIGNMENT
+
+
+@triton.jit
+def _load(
+    pointer,
+    rows,
+    row_count,
+    strides,
+    IN_BOUNDS: tl.constexpr,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """Load a tile ``[rows, WIDTH]`` of a matrix ``[row_count, DIM]``, zero outside of the matrix.
+
+    IN_BOUNDS: True if no row lies outside.
+    """
+    dims = FIRST + tl.arange(0, WIDTH)
+    pointers = pointer + (rows[:, None] * (strides[2] * ALIGNMENT) + dims[None, :] * strides[3])
+    if IN_BOUNDS and FIRST + WIDTH <= DIM:
+        tile = tl.load(pointers)
+    elif IN_BOUNDS:
+        tile = tl.load(pointers, mask=dims[None, :] < DIM, other=0.0)
+    elif FIRST + WIDTH <= DIM:
+        tile = tl.load(pointers, mask=rows[:, None] < row_count, other=0.0)
+    else:
+        tile = tl.load(pointers, mask=(rows[:, None] < row_count) & (dims[None, :] < DIM), other=0.0)
+    return tile
+
+
+@triton.jit
+def _queries(
+    q,
+    q_strides,
+    batch,
+    head,
+    first_query,
+    rows,
+    row_count,
+    HEAD_DIM: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    FP32_RANGE: tl.constexpr,
+):
+    """Load the tiles of a block of queries, divided by a power of two if FP32_RANGE."""
+    q = _start(q, q_strides, batch, head, first_query, ALIGNMENT)
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        tile = _load(q, rows, row_count, q_strides, False, HEAD_DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+        if FP32_RANGE:
+            bounded = _clamp(tile.to(tl.float32), _MAX_QUERY)
+            tile = (bounded * (1.0 / _QUERY_SCALE)).to(tile.dtype)
+            if FEW_EXCHANGES:
+                # This changes nothing, but keeps the lines above at once per number. Otherwise the compiler moves them
+                # behind the exchange that gives each number to all threads that multiply with it.
+                tile = tl.reduce(tile[:, :, None], 2, _keep)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _keep(one, other):
+    """Reduce an axis of size 1."""
+    return one
+
+
+@triton.jit
+def _values(
+    v,
+    v_strides,
+    first_key,
+    key_count,
+    BLOCK_N: tl.constexpr,
+    IN_BOUNDS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """Load the tiles of the values of ``BLOCK_N`` keys."""
+    v += first_key * (v_strides[2] * ALIGNMENT)
+    keys = tl.arange(0, BLOCK_N)
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        tile = _load(v, keys, key_count - first_key, v_strides, IN_BOUNDS, DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _zero_tiles(BLOCK_M: tl.constexpr, TILES: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        tiles = tiles + (_zero_tile(BLOCK_M, TILES[i][1]),)
+    return tiles
+
+
+@triton.jit
+def _zero_tile(BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    # A function of its own, because Triton accepts the width from a tuple as a constant only as an argument.
+    return tl.zeros((BLOCK_M, WIDTH), tl.float32)
+
+
+@triton.jit
+def _dot(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _masked_logits(
+    queries,
+    k,
+    k_strides,
+    first_key,
+    key_count,
+    mask,
+    mask_strides,
+    rows,
+    row_count,
+    logit_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IN_BOUNDS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_TILES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_PER_QUERY: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute the logits of ``BLOCK_N`` keys, ``[BLOCK_M, BLOCK_N]`` in fp32, ``-inf`` where a key may not be read.
+
+    They are to be multiplied by ``logit_scale``, except with an additive mask, which is added to the true logits.
+    IN_BOUNDS: True if all keys exist.
+    """
+    k += first_key * (k_strides[2] * ALIGNMENT)
+    columns = tl.arange(0, BLOCK_N)
+    key_count -= first_key
+    logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in tl.static_range(len(DIM_TILES)):
+        keys = _load(k, columns, key_count, k_strides, IN_BOUNDS, HEAD_DIM, DIM_TILES[i][0], DIM_TILES[i][1], ALIGNMENT)
+        logits = _dot(queries[i], tl.trans(keys), logits, UPCAST, PRECISION)
+    if MASK != "none":
+        mask += first_key * mask_strides[3]
+        if MASK_PER_QUERY:
+            pointers = mask + (rows[:, None] * mask_strides[2] + columns[None, :] * mask_strides[3])
+            mask_values = tl.load(pointers, mask=(rows[:, None] < row_count) & (columns[None, :] < key_count), other=0)
+        else:
+            mask_values = tl.load(mask + columns * mask_strides[3], mask=columns < key_count, other=0)[None, :]
+        if MASK == "bool":
+            logits = tl.where(mask_values != 0, logits, float("-inf"))
+        else:
+            logits = _clamp(logits * logit_scale, _FP32_MAX) + mask_values.to(tl.float32)
+            logits = tl.where(logits > _FP32_MAX, _FP32_MAX, logits)
+    if not IN_BOUNDS and MASK != "bool":
+        logits = tl.where(columns[None, :] < key_count, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def _scale_and_shift(logits, maximum, scale):
+    """Compute ``(alpha - 1) (z - max z)``. The maximum is subtracted first, as the product would round large logits."""
+    return (logits - maximum[:, None]) * scale
+
+
+@triton.jit
+def _dense_weights(scaled, power, FP32_RANGE: tl.constexpr):
+    """Compute ``exp(z - max z)``, divided by a power of two if FP32_RANGE."""
+    if FP32_RANGE:
+        weights = tl.exp2(scaled * (power * _LOG2_E) - _DENSE_SCALE_BITS)
+    else:
+        weights = tl.exp2(scaled * (power * _LOG2_E))
+    return weights
+
+
+@triton.jit
+def _power(base, exponent):
+    """Compute ``base ** exponent`` for a base of at least 0 and an exponent above 0."""
+    return tl.where(base > 0.0, tl.exp2(exponent * tl.log2(tl.maximum(base, _TINY))), 0.0)
+
+
+@triton.jit
+def _sparse_weights(scaled, tau, power, POWER: tl.constexpr, FP32: tl.constexpr):
+    """Compute ``relu(scaled - tau) ** power``, half of it for fp32: the sum may lie a rounding error above 1."""
+    weights = _above(scaled, tau)
+    if POWER == 2:
+        weights = weights * weights
+    elif POWER == 0:
+        weights = _power(weights, power)
+    if FP32:
+        weights = weights * 0.5
+    return weights
+
+
+@triton.jit
+def _above(scaled, tau):
+    """Compute ``relu(scaled - tau)``. It is at most 1, and cards subtract and clamp to [0, 1] in one instruction."""
+    return tl.clamp(scaled - tau[:, None], 0.0, 1.0)
+
+
+@triton.jit
+def _row_maximum(tiles):
+    """Return the largest number of each row."""
+    wide = tiles[0]
+    for i in tl.static_range(1, len(tiles)):
+        if tiles[i].shape[1] != wide.shape[1]:
+            wide = tl.max(_split_columns(wide, tiles[i].shape[1]), 1)
+        wide = tl.maximum(wide, tiles[i])
+    return tl.max(wide, 1)
+
+
+@triton.jit
+def _start_sums(one, other, BY_COLUMN: tl.constexpr):
+    """Start the sums over the rows of two matrices with their first tiles.
+
+    A sum over a row is an exchange between threads. BY_COLUMN saves most exchanges: it keeps one number for each column
+    of a tile until :func:`_finish_sums`. That takes registers.
+    """
+    if BY_COLUMN:
+        sums = (one, other)
+    else:
+        sums = _row_sums(one, other)
+    return sums
+
+
+@triton.jit
+def _add_to_sums(sums, one, other):
+    """Add two more tiles, which are as wide as the tiles before or narrower."""
+    if len(sums[0].shape) == 2:
+        if sums[0].shape[1] != one.shape[1]:
+            sums = _row_sums(_split_columns(sums[0], one.shape[1]), _split_columns(sums[1], one.shape[1]))
+    else:
+        one, other = _row_sums(one, other)
+    return sums[0] + one, sums[1] + other
+
+
+@triton.jit
+def _split_columns(tile, WIDTH: tl.constexpr):
+    """Reshape a tile to ``[rows, parts, WIDTH]``. Threads need no exchange to reduce the parts to one."""
+    return tl.reshape(tile, (tile.shape[0], tile.shape[1] // WIDTH, WIDTH))
+
+
+@triton.jit
+def _finish_sums(sums):
+    """Return both sums, one number per row."""
+    if len(sums[0].shape) == 2:
+        sums = _row_sums(sums[0], sums[1])
+    return sums
+
+
+@triton.jit
+def _row_sums(one, other):
+    """Sum two tiles over their rows, in one exchange."""
+    if FEW_EXCHANGES:
+        both = tl.reduce((one, other), 1, _add_pairs)
+    else:
+        both = (tl.sum(one, 1), tl.sum(other, 1))
+    return both
+
+
+@triton.jit
+def _add_pairs(one, other, more, other_more):
+    """Reduce two sums at once."""
+    return one + more, other + other_more
+
+
+@triton.jit
+def _newton_sums(scaled, tau, power, POWER: tl.constexpr):
+    """Sum ``relu(scaled - tau) ** power`` over the keys, and its slope divided by power."""
+    total, slope = _newton_terms(scaled[0], tau, power, POWER)
+    sums = _start_sums(total, slope, True)
+    for i in tl.static_range(1, len(scaled)):
+        total, slope = _newton_terms(scaled[i], tau, power, POWER)
+        sums = _add_to_sums(sums, total, slope)
+    return _finish_sums(sums)
+
+
+@triton.jit
+def _newton_terms(scaled, tau, power, POWER: tl.constexpr):
+    """Compute the terms of :func:`_newton_sums`."""
+    above = _above(scaled, tau)
+    if POWER == 2:
+        slopes = above
+    elif POWER == 1:
+        slopes = (above > 0.0).to(tl.float32)
+    else:
+        slopes = _power(above, power - 1.0)
+    return slopes * above, slopes
+
+
+@triton.jit
+def _newton_step(tau, total, slope, power, POWER: tl.constexpr):
+    """Do a Newton step towards the root tau of ``||relu(scaled - tau)||_power = 1``, from below except by rounding."""
+    if POWER == 2:
+        norm = tl.sqrt(total)
+        change = norm * (norm - 1.0)
+    elif POWER == 1:
+        change = total - 1.0
+    else:
+        change = total - _power(total, 1.0 - 1.0 / power)
+    # Below the root the slope is at least 1, except in a row that may read nothing.
+    return tau + change * _reciprocal(tl.maximum(slope, 1.0))
+
+
+@triton.jit
+def _reciprocal(x):
+    """Compute ``1 / x`` for x from _TINY to its reciprocal. An exact division takes twice as many instructions."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def _multiply(tiles, factor):
+    """Multiply each row by its factor."""
+    result = ()
+    for j in tl.static_range(len(tiles)):
+        result = result + (tiles[j] * factor[:, None],)
+    return result
+
+
+@triton.jit
+def _accumulate(tiles, weights, values, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute ``tiles + weights @ values`` for one tile or block of keys."""
+    result = ()
+    for j in tl.static_range(len(tiles)):
+        result = result + (_dot(weights.to(values[j].dtype), values[j], tiles[j], UPCAST, PRECISION),)
+    return result
+
+
+@triton.jit
+def _clamp(tile, LARGEST: tl.constexpr):
+    """Clamp to ``-LARGEST`` and ``LARGEST``; NaN stays."""
+    return tl.clamp(tile, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _power_of_two_scale(tiles):
+    """Return a power of two for each row, below its largest number by a factor of at most 4, and its reciprocal."""
+    largest = tl.max(tl.abs(tiles[0]), 1)
+    for i in tl.static_range(1, len(tiles)):
+        largest = tl.maximum(largest, tl.max(tl.abs(tiles[i]), 1))
+    # Neither the scale nor its reciprocal is a denormal.
+    largest = tl.minimum(tl.maximum(largest, _TINY), _LARGEST_SCALE)
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    return exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def cap(length, limit):
+    """Compute the length of the guidance vector after the cap, as ``geometry.cap`` does.
+
+    A limit that is NaN, an infinite cap times a norm of 0, is no cap.
+    """
+    return tl.where(limit < length, limit, length)
+
+
+@triton.jit
+def _guidance_factors(
+    sparse, dense, sparse_scale, dense_scale, guidance_scale, norm_threshold, orthogonal_scale, strength,
+    RULE: tl.constexpr, RELATIVE: tl.constexpr, ORTHOGONAL: tl.constexpr, FP32_RANGE: tl.constexpr,
+):  # fmt: skip
+    """Compute the factors a and b of each row with ``strength * (guided - D) = a * sparse + b * dense``.
+
+    The read-outs S and D are ``sparse_scale * sparse`` and ``dense_scale * dense``. The formulas are those of
+    ``geometry.guidance_factors``, with factors of S and D instead of S and S - D. They are linear in S and D except for
+    norms and inner products, so only these need a pass over the row.
+    """
+    if RULE == "pladis":
+        on_sparse = sparse_scale * (strength * guidance_scale)
+        on_dense = dense_scale * (-strength * guidance_scale)
+    else:
+        square = tl.zeros_like(sparse_scale)
+        product = tl.zeros_like(sparse_scale)
+        for i in tl.static_range(len(sparse)):
+            square += tl.sum(sparse[i] * sparse[i], 1)
+            product += tl.sum(sparse[i] * dense[i], 1)
+        # r_par, the part of S - D along S, is ``parallel * sparse``. The part of D along S is
+        # ``share * dense_scale * sparse``.
+        share = product * _reciprocal(tl.maximum(square, _TINY))
+        parallel = sparse_scale - share * dense_scale
+        length = tl.sqrt(square)
+        guidance_norm = tl.abs(parallel) * length
+        if ORTHOGONAL:
+            rest = tl.zeros_like(sparse_scale)
+            for i in tl.static_range(len(sparse)):
+                across = share[:, None] * sparse[i] - dense[i]
+                rest += tl.sum(across * across, 1)
+            across_norm = tl.abs(orthogonal_scale) * dense_scale * tl.sqrt(rest)
+            larger = tl.maximum(tl.maximum(guidance_norm, across_norm), _TINY)
+            guidance_norm /= larger
+            across_norm /= larger
+            guidance_norm = larger * tl.sqrt(guidance_norm * guidance_norm + across_norm * across_norm)
+        limit = tl.zeros_like(square) + norm_threshold
+        if RELATIVE:
+            limit *= sparse_scale * length
+        # In a scale in which ||g|| is 1.
+        gain = cap(1.0, limit / tl.maximum(guidance_norm, _TINY)) * guidance_scale
+        on_sparse = strength * (sparse_scale + gain * parallel)
+        on_dense = -strength * dense_scale
+        if ORTHOGONAL:
+            across = gain * orthogonal_scale
+            on_sparse += strength * across * (share * dense_scale)
+            on_dense -= strength * across * dense_scale
+    # A row without a direction is not changed.
+    known = (on_sparse == on_sparse) & (on_dense == on_dense)
+    if FP32_RANGE:
+        on_sparse = _clamp(on_sparse, _LARGEST_SCALE)
+        on_dense = _clamp(on_dense, _LARGEST_SCALE)
+    else:
+        on_sparse = _clamp(on_sparse, _MAX_FACTOR)
+        on_dense = _clamp(on_dense, _MAX_FACTOR)
+    return tl.where(known, on_sparse, 0.0), tl.where(known, on_dense, 0.0)
+
+
+@triton.jit
+def _finish(
+    sparse,
+    dense,
+    sparse_total,
+    dense_total,
+    maximum,
+    out,
+    out_strides,
+    base,
+    base_strides,
+    joint_lse,
+    lse_strides,
+    batch,
+    head,
+    first_query,
+    rows,
+    row_count,
+    guidance_scale,
+    norm_threshold,
+    orthogonal_scale,
+    strength,
+    DIM: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    RULE: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    ORTHOGONAL: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    JOINT: tl.constexpr,
+    FP32_RANGE: tl.constexpr,
+    OUT_MAX: tl.constexpr,
+):
+    """Compute the output from the weighted sums over the keys, and write it to memory."""
+    # Read-outs are the sums times these numbers.
+    sparse_scale = _reciprocal(tl.maximum(sparse_total, _TINY))
+    dense_scale = _reciprocal(tl.maximum(dense_total, _TINY))
+    if FP32_RANGE:
+        # Their squares must neither over- nor underflow.
+        scale, inverse = _power_of_two_scale(sparse)
+        sparse = _multiply(sparse, inverse)
+        sparse_scale = _clamp(sparse_scale * scale, _FP32_MAX)
+        scale, inverse = _power_of_two_scale(dense)
+        dense = _multiply(dense, inverse)
+        dense_scale = _clamp(dense_scale * scale, _FP32_MAX)
+    on_sparse, on_dense = _guidance_factors(
+        sparse, dense, sparse_scale, dense_scale, guidance_scale, norm_threshold, orthogonal_scale, strength,
+        RULE, RELATIVE, ORTHOGONAL, FP32_RANGE,
+    )  # fmt: skip
+    if JOINT:
+        pointers = _start(joint_lse, lse_strides, batch, head, first_query, 1) + rows * lse_strides[2]
+        joint = tl.load(pointers, mask=rows < row_count, other=0.0).to(tl.float32)
+        mass = dense_total * tl.exp2((_clamp(maximum, _FP32_MAX) - joint) * _LOG2_E)
+        if FP32_RANGE:
+            mass *= tl.exp2(_DENSE_SCALE_BITS * 1.0)
+        # Where no text may be read the mass is 0, and the line above gives NaN.
+        mass = tl.where(dense_total > 0.0, tl.where(mass > 1.0, 1.0, mass), 0.0)
+        on_sparse *= mass
+        on_dense *= mass
+    out = _start(out, out_strides, batch, head, first_query, ALIGNMENT)
+    if HAS_BASE:
+        base = _start(base, base_strides, batch, head, first_query, ALIGNMENT)
+    else:
+        on_dense += dense_scale
+    for i in tl.static_range(len(TILES)):
+        guided = sparse[i] * on_sparse[:, None] + dense[i] * on_dense[:, None]
+        if HAS_BASE:
+            unguided = _load(base, rows, row_count, base_strides, False, DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+            guided += unguided.to(tl.float32)
+        guided = _clamp(guided, OUT_MAX).to(out.dtype.element_ty)
+        dims = TILES[i][0] + tl.arange(0, TILES[i][1])
+        pointers = out + rows[:, None] * (out_strides[2] * ALIGNMENT) + dims[None, :] * out_strides[3]
+        tl.store(pointers, guided, mask=(rows[:, None] < row_count) & (dims[None, :] < DIM))

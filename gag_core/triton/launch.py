@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Launches of the Triton kernels: checks that they can run, tile sizes, and the plain torch path where they fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import math
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import eager
+from ..config import GuidanceConfig
+from ..entmax import newton_steps
+
+log = logging.getLogger("comfyui-gag")
+
+_MAX_HEAD_DIM = 256
+_SMALLEST_TILE = 16
+_RULES = ("gag", "pladis")
+# Below this alpha a large power magnifies rounding in fp32 until it shows; see entmax.py.
+_LEAST_ALPHA = 1.05
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_FP32 = torch.finfo(torch.float32)
+
+# Older cards have no matrix units that Triton can use.
+_OLDEST_NVIDIA = (8, 0)
+
+# Calls that failed once are not tried again: device, dtype, head dimensions, True for many keys, form of the power.
+_CallKey = tuple[torch.device, torch.dtype, int, int, bool, int]
+_failed: set[_CallKey] = set()
+_warned: set[torch.device] = set()
+
+
+def _has_triton() -> bool:
+    """Return True if Triton can be imported.
+
+    A module without a spec in sys.modules, such as a stub for a missing package, makes find_spec raise a ValueError.
+    """
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:
+        return False
+
+
+_HAS_TRITON = _has_triton()
+
+
+class _Tiling(NamedTuple):
+    """Queries of a program, its warps, and its widest tiles of keys and of head dimensions."""
+
+    block_m: int
+    num_warps: int
+    block_n: int
+    block_d: int
+
+
+# Largest number of keys whose logits are held on chip. With more keys, logits are computed anew in every pass.
+_MAX_KEYS_ON_CHIP = {torch.float16: 512, torch.bfloat16: 512, torch.float32: 128}
+# Tilings by the number of fp32 numbers that a program holds for each query: its logits and both read-outs. Warps of 16
+# queries each need no exchange with each other, and a thread then holds half of those numbers. Narrower tiles keep more
+# of them in registers. Numbers that do not fit would go through memory, so warps share queries instead. Chosen, without
+# a card, by the instructions that compiled programs for sm_80, sm_90 and sm_120 execute, and by their spills.
+_TILING = _Tiling(64, 4, block_n=64, block_d=64)
+_TILINGS = (
+    (400, _TILING),
+    (480, _Tiling(64, 4, block_n=32, block_d=64)),
+    (512, _Tiling(32, 4, block_n=64, block_d=128)),
+    (math.inf, _Tiling(32, 8, block_n=64, block_d=128)),
+)
+# For head dimensions of values above 128: compilers spill thousands of bytes if warps share more queries.
+_WIDE_VALUES_TILING = _Tiling(16, 4, block_n=64, block_d=64)
+# fp32 takes twice the registers, and has no direct path into the matrix units.
+_FP32_TILING = _Tiling(16, 4, block_n=32, block_d=64)
+
+
+def can_run(q: Tensor, v: Tensor, config: GuidanceConfig) -> bool:
+    """Return True if the kernels support this call on this device, and have not failed at such a call before."""
+    return (
+        _runs_on(q.device)
+        and q.dtype in _DTYPES
+        and config.rule in _RULES
+        and config.alpha >= _LEAST_ALPHA
+        and _call_key(q, v, config) not in _failed
+        and not config.merge_heads
+        and max(q.shape[3], v.shape[3]) <= _MAX_HEAD_DIM
+    )
+
+
+def guide(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    *,
+    base: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    joint_lse: Tensor | None = None,
+) -> None:
+    """Do the work of :func:`gag_core.eager.guide` by a kernel.
+
+    If the kernel fails, this calls :func:`gag_core.eager.guide` instead, and logs the reason once per device.
+    """
+    if torch.compiler.is_compiling():
+        _operator(out, q, k, v, base, mask, joint_lse, scale, *dataclasses.astuple(config))
+        return
+    try:
+        _launch(out, q, k, v, config, base, mask, scale, joint_lse)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers, drivers and cards can raise anything
+        _failed.add(_call_key(q, v, config))
+        if q.device not in _warned:
+            _warned.add(q.device)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            log.warning(
+                "GAG's fused kernel does not work on %s, so the plain PyTorch path is used from now on: the same "
+                "picture, slower. Reason: %s",
+                q.device,
+                reason,
+            )
+        eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+
+
+_SCHEMA = (
+    "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, Tensor? base, Tensor? mask, Tensor? joint_lse, float scale, "
+    "str rule, float guidance_scale, float norm_threshold, str norm_mode, float orthogonal_scale, float alpha, "
+    "float strength, bool merge_heads, int anderson_depth, float anderson_regularization) -> ()"
+)
+
+
+def _guide_by_fields(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    base: Tensor | None,
+    mask: Tensor | None,
+    joint_lse: Tensor | None,
+    scale: float,
+    *fields: Any,
+) -> None:
+    guide(out, q, k, v, GuidanceConfig(*fields), base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+
+
+def _register_operator() -> Callable[..., None]:
+    """Register :func:`guide` as an operator of torch, which a compiled graph calls without tracing into it."""
+    # More than one copy of this package may be loaded, and each registers an operator of its own.
+    name = re.sub(r"\W", "_", __name__) + f"_{id(guide):x}::guide"
+    operator = torch.library.custom_op(name, _guide_by_fields, mutates_args=("out",), schema=_SCHEMA)
+    operator.register_fake(lambda *args: None)
+    return operator
+
+
+_operator = _register_operator()
+
+
+def tiles(length: int, largest: int) -> tuple[tuple[int, int], ...]:
+    """Cover ``length`` with few tiles ``(first, width)``, together not much longer than ``length``.
+
+    Widths are powers of two from 16 to ``largest``.
+    """
+    found: list[tuple[int, int]] = []
+    first = 0
+    while first < length:
+        rest = length - first
+        width = max(_SMALLEST_TILE, 1 << (rest - 1).bit_length())
+        # One wide tile that is nearly full is better than several narrow ones.
+        if width > _SMALLEST_TILE and rest <= 0.75 * width:
+            width //= 2
+        width = min(width, largest)
+        found.append((first, width))
+        first += width
+    return tuple(found)
+
+
+def _runs_on(device: torch.device) -> bool:
+    if device.type == "cuda" and torch.version.hip is None:
+        return _HAS_TRITON and torch.cuda.get_device_capability(device) >= _OLDEST_NVIDIA
+    return _HAS_TRITON and device.type in ("cuda", "xpu")
+
+
+def _power(alpha: float) -> tuple[float, int]:
+    """Return ``1 / (alpha - 1)``, and the form of it that kernels are built for: 2, 1, or 0 for any other power."""
+    power = 1.0 / (alpha - 1.0)
+    return power, int(power) if power in (1.0, 2.0) else 0
+
+
+def _call_key(q: Tensor, v: Tensor, config: GuidanceConfig) -> _CallKey:
+    many_keys = v.shape[2] > _MAX_KEYS_ON_CHIP[q.dtype]
+    return q.device, q.dtype, q.shape[3], v.shape[3], many_keys, _power(config.alpha)[1]
+
+
+def _launch(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    base: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    joint_lse: Tensor | None,
+) -> None:
+    batch, heads, queries, _ = q.shape
+    if queries == 0:
+        return
+    if scale < 0.0:
+        q, scale = -q, -scale
+    if mask is not None:
+        mask = mask.expand(batch, heads, queries, k.shape[2])
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    # A kernel is given q in the place of a tensor that is missing, and does not read it.
+    missing = base is None, mask is None, joint_lse is None
+    tensors = (q, k, v, out, *(q if tensor is None else tensor for tensor in (base, mask, joint_lse)))
+    plan = _plan(
+        q.shape,
+        v.shape,
+        q.dtype,
+        q.device.type,
+        tuple(tensor.stride() for tensor in tensors),
+        missing,
+        mask is not None and mask.dtype == torch.uint8,
+        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
+    )
+    numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
+    pointers_and_strides = [part for pair in zip(tensors, plan.strides, strict=True) for part in pair]
+    with _current_device(q.device):
+        plan.kernel[plan.grid](
+            *pointers_and_strides,
+            heads,
+            queries,
+            k.shape[2],
+            # Above 0, so that masked logits stay -inf, and finite, so that the largest logit stays 0.
+            min(max(scale * plan.query_scale, _FP32.tiny), _FP32.max),
+            plan.power,
+            *map(_to_fp32, numbers),
+            **plan.settings,
+        )
+
+
+class _Plan(NamedTuple):
+    """The parts of a launch that depend on shapes, strides and the program alone."""
+
+    kernel: Any
+    grid: tuple[int]
+    strides: tuple[tuple[int, ...], ...]
+    query_scale: float
+    power: float
+    settings: dict[str, Any]
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, ...],
+    value_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    strides: tuple[tuple[int, ...], ...],
+    missing: tuple[bool, bool, bool],
+    mask_is_bool: bool,
+    variant: tuple[str, float, str, bool],
+) -> _Plan:
+    """Plan a launch. Plans are cached, because the time of a launch itself counts where a model is small for the card.
+
+    ``strides`` are those of q, k, v, output, base, mask and logsumexp. ``missing`` is True for each of the last three
+    that is not given. ``variant`` has the settings that select the program: rule, alpha, norm_mode, and True if
+    orthogonal_scale is not 0.
+    """
+    from . import kernels
+
+    batch, heads, queries, dim = shape
+    keys, value_dim = value_shape[2:]
+    rule, alpha, norm_mode, orthogonal = variant
+    no_base, no_mask, no_lse = missing
+    power, form = _power(alpha)
+    fp32_range = dtype != torch.float16
+    alignment = _alignment(dtype, strides[: 4 if no_base else 5])
+    settings: dict[str, Any] = {
+        "HEAD_DIM": dim,
+        "VALUE_DIM": value_dim,
+        "POWER": form,
+        "STEPS": newton_steps(keys, power),
+        "RULE": rule,
+        "ORTHOGONAL": orthogonal,
+        "RELATIVE": norm_mode == "relative",
+        "HAS_BASE": not no_base,
+        "MASK": "none" if no_mask else "bool" if mask_is_bool else "additive",
+        "MASK_PER_QUERY": not no_mask and queries > 1 and strides[5][2] != 0,
+        "JOINT": not no_lse,
+        "ALIGNMENT": alignment,
+        "FP32_RANGE": fp32_range,
+        "UPCAST": kernels.INTERPRETED and dtype == torch.bfloat16,
+        "PRECISION": "tf32x3" if device == "cuda" and torch.version.hip is None else "ieee",
+        "OUT_MAX": torch.finfo(dtype).max,
+    }
+    if keys <= _MAX_KEYS_ON_CHIP[dtype]:
+        kernel = kernels.guided_attention_kernel
+        tiling = _tiling(keys, value_dim, dtype)
+        warps_share_queries = tiling.block_m < 16 * tiling.num_warps
+        settings |= {"KEY_TILES": tiles(keys, tiling.block_n), "WARPS_SHARE_QUERIES": warps_share_queries}
+    else:
+        kernel = kernels.guided_attention_long_kernel
+        block_n = _FP32_TILING.block_n if dtype == torch.float32 else _TILING.block_n
+        max_key_blocks = 1 << (-(-keys // block_n) - 1).bit_length()
+        tiling = _tiling(block_n + max_key_blocks, value_dim, dtype)
+        settings |= {"BLOCK_N": block_n, "MAX_KEY_BLOCKS": max_key_blocks}
+    settings |= {
+        "DIM_TILES": tiles(dim, tiling.block_d),
+        "VALUE_TILES": tiles(value_dim, tiling.block_d),
+        "BLOCK_M": tiling.block_m,
+        "num_warps": tiling.num_warps,
+        "num_stages": 1 if dtype == torch.float32 else 2,
+    }
+    aligned = [(*(stride // alignment for stride in of_tensor[:-1]), of_tensor[-1]) for of_tensor in strides[:5]]
+    grid = (-(-queries // tiling.block_m) * batch * heads,)
+    query_scale = kernels.QUERY_SCALE if fp32_range else 1.0
+    return _Plan(kernel, grid, (*aligned, *strides[5:]), query_scale, power, settings)
+
+
+def _tiling(logits: int, value_dim: int, dtype: torch.dtype) -> _Tiling:
+    """Choose the tiling of a program that holds ``logits`` logits for each query beside both read-outs."""
+    numbers = logits + 2 * value_dim
+    if dtype == torch.float32:
+        return _FP32_TILING
+    if numbers > 480 and value_dim > 128:
+        return _WIDE_VALUES_TILING
+    return next(tiling for most, tiling in _TILINGS if numbers <= most)
+
+
+def _alignment(dtype: torch.dtype, strides: tuple[tuple[int, ...], ...]) -> int:
+    """Return how many numbers a card may read at once by the strides: as many as 16 bytes hold, or 1.
+
+    Triton finds this out by itself only for strides that are multiples of 16. The stride of a head of 40 is not.
+    """
+    at_once = 16 // dtype.itemsize
+    return at_once if all(stride % at_once == 0 for of_tensor in strides for stride in of_tensor[:-1]) else 1
+
+
+def _to_fp32(value: float) -> float:
+    """Return the value, or infinity where it does not fit into fp32, as in a tensor."""
+    return math.copysign(math.inf, value) if abs(value) > _FP32.max else float(value)
+
+
+def _current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the current device: kernels start on the current one, which may not be that of the tensors."""
+    if device.type == "cpu":
+        return nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else torch.xpu.device(device)

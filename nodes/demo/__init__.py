@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The demo models that come with the pack, on ComfyUI's own UNet and Flux classes.
+
+============  =======================================================================
+architecture  sizes, and the settings of ComfyUI's classes; imports nothing of ComfyUI
+text_encoder  ``DemoTextEncoder``: prompts of a fixed vocabulary to contexts; imports nothing of ComfyUI
+models        ComfyUI's models with the weights in assets/
+============  =======================================================================
+"""

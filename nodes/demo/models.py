@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The demo models: ComfyUI's own UNet and Flux in pixel space, with weights that come with the pack."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from comfy.ldm.flux.model import FluxParams
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
+
+from .architecture import CHANNELS, PATCH, TRANSFORMER_CONFIG, UNET_CONFIG
+from .text_encoder import DemoTextEncoder
+
+ASSETS = Path(__file__).parents[2] / "assets"
+# Files in ASSETS, by kind of demo model. CHECKSUMS has their SHA-256 in the format of sha256sum.
+WEIGHTS = {
+    "standard": "demo_unet.safetensors",
+    "few-step": "demo_unet_fewstep.safetensors",
+    "transformer": "demo_transformer.safetensors",
+}
+CHECKSUMS = "demo.sha256"
+
+
+class PixelUNet(UNetModel):
+    """ComfyUI's UNet over patches of pixels."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output ``[B, 3, 32, 32]`` for a latent ``x`` of the same shape."""
+        out = super().forward(nn.functional.pixel_unshuffle(x, PATCH), *args, **kwargs)
+        return nn.functional.pixel_shuffle(out, PATCH)
+
+
+class PixelLatent(comfy.latent_formats.LatentFormat):
+    """Conversion of pictures in -1..1 to the values of the training: ``4 (p - 0.25)`` for a picture ``p`` in 0..1."""
+
+    latent_channels = CHANNELS
+
+    def process_in(self, latent: Tensor) -> Tensor:
+        """Convert from ComfyUI's pixel space."""
+        return ((latent + 1.0) / 2.0 - 0.25) * 4.0
+
+    def process_out(self, latent: Tensor) -> Tensor:
+        """Convert to ComfyUI's pixel space."""
+        return (latent / 4.0 + 0.25) * 2.0 - 1.0
+
+
+class _UNetSettings(comfy.supported_models_base.BASE):
+    unet_config = UNET_CONFIG
+    unet_extra_config: ClassVar[dict[str, Any]] = {}
+    latent_format = PixelLatent
+
+
+class _TransformerSettings(comfy.supported_models.Flux):  # this base knows the other weight names of later hosts
+    unet_config = TRANSFORMER_CONFIG
+    latent_format = PixelLatent
+    sampling_settings: ClassVar[dict[str, Any]] = {"shift": 0.0}  # shift of the log odds: none
+
+
+def without_weights(name: str) -> Any:
+    """Return ComfyUI's model of ``unet`` or ``mmdit``, in fp32, with uninitialised weights."""
+    device = comfy.model_management.unet_offload_device()
+    if name == "unet":
+        settings = _UNetSettings(UNET_CONFIG)
+        settings.set_inference_dtype(torch.float32, None)
+        return comfy.model_base.BaseModel(
+            settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device, unet_model=PixelUNet
+        )
+    # Later hosts require the axes in which text tokens have positions: none, as in Flux.1.
+    text_axes: dict[str, Any] = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    settings = _TransformerSettings({**TRANSFORMER_CONFIG, **text_axes})
+    settings.set_inference_dtype(torch.float32, None)
+    return comfy.model_base.Flux(settings, model_type=comfy.model_base.ModelType.FLUX, device=device)
+
+
+def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
+    """Return a ModelPatcher of ``unet`` or ``mmdit``, in fp32, with the weights whose keys have that prefix.
+
+    Raises:
+        ValueError: weights of ComfyUI's class are missing, or there are others.
+    """
+    model = without_weights(name)
+    own = comfy.utils.state_dict_prefix_replace(dict(weights), {f"{name}.": ""}, filter_keys=True)
+    # ComfyUI would only log the difference.
+    if other := model.model_config.process_unet_state_dict(own).keys() ^ model.diffusion_model.state_dict().keys():
+        raise ValueError(
+            f"This ComfyUI's {type(model.diffusion_model).__name__} has other weights than the demo model, "
+            f"{len(other)} of them, as {min(other)}: update the GAG pack, or use another kind of demo model."
+        )
+    model.load_model_weights(own)
+    return comfy.model_patcher.ModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def load_demo(kind: str) -> tuple[Any, DemoTextEncoder, Any]:
+    """Return the ModelPatcher, text encoder and VAE of a kind of demo model, one of WEIGHTS.
+
+    Raises:
+        ValueError: there is no such kind, or the file of weights is not the one that came with the pack.
+    """
+    if kind not in WEIGHTS:
+        raise ValueError(f"kind must be one of {', '.join(WEIGHTS)}, got {kind!r}.")
+    file = WEIGHTS[kind]
+    _check_sha256(file)
+    weights, metadata = comfy.utils.load_torch_file(str(ASSETS / file), return_metadata=True)
+    weights = {key: value.float() for key, value in weights.items()}
+    encoder = DemoTextEncoder(metadata["vocabulary"].split(" "))
+    encoder.load_state_dict(comfy.utils.state_dict_prefix_replace(weights, {"text.": ""}, filter_keys=True))
+    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    name = "unet" if any(key.startswith("unet.") for key in weights) else "mmdit"
+    return load_in_host(name, weights), encoder, vae
+
+
+def _check_sha256(file: str) -> None:
+    """Refuse a file in ASSETS whose SHA-256 is not the one in CHECKSUMS."""
+    lines = (line.split() for line in (ASSETS / CHECKSUMS).read_text("ascii").splitlines())
+    checksums = {name: checksum for checksum, name in lines}
+    found, expected = hashlib.sha256((ASSETS / file).read_bytes()).hexdigest(), checksums.get(file, "")
+    if found != expected:
+        raise ValueError(
+            f"assets/{file} is not the file that came with the pack (SHA-256 {found[:12]}…, not {expected[:12]}…): "
+            "install the pack again."
+        )

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The server's side of web/: everything that the browser is sent, and the routes that it asks.
+
+Read in this order:
+
+==========  ================================================================================================
+browser     ``BROWSER``: the observer that nodes hand to the patching engine
+messages    messages to the browser tab that queued the run; blocks of the models that came into nodes
+listeners   charts that are open, by browser tab
+chart       ``SERIES``: the declaration of every line of a chart; means of a run's measures
+routes      ``/gag/setup``, ``/gag/blocks`` and ``/gag/listen``
+==========  ================================================================================================
+
+Messages go to the browser tab that queued the run, as ComfyUI's own messages do. A chart is measured only while its tab
+says that the chart is open, and only measured values are sent. A run that nobody watches does nothing for charts.
+"""

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Settings of one GAG node, resolved for a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ...gag_core import GuidanceConfig
+from .families import Family, Layer
+from .strength_curve import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """Settings of one GAG node, resolved for a model: plain data.
+
+    Attributes:
+        config: settings of the guidance rule.
+        family: family of the model.
+        order: every text attention of the model, in the order of execution.
+        layers: the text attentions that are guided.
+        apply_to: prompts that are guided, ``"both"`` or ``"positive"``.
+        start_percent, end_percent: stretch of the run in which the node acts, 0 to 1.
+        verbose: True if the log lists every guided attention at the end of a run.
+        node_id: id of the node, None outside a graph.
+        schedule: factor of the strength by step, None for a constant strength.
+    """
+
+    config: GuidanceConfig
+    family: Family
+    order: tuple[Layer, ...]
+    layers: frozenset[Layer]
+    apply_to: Literal["both", "positive"] = "both"
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    verbose: bool = False
+    node_id: str | None = None
+    schedule: Schedule | None = None
+
+    @property
+    def is_ranged(self) -> bool:
+        """True if the node acts in a stretch of the run only."""
+        return (self.start_percent, self.end_percent) != (0.0, 1.0)
+
+    @property
+    def depends_on_step(self) -> bool:
+        """True if the effect on a model call depends on the position of the call in the run."""
+        return self.is_ranged or self.schedule is not None
+
+    def scaled(self, factor: float) -> Guidance:
+        """Return a copy whose strength is multiplied by ``factor``, for one model call.
+
+        A run counts under the original: copies are not equal to it.
+        """
+        if factor == 1.0:
+            return self
+        return replace(self, config=replace(self.config, strength=self.config.strength * factor))

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The model patch: guides text attention inside ComfyUI's own forward pass.
+
+Two wrappers go onto the cloned ModelPatcher. OUTER_SAMPLE gives each run a :class:`Run` to count in, and sends its
+report at the end. APPLY_MODEL acts at every model call, after all nodes have set their patches, on a copy of the
+transformer options. So the order of nodes does not matter, and an error or an interrupt leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from .attention_call import TextLayers
+from .compile import UnguardedCompile
+from .guidance import Guidance
+from .measurements import Probe
+from .observer import Observer
+from .prompt_rows import PositivePrompt, guided_rows, token_groups
+from .recorder import CallRecording, Recording
+from .run import Run
+from .steps import follow_run, sigma_range
+from .strength_curve import Factors
+from .transformer import GuidedTransformer
+from .unet import GuidedUNet
+
+log = logging.getLogger("comfyui-gag")
+
+KEY = "comfyui-gag"
+
+
+class GAGPatch:
+    """The wrappers of all GAG nodes on one model.
+
+    In each model call one node acts: the last applied node whose range includes the call and whose schedule is not 0
+    there.
+    """
+
+    def __init__(self, guidances: tuple[Guidance, ...], probes: tuple[Probe, ...], observer: Observer) -> None:
+        self.guidances = guidances
+        self.probes = probes
+        self.observer = observer
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count one run, and send its report at the end."""
+        guider = executor.class_obj
+        active_nodes = "GAG acts or GAG Probe measures" if self.probes else "GAG acts"
+        run = Run(
+            self.observer,
+            self.observer.new_chart(),
+            PositivePrompt.from_guider(guider),
+            UnguardedCompile.from_guider(guider, active_nodes),
+        )
+        run.steps, args, kwargs = follow_run(args, kwargs)
+        for guidance in self.guidances:
+            _log_if_stretched(guidance, run.steps.count)
+        # ComfyUI copies the guider's options for this run and drops the copy after it.
+        guider.model_options.setdefault("transformer_options", {})[KEY] = run
+        if self.probes:
+            run.recording = Recording(tuple(dict.fromkeys(word for probe in self.probes for word in probe.words)))
+        result = executor(*args, **kwargs)
+        run.chart.finish(run.steps.count)
+        for guidance in self.guidances:
+            run.report(guidance)
+        if run.recording is not None:
+            for probe in self.probes:
+                measured = run.recording.result(probe, run.steps.sigmas)
+                probe.keep(measured)
+                self.observer.send_text(measured.sentence, probe.node_id)
+        return result
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run one model call: guided if a node acts in it, else unchanged; and measured for probes and charts."""
+        options = {} if transformer_options is None else transformer_options
+        run: Run = options.get(KEY) or Run(self.observer, self.observer.new_chart())
+        run.model_calls += 1
+        guidance, factor = self._active(run, t, executor.class_obj.model_sampling)
+        kinds = run.kinds(options)
+        if guidance is not None and not _has_guided_text(run, guidance, c_crossattn, kinds):
+            guidance = None
+        acting = None if guidance is None else guidance.scaled(factor)
+        text = None if c_crossattn is None or c_crossattn.shape[1] == 0 else c_crossattn
+        recording: CallRecording | None = None
+        if run.recording is not None and text is not None:
+            acting = acting or self._watched()
+            recording = CallRecording(acting, run.recording.words, x, t, kinds)
+        is_charted = guidance is not None and self.observer.wants_chart(guidance.node_id)
+        if is_charted and recording is None and acting is not None:
+            recording = CallRecording(acting, (), x, t, kinds, only=acting.layers)
+        if acting is None or text is None:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        layers = _text_layers(run, acting, text, options, kinds, recording)
+        with ExitStack() as stack:
+            options = _install(run, layers, options, executor.class_obj, stack)
+            out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if guidance is not None:
+            run.count_call(guidance, layers.reached)
+            if is_charted and recording is not None:
+                run.chart.add(guidance, recording, layers.reached, run.steps)
+        if run.recording is not None and recording is not None:
+            run.recording.add(recording, layers.reached, run.steps.done)
+        return out
+
+    def _watched(self) -> Guidance:
+        """Return the settings for a model call without guidance: those of the last node, with no guided layer."""
+        if self.guidances:
+            return replace(self.guidances[-1], layers=frozenset())
+        return self.probes[-1].watched
+
+    def _active(self, run: Run, t: Tensor, model_sampling: Any) -> tuple[Guidance | None, float]:
+        """Return the guidance that acts at the noise level ``t`` (``[B]``), and the factor of its strength there."""
+        position: tuple[float, float] | None = None
+        active: Guidance | None = None
+        active_factor = 1.0
+        for guidance in reversed(self.guidances):
+            factor = 1.0
+            if guidance.depends_on_step:
+                # Looked up only where it matters, because with some samplers that waits for the device.
+                percent, sigma = position = position or run.steps.position(t, model_sampling)
+                if guidance.is_ranged:
+                    if guidance not in run.sigmas:
+                        run.sigmas[guidance] = sigma_range(model_sampling, guidance.start_percent, guidance.end_percent)
+                    highest, lowest = run.sigmas[guidance]
+                    if not lowest <= sigma <= highest:
+                        continue
+                if guidance.schedule is not None:
+                    factor = guidance.schedule.factor(percent, sigma)
+                if factor * guidance.config.strength == 0.0:
+                    run.unscheduled[guidance] += 1
+                    continue
+            if active is None:
+                active, active_factor = guidance, factor
+                run.in_range[guidance] += 1
+            else:
+                run.overruled[guidance] += 1
+        return active, active_factor
+
+
+def _has_guided_text(run: Run, guidance: Guidance, context: Tensor | None, kinds: list[int]) -> bool:
+    """Return True if a model call has text that the node guides; else count the reason."""
+    if context is None:
+        run.no_context[guidance] += 1
+    elif context.shape[1] == 0:
+        run.no_text[guidance] += 1
+    elif not guided_rows(guidance.apply_to, len(context), kinds):
+        run.no_positive_rows[guidance] += 1
+    else:
+        return True
+    return False
+
+
+def _text_layers(
+    run: Run,
+    acting: Guidance,
+    text: Tensor,
+    options: dict[str, Any],
+    kinds: list[int],
+    recording: CallRecording | None,
+) -> TextLayers:
+    """Return the text attentions of a model call whose text is ``[B, N, C]``."""
+    # A joint attention guides all tokens of a row alike, and finding repeated tokens waits for the device.
+    groups = [] if acting.family.attention == "joint" else token_groups(text, options, run.token_groups)
+    return TextLayers(acting, (text.shape[0], text.shape[1]), kinds, groups, recording)
+
+
+def _install(
+    run: Run, layers: TextLayers, options: dict[str, Any], host_model: Any, stack: ExitStack
+) -> dict[str, Any]:
+    """Return the transformer options with the hooks of one model call; ``stack`` removes what must be removed."""
+    if layers.guidance.family.attention == "attn2":
+        options = GuidedUNet(layers, options).install(options)
+    else:
+        hooks = GuidedTransformer(layers, options)
+        stack.enter_context(hooks.watch(host_model.diffusion_model))
+        options = hooks.install(options)
+    if run.unguarded_compile is not None:
+        stack.enter_context(run.unguarded_compile.bypass_host_graph())
+        if layers.recording is None:  # otherwise opening a chart would start another compilation, and a wait
+            options = run.unguarded_compile.install(options, host_model, KEY)
+    return options
+
+
+def _log_if_stretched(guidance: Guidance, steps: int) -> None:
+    schedule = guidance.schedule
+    if isinstance(schedule, Factors) and len(schedule.values) not in (1, steps):
+        log.info(
+            "GAG: the schedule has %d factors and this run %d steps, so it is stretched over them.",
+            len(schedule.values),
+            steps,
+        )

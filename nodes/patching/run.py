@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Counters of one sampling run, and the report at its end."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .compile import UnguardedCompile
+from .families import Layer
+from .guidance import Guidance
+from .observer import ChartObserver, Observer
+from .prompt_rows import PositivePrompt, RowGroup, prompt_kinds
+from .recorder import Recording
+from .steps import Steps
+
+log = logging.getLogger("comfyui-gag")
+
+
+class NothingGuided(NamedTuple):
+    """The reason why a node guided nothing: its name in web/texts.js, in a few words, and as the end of a sentence."""
+
+    name: str
+    short: str
+    reason: str
+
+
+@dataclass
+class Run:
+    """Counters of one sampling run, by node; and facts that are found once and hold for the whole run.
+
+    Attributes:
+        observer: receiver of the report.
+        chart: receiver of the measures for open charts.
+        positive: the positive prompt, None if the guider does not tell.
+        unguarded_compile: the model that was compiled without guards, None if it was not.
+        model_calls: number of model calls.
+        in_range: model calls in which the node acts.
+        overruled: model calls in which a later node acts instead.
+        unscheduled: model calls in which the node's schedule is 0.
+        no_context: model calls that came without a ``c_crossattn``.
+        no_text: model calls whose text has no token.
+        no_positive_rows: model calls without rows of the positive prompt.
+        guided: model calls in which each layer was guided.
+        sigmas: highest and lowest noise level of the node's range.
+        token_groups: rows with their distinct tokens, by the prompts in a call.
+        recording: measures for probes, None without a probe.
+        steps: position in the run.
+    """
+
+    observer: Observer
+    chart: ChartObserver
+    positive: PositivePrompt | None = None
+    unguarded_compile: UnguardedCompile | None = None
+    model_calls: int = 0
+    in_range: Counter[Guidance] = field(default_factory=Counter)
+    overruled: Counter[Guidance] = field(default_factory=Counter)
+    unscheduled: Counter[Guidance] = field(default_factory=Counter)
+    no_context: Counter[Guidance] = field(default_factory=Counter)
+    no_text: Counter[Guidance] = field(default_factory=Counter)
+    no_positive_rows: Counter[Guidance] = field(default_factory=Counter)
+    guided: dict[Guidance, Counter[Layer]] = field(default_factory=dict)
+    sigmas: dict[Guidance, tuple[float, float]] = field(default_factory=dict)
+    token_groups: dict[Any, list[RowGroup]] = field(default_factory=dict)
+    recording: Recording | None = None
+    steps: Steps = field(default_factory=Steps)
+
+    def kinds(self, options: dict[str, Any]) -> list[int]:
+        """Return the prompt of each part of a model call's batch, 0 the positive one."""
+        return prompt_kinds(options, self.positive)
+
+    def count_call(self, guidance: Guidance, reached: list[Layer]) -> None:
+        """Count a model call that has ended, and the layers that were guided in it.
+
+        Counting during the call would not do: torch.compile recompiles code that reads growing counts, and the calls of
+        several devices overlap.
+        """
+        self.guided.setdefault(guidance, Counter()).update(reached)
+
+    def report(self, guidance: Guidance) -> None:
+        """Send the outcome of the run to the node, and to the log if it matters there.
+
+        The node shows some 60 characters, the log the whole sentence.
+        """
+        counts = self.guided.get(guidance)
+        if not counts:
+            self._report_nothing(guidance)
+            return
+        # Not every call in range reaches its attentions: step caches such as EasyCache skip the model.
+        layers, chosen, calls = len(counts), len(guidance.layers), max(counts.values())
+        text = f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls."
+        if self.overruled[guidance]:
+            text += f" In {self.overruled[guidance]} a later GAG node acted."
+        self.observer.send_text(text, guidance.node_id)
+        self.observer.send_report(guidance.node_id, layers, len(guidance.order), text)
+        if guidance.verbose:
+            listed = ", ".join(f"{'.'.join(map(str, layer))}: {counts[layer]}" for layer in sorted(counts))
+            schedule = "" if guidance.schedule is None else f" Schedule: {guidance.schedule}."
+            log.info("GAG: %s Settings: %s.%s Calls by attention: %s.", text, guidance.config, schedule, listed)
+
+    def _report_nothing(self, guidance: Guidance) -> None:
+        why = self._why_nothing(guidance)
+        text = f"Nothing guided: {why.short}."
+        self.observer.send_text(text, guidance.node_id)
+        span = guidance.start_percent, guidance.end_percent
+        self.observer.send_report(guidance.node_id, 0, len(guidance.order), text, why.name, span)
+        log.warning("GAG guided nothing in this run: %s.", why.reason)
+
+    def _why_nothing(self, guidance: Guidance) -> NothingGuided:
+        if not self.model_calls:
+            return NothingGuided("why_no_call", "no model call", "the sampler made no model call")
+        in_range = self.in_range[guidance]
+        if not in_range:
+            return self._why_never_in_range(guidance)
+        if self.no_context[guidance] == in_range:
+            return NothingGuided(
+                "why_no_context",
+                "its text comes another way",
+                "no model call had the input c_crossattn, by which GAG gets the text; this model gets its text in "
+                "another way, which GAG does not know yet",
+            )
+        if self.no_context[guidance] + self.no_text[guidance] == in_range:
+            return NothingGuided("why_empty", "the prompts are empty", "no model call had a single token of text")
+        if self.no_positive_rows[guidance] == in_range:
+            reason = 'apply_to is "positive" and no model call had a positive prompt'
+            return NothingGuided("why_no_positive", "no positive prompt", reason)
+        return NothingGuided(
+            "why_not_run",
+            "none of its attentions ran",
+            "none of the chosen attentions ran; another node may replace the model's blocks or its attention",
+        )
+
+    def _why_never_in_range(self, guidance: Guidance) -> NothingGuided:
+        span = f"{guidance.start_percent:g} to {guidance.end_percent:g}"
+        if self.overruled[guidance]:
+            unless = " in which its schedule is not 0" if self.unscheduled[guidance] else ""
+            reason = f"a later GAG node on the same model acts in all steps of its range{unless}"
+            return NothingGuided("why_later", "a later GAG node acts", reason)
+        if self.unscheduled[guidance]:
+            stretch = f"from {span}" if guidance.is_ranged else "of the run"
+            return NothingGuided("why_schedule", "its schedule is 0", f"its schedule is 0 in all steps {stretch}")
+        reason = f"no step lies within its start_percent and end_percent, {span}"
+        if guidance.start_percent:
+            reason += "; where a run has so few steps, set start_percent to 0"
+        return NothingGuided("why_range", f"no step within {span}", reason)

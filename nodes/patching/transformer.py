@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Hooks of one model call of a transformer.
+
+ComfyUI lets nodes wrap the blocks of many families one by one (``patches_replace["dit"]``). The wrapper sees the input
+of each block. So it knows which block runs and how many tokens of the sequence are text, on every host and beside other
+nodes' wrappers. Other families have no such wrappers, or have a text attention of its own inside a block. There torch's
+forward hooks watch the module that makes the call, for the time of one model call. (ComfyUI never runs one model in two
+threads: for several devices it copies the model.) In both cases token refiners and control networks run outside of the
+watched modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.nn import ModuleList
+
+from .attention_call import OVERRIDE, AttentionCall, TextLayers, host_attention
+from .families import Layer, readers
+
+BlockArgs = dict[str, Any]
+Block = Callable[[BlockArgs, dict[str, Any]], dict[str, Any]]
+
+
+class GuidedTransformer:
+    """Hooks of one model call of a transformer; made for it and dropped after it."""
+
+    def __init__(self, text: TextLayers, options: dict[str, Any]) -> None:
+        self.text = text
+        self.family = text.guidance.family
+        self.is_cross = self.family.attention == "cross"
+        self.is_wrapped = self.family.is_wrapped
+        self.previous = options.get(OVERRIDE)
+        self.context_tokens = text.context_shape[1]
+        self.text_first = self.family.text_first
+        # The layer whose block or module runs, and how many attention calls it makes before the one that reads the
+        # text.
+        self.layer: Layer | None = None
+        self.calls_before = 0
+        # Number of tokens that left each measured module, by the module's name.
+        self.sizes: dict[str, int] = {}
+        # Number of tokens that enter a wrapped block: of its text stream, and in all. A block with joined streams does
+        # not show the text stream, but the blocks before it did.
+        self.stream_tokens = self.context_tokens
+        self.all_tokens = 0
+
+    def install(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the transformer options with the hooks."""
+        if not self.is_wrapped:
+            return {**options, OVERRIDE: self._override}
+        replacements = options.get("patches_replace", {})
+        blocks = dict(replacements.get("dit", {}))
+        for layer in self.text.guidance.order:
+            key = (layer.part, layer.block)
+            blocks[key] = self._wrap(layer, blocks.get(key))
+        return {**options, "patches_replace": {**replacements, "dit": blocks}, OVERRIDE: self._override}
+
+    @contextmanager
+    def watch(self, diffusion_model: Any) -> Iterator[None]:
+        """Watch the model's modules while its call runs."""
+        modules = readers(self.family, diffusion_model)
+        # Older hosts put HunyuanVideo's image first, and its blocks say so. Newer hosts do not.
+        if any(getattr(module, "flipped_img_txt", False) for module in modules.values()):
+            self.text_first = False
+        with ExitStack() as hooks:  # removes the hooks that are in place, whatever error occurs
+            for name in filter(None, (self.family.text_size, self.family.image_size, self.family.picture)):
+                self._measure(diffusion_model, name, hooks)
+            if not self.is_wrapped:
+                for layer in self.text.caught:
+                    self._follow(modules[layer], layer, hooks)
+            yield
+
+    def _measure(self, diffusion_model: Any, name: str, hooks: ExitStack) -> None:
+        """Count the tokens that leave a module, or the last module of a list."""
+        try:
+            module = diffusion_model.get_submodule(name)
+        except AttributeError:  # this model, or the models of this host, have no such stream
+            return
+        if isinstance(module, ModuleList):
+            module = module[-1]
+
+        def measure(_: Any, __: Any, out: Tensor) -> None:
+            self.sizes[name] = out.shape[1]
+
+        hooks.enter_context(module.register_forward_hook(measure))
+
+    def _follow(self, module: Any, layer: Layer, hooks: ExitStack) -> None:
+        """Set ``self.layer`` while the module runs that reads the text of a layer."""
+        # Wan's image-to-video first attends to an embedded picture, with separate keys.
+        calls_before = 1 if hasattr(module, "k_img") else 0
+
+        def enter(*_: Any) -> None:
+            self.layer, self.calls_before = layer, calls_before
+
+        def leave(*_: Any) -> None:
+            self.layer = None
+
+        hooks.enter_context(module.register_forward_pre_hook(enter))
+        hooks.enter_context(module.register_forward_hook(leave))
+
+    def _wrap(self, layer: Layer, replacement: Block | None) -> Block:
+        """Return a block's wrapper, around the wrapper of another node if there is one."""
+
+        def guided_block(args: BlockArgs, extra: dict[str, Any]) -> dict[str, Any]:
+            self.all_tokens = args["img"].shape[1]
+            if "txt" in args:
+                self.stream_tokens = args["txt"].shape[1]
+                self.all_tokens += self.stream_tokens
+            self.layer = layer if layer in self.text.caught else None
+            try:
+                return extra["original_block"](args) if replacement is None else replacement(args, extra)
+            finally:
+                self.layer = None
+
+        return guided_block
+
+    def _override(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.layer
+        if layer is None:
+            return host_attention(function, self.previous, *args, **kwargs)
+        call = AttentionCall(function, self.previous, args, kwargs)
+        if not self._reads_text(call):
+            return call.host_output()
+        if self.is_cross:
+            return self.text.cross(call, layer)
+        return self.text.joint(call, layer, self._text_slice(call.k.shape[2]))
+
+    def _reads_text(self, call: AttentionCall) -> bool:
+        """Return True for the call of the running layer that reads the text. Must be asked once per attention call."""
+        if self.is_cross:
+            self.calls_before -= 1
+            return self.calls_before == -1
+        queries, keys = call.q.shape[2], call.k.shape[2]
+        if not self.is_wrapped:
+            return queries == keys and 0 < self._text_tokens(keys) < keys
+        # A block may have an attention among image tokens alone besides the joint one (SD3.5 medium).
+        return queries == keys == self.all_tokens
+
+    def _text_tokens(self, all_tokens: int) -> int:
+        """Return the number of text tokens in the joint sequence, where modules are measured."""
+        if self.family.image_size:
+            return all_tokens - self.sizes.get(self.family.image_size, all_tokens)
+        return self.sizes.get(self.family.text_size, 0)
+
+    def _text_slice(self, all_tokens: int) -> slice:
+        """Return the position of the text in the joint sequence."""
+        if not self.is_wrapped:
+            tokens, in_front = self._text_tokens(all_tokens), 0
+        elif self.family.picture:
+            tokens, in_front = self.stream_tokens, self.sizes.get(self.family.picture, 0)
+        else:
+            # Registers, and image tokens that adapters add, stand in front of the prompt's own tokens.
+            tokens, in_front = self.stream_tokens, max(0, self.stream_tokens - self.context_tokens)
+        start = 0 if self.text_first else all_tokens - tokens
+        return slice(start + in_front, start + tokens)

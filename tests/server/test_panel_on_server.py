@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Messages of a real server to a browser tab about its guidance nodes; charts that nobody opened get none."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from comfy_server import FINAL, ComfyServer, Json
+from generate import texts
+
+_seeds = itertools.count(int(time.time()))
+STEPS = 6
+NODE = "5"
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+def graph(seed: int, **inputs: Any) -> Json:
+    guidance = {"model": ["1", 0], "preset": "paper", "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    sampler = {"seed": seed, "steps": STEPS, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    links = {"model": [NODE, 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
+    return {
+        "1": {"class_type": "GAGDemoLoader", "inputs": {}},
+        "2": {"class_type": "GAGDemoPrompt", "inputs": {"text_encoder": ["1", 1], "text": "a red circle"}},
+        "3": {"class_type": "GAGDemoPrompt", "inputs": {"text_encoder": ["1", 1], "text": ""}},
+        "4": {"class_type": "GAGDemoEmptyLatent", "inputs": {"batch_size": 1}},
+        NODE: {"class_type": "GAGuidance", "inputs": {**guidance, **inputs}},
+        "6": {"class_type": "KSampler", "inputs": {**links, **sampler}},
+        "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},
+        "8": {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "live"}},
+    }
+
+
+def post(server: ComfyServer, body: Any) -> int:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + "/gag/listen", data, {"Content-Type": "application/json"})
+    try:
+        with _open(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def run(
+    server: ComfyServer,
+    prompt: Json,
+    before: Callable[[str], None] = lambda client: None,
+    after: Callable[[str, Any], None] = lambda event, data: None,
+    workflow: Json | None = None,
+) -> list[tuple[str, Any]]:
+    """Return the messages of a run to the tab that queued it. ``before`` gets the tab's id once it is connected."""
+
+    async def go() -> list[tuple[str, Any]]:
+        client = uuid.uuid4().hex
+        messages: list[tuple[str, Any]] = []
+        address = f"{server.url}/ws?clientId={client}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(address) as connection:
+            await connection.receive()
+            before(client)
+            prompt_id = await asyncio.to_thread(server.queue, prompt, workflow, client)
+            async for raw in connection:
+                if raw.type is not aiohttp.WSMsgType.TEXT:
+                    continue
+                message = json.loads(raw.data)
+                messages.append((message["type"], message.get("data", {})))
+                after(*messages[-1])
+                if message["type"] in FINAL and message["data"]["prompt_id"] == prompt_id:
+                    assert message["type"] == "execution_success"
+                    break
+        return messages
+
+    return asyncio.run(asyncio.wait_for(go(), 120))
+
+
+def of_type(messages: list[tuple[str, Any]], message_type: str) -> list[Any]:
+    return [data for name, data in messages if name == message_type]
+
+
+def pictures(server: ComfyServer, messages: list[tuple[str, Any]]) -> bytes:
+    (output,) = (data["output"] for data in of_type(messages, "executed") if "images" in (data["output"] or {}))
+    (image,) = output["images"]
+    address = f"/view?filename={image['filename']}&type={image['type']}&subfolder={image['subfolder']}"
+    with _open(server.url + address, timeout=60) as answer:
+        data: bytes = answer.read()
+    return b"".join(data.split(b"IDAT")[1:])
+
+
+def listen(server: ComfyServer, *nodes: str) -> Callable[[str], None]:
+    """Return a function that opens charts of nodes in a tab and closes its others."""
+
+    def send(client: str) -> None:
+        assert post(server, {"client": client, "workflow": "", "nodes": list(nodes)}) == 204
+
+    return send
+
+
+def test_an_open_chart_gets_every_step_and_the_picture_does_not_change(server: ComfyServer) -> None:
+    seed = next(_seeds)
+    watched = run(server, graph(seed), listen(server, NODE, "99"))
+    points: dict[int, list[float]] = {}
+    for message in of_type(watched, "gag.chart"):
+        assert set(message) == {"workflow", "run", "steps", "series", "points"}
+        assert message["steps"] == STEPS
+        for step, *values in message["points"][NODE]:
+            points[step] = values
+    assert sorted(points) == list(range(STEPS))
+    for gain, parallel, capped in points.values():
+        assert gain > 0.0
+        assert 0.0 <= parallel <= 1.0
+        assert 0.0 <= capped <= 1.0
+    run(server, graph(next(_seeds)))  # otherwise the server would return the cached picture
+    unwatched = run(server, graph(seed))
+    assert of_type(unwatched, "gag.chart") == []
+    assert pictures(server, unwatched) == pictures(server, watched)
+
+
+@pytest.mark.parametrize("nodes", [(), ("6",), ("55",)], ids=["none", "another node", "an id with the same beginning"])
+def test_nodes_without_an_open_chart_send_no_measures(server: ComfyServer, nodes: tuple[str, ...]) -> None:
+    assert of_type(run(server, graph(next(_seeds)), listen(server, *nodes)), "gag.chart") == []
+
+
+def test_a_closed_chart_gets_no_measures(server: ComfyServer) -> None:
+    def open_and_close(client: str) -> None:
+        listen(server, NODE)(client)
+        listen(server)(client)
+
+    assert of_type(run(server, graph(next(_seeds)), open_and_close), "gag.chart") == []
+
+
+def test_a_closed_or_unknown_tab_cannot_listen(server: ComfyServer) -> None:
+    gone: list[str] = []
+
+    def open_chart(client: str) -> None:
+        listen(server, NODE)(client)
+        gone.append(client)
+
+    assert of_type(run(server, graph(next(_seeds)), open_chart), "gag.chart")
+    # Its connection is closed by now.
+    for client in (gone[0], "nobody"):
+        assert post(server, {"client": client, "workflow": "", "nodes": [NODE]}) == 409
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"[", [], {}, None, {"client": "a"}, {"client": "a", "nodes": []}),
+        *({"client": client, "workflow": workflow, "nodes": []} for client, workflow in ((1, ""), ("a", None))),
+        *({"client": "a", "workflow": "", "nodes": nodes} for nodes in ("5", [5], None, ["5"] * 1001)),
+    ],
+)
+def test_an_invalid_request_is_refused(server: ComfyServer, body: Any) -> None:
+    assert post(server, body) == 400
+
+
+@pytest.mark.parametrize(
+    ("inputs", "why"),
+    [({}, ""), ({"strength": 0.0}, "why_off"), ({"start_percent": 1.0}, "why_range")],
+)
+def test_the_tab_gets_the_report_of_a_node(server: ComfyServer, inputs: Json, why: str) -> None:
+    workflow = {"id": uuid.uuid4().hex}
+    messages = run(server, graph(next(_seeds), **inputs), workflow=workflow)
+    (report,) = of_type(messages, "gag.report")
+    (model,) = of_type(messages, "gag.blocks")
+    assert report["node"] == model["node"] == NODE
+    assert report["workflow"] == model["workflow"] == workflow["id"]
+    default = [layer for part in model["default"].values() for block in part for layer in block]
+    assert 0 < sum(default) < len(default) == sum(map(sum, model["parts"].values()))
+    assert (report["guided"], report["of"], report["why"]) == (0 if why else sum(default), len(default), why)
+    if why:  # the text that the badge translates is part of the node's text
+        assert texts.panel_texts()[why].format(**report) in report["text"]
+
+
+def test_the_blocks_are_sent_and_remembered_by_workflow(server: ComfyServer) -> None:
+    workflow = {"id": uuid.uuid4().hex}
+    seed = next(_seeds)
+    # The strength is unused, so that the host runs the node.
+    strength = 0.5 + seed % 1000 / 1e4
+    (sent,) = of_type(run(server, graph(seed, strength=strength), workflow=workflow), "gag.blocks")
+    assert sent.pop("workflow") == workflow["id"]
+    assert sent.pop("node") == NODE
+    assert list(sent["parts"]) == list(sent["default"]) == ["d", "m", "u"]
+    for part, blocks in sent["default"].items():
+        assert [len(block) for block in blocks] == sent["parts"][part]
+        assert all(layer == (part != "m") for block in blocks for layer in block), "a UNet's default"
+
+    def remembered(workflow_id: str) -> Any:
+        with _open(f"{server.url}/gag/blocks?workflow={workflow_id}") as answer:
+            return json.loads(answer.read())
+
+    assert remembered(workflow["id"]) == {NODE: sent}
+    assert remembered("other") == {}
+    # In another workflow the host reuses the node's output, and the blocks are sent there too.
+    other = {"id": uuid.uuid4().hex}
+    (again,) = of_type(run(server, graph(next(_seeds), strength=strength), workflow=other), "gag.blocks")
+    assert again == {"workflow": other["id"], "node": NODE, **sent}
+    assert remembered(other["id"]) == {NODE: sent}
+
+
+def test_the_setup_has_the_presets_of_the_node(server: ComfyServer) -> None:
+    with _open(f"{server.url}/gag/setup") as answer:
+        presets: Json = json.loads(answer.read())["presets"]
+    info = server.object_info()
+    options = info["GAGuidance"]["input"]["required"]["preset"]
+    names = options[1]["options"] if options[0] == "COMBO" else options[0]
+    assert list(presets) == names
+    required = info["GAGuidanceAdvanced"]["input"]["required"]
+    apart = {"model", "strength", "apply_to", "blocks", "start_percent", "end_percent", "verbose"}
+    for settings in presets.values():
+        assert set(required) - apart <= set(settings), "every other field is filled by a preset"
+        assert "strength" not in settings
+
+
+def test_a_chart_gets_at_most_four_messages_a_second(server: ComfyServer) -> None:
+    prompt = graph(next(_seeds))
+    prompt["6"]["inputs"]["steps"] = 150
+    times: list[float] = []
+
+    def record(event: str, data: Any) -> None:
+        if event == "gag.chart":
+            times.append(time.monotonic())
+
+    messages = run(server, prompt, listen(server, NODE), record)
+    steps = {point[0] for message in of_type(messages, "gag.chart") for point in message["points"][NODE]}
+    assert steps == set(range(150))
+    # There is one message at the beginning, one at the end, and at most four a second between them.
+    assert 2 <= len(times) <= 2 + 4 * (times[-1] - times[0] + 0.5)
