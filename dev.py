@@ -7,16 +7,24 @@ file is not part of the pack.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
+
+# Nothing is imported, here or in the programs started below, from the folder that this file is called from or from
+# PYTHONPATH: a hashlib.py or pip.py there would run before any hash is checked.
+_folders = {os.path.abspath(path) for path in ("", *os.environ.pop("PYTHONPATH", "").split(os.pathsep))}
+_folders -= {os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.abspath(os.__file__))}
+sys.path[:] = [path for path in sys.path if path and os.path.abspath(path) not in _folders]
+
+import hashlib  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
+import zipfile  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 DEV = ROOT / "dev"
@@ -67,6 +75,10 @@ MODULES = {
 }
 REGISTRY_LOCK = DEV / "requirements-registry.lock"
 _MOST_PROCESSES = 4
+# Options of a Python that runs before or while packages are installed: it knows its own packages only.
+ISOLATED = ("-I", "-X", "utf8")
+# Seconds that a program has to clean up, and to end the programs that it started.
+_PATIENCE = 30.0
 CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
 
 
@@ -126,7 +138,7 @@ def make_venv(venv: Path, sources: list[Path], size: str, fill: Callable[[], Non
         raise HostError(f"Python 3.10 to 3.14 is needed; this is {sys.version.split()[0]}.")
     say(f"preparing {venv} (the first time {size})")
     stamp.unlink(missing_ok=True)
-    if not pip_works(venv) and run(sys.executable, "-m", "venv", "--clear", venv):
+    if not pip_works(venv) and run(sys.executable, *ISOLATED, "-m", "venv", "--clear", venv):
         raise HostError("No virtual environment could be made; on Debian and Ubuntu, install python3-venv.")
     fill()
     stamp.write_text(wanted)
@@ -192,9 +204,12 @@ def wheels_of(lock: Path) -> Path:
 
 
 def pip(command: str, *options: str | Path, venv: Path = VENV, quiet: bool = False) -> int:
-    """Run a venv's pip on pinned, hash-checked files and return its exit code."""
-    common = ["--no-deps", "--require-hashes", "--disable-pip-version-check"]
-    return run(python_in(venv), "-m", "pip", command, *common, *options, quiet=quiet)
+    """Run a venv's pip on pinned, hash-checked wheels and return its exit code.
+
+    Other archives, whose setup.py would run, are refused even if their hash is right.
+    """
+    common = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--disable-pip-version-check"]
+    return run(python_in(venv), *ISOLATED, "-m", "pip", command, *common, *options, quiet=quiet)
 
 
 def torch_wants_cuda() -> bool:
@@ -205,7 +220,7 @@ def torch_wants_cuda() -> bool:
 
 def ask_python(code: str, venv: Path = VENV) -> subprocess.CompletedProcess[str]:
     """Run code in a venv's Python and return the finished process with its output."""
-    return subprocess.run([str(python_in(venv)), "-c", code], capture_output=True, text=True)
+    return subprocess.run([str(python_in(venv)), *ISOLATED, "-c", code], capture_output=True, text=True)
 
 
 def mend_torchvision() -> None:
@@ -287,9 +302,34 @@ def run(*command: str | Path, cwd: Path | None = None, quiet: bool = False) -> i
             break
         except KeyboardInterrupt:  # Ctrl-C reached the program too, which now cleans up
             interrupted = True
+        except SystemExit:
+            end(process)
+            raise
     if interrupted:
         raise KeyboardInterrupt
     return code
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a program as Ctrl-C does, so that it ends its own programs and removes its temporary folders."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process by an exception, which ends the program that runs and removes temporary folders."""
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    # A shell lets what it starts in the background ignore Ctrl-C, and so would the programs that are ended by it here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def say(text: str) -> None:
@@ -299,4 +339,5 @@ def say(text: str) -> None:
 
 if __name__ == "__main__":
     os.environ["PYTHONUTF8"] = "1"
+    exit_on_sigterm()
     sys.exit(main(sys.argv[1:]))

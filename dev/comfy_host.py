@@ -67,9 +67,18 @@ def users_python(host: Path) -> Path | None:
     return next((path for path in candidates if path.is_file() and not missing_modules(path, "torch", "aiohttp")), None)
 
 
+def ask(python: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a Python that may have packages in its user's folder. Return the finished process with its output.
+
+    PYTHONPATH is ignored, and the folder whose modules Python finds first is one of this repository.
+    """
+    command = [str(python), "-E", "-X", "utf8", "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT / "dev", capture_output=True, text=True, encoding="utf-8")
+
+
 def python_version(python: Path) -> tuple[int, int]:
     """Return major and minor version of a Python."""
-    answer = subprocess.run([python, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
+    answer = ask(python, "import sys; print(*sys.version_info[:2])")
     major, minor = answer.stdout.split()
     return int(major), int(minor)
 
@@ -77,7 +86,7 @@ def python_version(python: Path) -> tuple[int, int]:
 def missing_modules(python: Path, *modules: str) -> list[str]:
     """Return the modules that a Python does not have. They are looked up, not imported."""
     code = "import importlib.util, sys; print(*(m for m in sys.argv[1:] if importlib.util.find_spec(m) is None))"
-    answer = subprocess.run([python, "-c", code, *modules], capture_output=True, text=True)
+    answer = ask(python, code, *modules)
     return answer.stdout.split() if answer.returncode == 0 else list(modules)
 
 

@@ -9,11 +9,14 @@ ComfyUI's, which must be found first once ComfyUI is on the path.
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
 
 from comfy_host import ROOT
 
 if __name__ == "__main__":
+    # Servers are stopped and temporary folders removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.path.append(str(ROOT))
     sys.argv[:] = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -8,6 +8,7 @@ guidance signal.
 The files, in reading order:
 
     config.py       GuidanceConfig: the settings
+    echo.py         values of others as messages and labels repeat them
     attention.py    the public calls: argument checks, choice of the implementation
     geometry.py     the formulas of the paper, each once: decomposition, cap, extrapolation, text mass
     eager.py        the implementation in plain torch: chunks of queries, both read-outs, joint attention

@@ -9,13 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from reprlib import repr as short
 
 import torch
 from torch import Tensor
 
 from . import eager
 from .config import GuidanceConfig, wrong_type
+from .echo import dtype_of, echo, plain
 from .geometry import guidance_factors, norm_axes
 from .numerics import Keys, config_numbers, mask_part, weighted_sum_, work_copy, work_dtype, write_saturated
 from .triton import launch
@@ -292,29 +292,29 @@ def _checked_scale(q: Tensor, scale: float | None) -> float:
     if scale is None:
         return q.shape[3] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {short(scale)}.")
+        raise TypeError(f"scale must be a number or None, got {echo(scale)}.")
     if not abs(scale) <= sys.float_info.max:
-        raise ValueError(f"scale must be a finite number, got {short(scale)}.")
+        raise ValueError(f"scale must be a finite number, got {echo(scale)}.")
     return scale
 
 
 def _checked_text(text: slice, tokens: int) -> slice:
     """Return the text tokens as a slice with a start and a stop, or refuse them."""
     if not isinstance(text, slice):
-        raise TypeError(f"text must be a slice of the joint sequence, got {type(text).__name__}.")
+        raise TypeError(f"text must be a slice of the joint sequence, got {plain(type(text).__name__)}.")
     start = 0 if text.start is None else text.start
     stop = tokens if text.stop is None else text.stop
     simple = isinstance(start, int) and isinstance(stop, int) and text.step in (None, 1)
     if not simple or not 0 <= start < stop <= tokens:
         raise ValueError(
-            f"text must be a non-empty slice of step 1 within the {tokens} tokens of the sequence, got {text}."
+            f"text must be a non-empty slice of step 1 within the {tokens} tokens of the sequence, got {echo(text)}."
         )
     return slice(start, stop)
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+        raise TypeError(f"{name} must be a tensor, got {plain(type(tensor).__name__)}.")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}.")
 
@@ -348,8 +348,7 @@ def _check_read_outs(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> N
     """Refuse arguments of :func:`combine` that do not go together."""
     for name, tensor in (("sparse", sparse), ("dense", dense)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
-            given = f"{tensor.dtype} of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a dense floating-point tensor, got {given}.")
+            raise TypeError(f"{name} must be a dense floating-point tensor, got {dtype_of(tensor)}.")
     check_config(config)
     if config.rule == "anderson":
         raise ValueError(

@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from reprlib import repr as short
+
+from .echo import echo, plain
 
 RULES = ("gag", "pladis", "anderson")
 NORM_MODES = ("absolute", "relative")
@@ -62,40 +63,40 @@ class GuidanceConfig:
         _number("alpha", self.alpha, 1.0, 2.0)
         _number("strength", self.strength, -math.inf, math.inf)
         if not isinstance(self.merge_heads, bool):
-            raise TypeError(f"merge_heads must be True or False, got {short(self.merge_heads)}.")
+            raise TypeError(f"merge_heads must be True or False, got {echo(self.merge_heads)}.")
         _integer("anderson_depth", self.anderson_depth, 1, MOST_ANDERSON_DEPTH)
         _number("anderson_regularization", self.anderson_regularization, 0.0, math.inf)
         if self.rule == "anderson" and self.guidance_scale < 0.0:
             raise ValueError(
                 "guidance_scale must be at least 0 with rule 'anderson', of whose coefficients it is the bound, "
-                f"got {self.guidance_scale!r}."
+                f"got {echo(self.guidance_scale)}."
             )
 
 
 def wrong_type(config: object) -> TypeError:
     """Return the error for an argument ``config`` that is not a GuidanceConfig."""
-    return TypeError(f"config must be a GuidanceConfig, got {type(config).__name__}.")
+    return TypeError(f"config must be a GuidanceConfig, got {plain(type(config).__name__)}.")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {short(value)}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {echo(value)}.")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {short(value)}.")
+        raise TypeError(f"{name} must be a whole number, got {echo(value)}.")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {short(value)}.")
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {echo(value)}.")
 
 
 def _number(name: str, value: object, low: float, high: float, *, infinite: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {short(value)}.")
+        raise TypeError(f"{name} must be a number, got {echo(value)}.")
     if isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise ValueError(f"{name} must be a number that fits in a float, got {short(value)}.")
+        raise ValueError(f"{name} must be a number that fits in a float, got {echo(value)}.")
     if math.isnan(value) or (math.isinf(value) and not infinite) or not low <= value <= high:
         allowed = "a finite number" if math.isinf(high) and not infinite else "a number"
         if not math.isinf(low):
             allowed += f" of at least {low:g}" if math.isinf(high) else f" from {low:g} to {high:g}"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+        raise ValueError(f"{name} must be {allowed}, got {echo(value)}.")

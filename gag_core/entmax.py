@@ -10,11 +10,11 @@ convex and falling in tau, so Newton's iteration from tau = -1 rises towards the
 from __future__ import annotations
 
 import math
-from reprlib import repr as short
 
 import torch
 from torch import Tensor
 
+from .echo import dtype_of, echo
 from .numerics import work_dtype
 
 # The exponents at alpha = 1.5 and 2, which have cheaper forms than the general power.
@@ -56,12 +56,11 @@ def entmax(logits: Tensor, alpha: float = 1.5, dim: int = -1) -> Tensor:
     Source: arXiv 1905.05702, eq. 10; arXiv 2603.02531 v2 uses it for the sparse retrieval.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.layout != torch.strided:
-        given = f"{logits.dtype} of layout {logits.layout}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"entmax needs a dense floating-point tensor, got {given}.")
+        raise TypeError(f"entmax needs a dense floating-point tensor, got {dtype_of(logits)}.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 1.0 <= alpha <= 2.0:
-        raise ValueError(f"alpha must be a number from 1 to 2, got {short(alpha)}.")
+        raise ValueError(f"alpha must be a number from 1 to 2, got {echo(alpha)}.")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -logits.ndim <= dim < logits.ndim:
-        raise ValueError(f"dim must name one of the {logits.ndim} dimensions of the logits, got {short(dim)}.")
+        raise ValueError(f"dim must name one of the {logits.ndim} dimensions of the logits, got {echo(dim)}.")
     if logits.shape[dim] == 0:
         raise ValueError(f"entmax needs at least one entry along dim {dim}, got shape {tuple(logits.shape)}.")
     moved = logits.movedim(dim, -1)

@@ -13,6 +13,7 @@ report             "GAG Report": plots and sentences of a probe's measures
 demo_loader        "GAG demo": the demo models
 demo_prompt        "GAG demo prompt": their prompts
 demo_empty_latent  "GAG demo empty latent": their empty picture
+checks             checks of single inputs, with their sentences
 presets            settings behind the preset names, and the defaults
 shared_inputs      inputs, schema and output that several nodes share
 plots              the look of all plots

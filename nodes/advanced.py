@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..gag_core import GuidanceConfig
 from ..gag_core.config import RULES
+from .checks import check_option, check_switch, check_text
 from .presets import DEFAULT
 from .shared_inputs import (
     alpha_input,
@@ -109,8 +110,9 @@ class GAGuidanceAdvanced(io.ComfyNode):
         schedule: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
-        if apply_to not in APPLY_TO:
-            raise ValueError(f"apply_to must be one of {', '.join(APPLY_TO)}, got {apply_to!r}.")
+        check_option("apply_to", apply_to, APPLY_TO)
+        check_switch("verbose", verbose)
+        check_text("blocks", blocks)
         return guided_output(
             cls,
             model,

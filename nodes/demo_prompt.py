@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
+from ..gag_core.echo import plain
+from .checks import check_text
 from .demo.architecture import POOLED
 from .demo.text_encoder import DemoTextEncoder
 from .demo_loader import DEMO_CATEGORY, DemoText
@@ -37,6 +39,9 @@ class GAGDemoPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: DemoTextEncoder, text: str) -> io.NodeOutput:
+        if not isinstance(text_encoder, DemoTextEncoder):
+            raise TypeError(f"text_encoder must come from GAG demo, got {plain(type(text_encoder).__name__)}.")
+        check_text("text", text)
         # Flux requires a pooled text. The demo UNets ignore it.
         pooled = torch.zeros(1, POOLED)
         return io.NodeOutput([[text_encoder.encode([text]), {"pooled_output": pooled}]])

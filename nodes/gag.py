@@ -8,6 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from .checks import check_option
 from .presets import DEFAULT_PRESET, PRESETS
 from .shared_inputs import (
     end_input,
@@ -55,8 +56,7 @@ class GAGuidance(io.ComfyNode):
         end_percent: float,
         schedule: Any = None,
     ) -> io.NodeOutput:
-        if preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+        check_option("preset", preset, PRESETS)
         return guided_output(
             cls,
             model,

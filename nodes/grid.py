@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io
@@ -14,10 +17,15 @@ from einops import rearrange
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from ..gag_core.echo import echo, plain
+from .checks import check_whole
 from .plots import BACKGROUND, INK
 from .shared_inputs import CATEGORY
 
 MAX_COLUMNS = 64
+MAX_PICTURES = 4096
+# Number of pixels of one picture that comes in, and of the grid, at most: 1.2 GB in fp32.
+MAX_PIXELS = 100_000_000
 # Pictures are magnified to at least this many pixels on the longer side, so that there is room for their labels.
 _MIN_SIDE = 256
 _MAX_GRID_SIDE = 8192
@@ -71,7 +79,8 @@ class GAGGrid(io.ComfyNode):
     @classmethod
     def execute(cls, images: list[Tensor], columns: list[int], labels: list[str] | None = None) -> io.NodeOutput:
         # With is_input_list ComfyUI passes every input as a list, a single value as a list of length 1.
-        return io.NodeOutput(grid_of(images, columns[0], labels))
+        count: Any = columns[0] if isinstance(columns, list) and columns else columns
+        return io.NodeOutput(grid_of(images, count, labels))
 
 
 def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None) -> Tensor:
@@ -94,9 +103,11 @@ def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None)
         ``[1, height, width, 3]`` fp32 in 0..1 on the CPU.
 
     Raises:
-        ValueError: no pictures, another number of labels, or columns out of range; the message says which.
+        ValueError: no pictures, too many or too large ones, another number of labels, or columns out of range; the
+            message says which.
+        TypeError: labels are not a list.
     """
-    _check_inputs(images, columns)
+    _check_inputs(images, columns, labels)
     if len(images) == 1 and (labels is None or len(labels) > 1):
         images = list(images[0].split(1))
     if labels is not None and len(labels) != len(images):
@@ -106,26 +117,56 @@ def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None)
         )
     rows = _rows(len(images), columns)
     layout = _Layout.fit(images, rows)
+    texts = [layout.wrapped([labels[index] for index in row]) for row in rows] if labels is not None else []
+    heights = [layout.height_of(lines) for lines in texts] or [0] * len(rows)
+    grid_height = _GAP + sum(heights) + len(rows) * (layout.cell_height + _GAP)
+    if grid_height * layout.grid_width > MAX_PIXELS:
+        raise ValueError(
+            f"The grid must have at most {MAX_PIXELS} pixels, got {layout.grid_width} x {grid_height}; give fewer "
+            "pictures or other columns."
+        )
     progress = comfy.utils.ProgressBar(len(images))
-    background = torch.tensor(ImageColor.getrgb(BACKGROUND)) / 255.0
-    strips = [background.repeat(_GAP, layout.grid_width, 1)]
-    for row in rows:
-        if labels is not None:
-            strips.append(layout.draw_labels([str(labels[index]) for index in row]))
-        strip = background.repeat(layout.cell_height + _GAP, layout.grid_width, 1)
+    grid = torch.tensor(ImageColor.getrgb(BACKGROUND)).div(255.0).repeat(grid_height, layout.grid_width, 1)
+    top = _GAP
+    for number, (row, label_height) in enumerate(zip(rows, heights, strict=True)):
+        if label_height:
+            grid[top : top + label_height] = layout.draw_labels(texts[number])
+        top += label_height
         for column, index in enumerate(row):
-            layout.paste(images[index], strip, column)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            layout.paste(images[index], grid[top : top + layout.cell_height], column)
             progress.update(1)
-        strips.append(strip)
-    return torch.cat(strips)[None]
+        top += layout.cell_height + _GAP
+    return grid[None]
 
 
-def _check_inputs(images: list[Tensor], columns: int) -> None:
-    if not images or not all(isinstance(image, Tensor) and image.ndim == 4 and image.numel() for image in images):
-        given = [tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__ for image in images]
-        raise ValueError(f"images must be pictures [batch, height, width, channels], got {given or 'none'}.")
-    if isinstance(columns, bool) or not isinstance(columns, int) or not 0 <= columns <= MAX_COLUMNS:
-        raise ValueError(f"columns must be a whole number from 0 to {MAX_COLUMNS}, got {columns!r}.")
+def _check_inputs(images: Any, columns: Any, labels: Any) -> None:
+    """Refuse inputs that make no grid, before anything is allocated."""
+    if not isinstance(images, (list, tuple)) or not images or not all(map(_is_picture, images)):
+        given = images if isinstance(images, (list, tuple)) else [images]
+        shapes = [tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in given[:9]]
+        raise ValueError(
+            f"images must be pictures [batch, height, width, channels], got {plain(shapes) if shapes else 'none'}."
+        )
+    check_whole("columns", columns, 0, MAX_COLUMNS)
+    if labels is not None and not isinstance(labels, (list, tuple)):
+        raise TypeError(f"labels must be a list of texts, got {echo(labels)}.")
+    count = sum(image.shape[0] for image in images)
+    if count > MAX_PICTURES:
+        raise ValueError(f"images must be at most {MAX_PICTURES} pictures, got {count}; leave pictures out.")
+    largest = max(image.shape[1] * image.shape[2] for image in images)
+    if largest > MAX_PIXELS:
+        raise ValueError(f"images must have at most {MAX_PIXELS} pixels each, got {largest}; make them smaller.")
+
+
+def _is_picture(image: Any) -> bool:
+    return (
+        isinstance(image, Tensor)
+        and image.ndim == 4
+        and image.numel() > 0
+        and image.layout == torch.strided
+        and not (image.is_complex() or image.is_quantized or image.is_meta)
+    )
 
 
 def _rows(count: int, columns: int) -> list[range]:
@@ -188,25 +229,43 @@ class _Layout:
         colours = batch[..., :3] if batch.shape[3] >= 3 else batch[..., :1].expand(*batch.shape[:3], 3)
         cell_left = self._left(column) + (self.cell_width - _length_of(self.across, self.slot_width)) // 2
         for index, image in enumerate(colours):
-            pixels = image.detach().to("cpu", torch.float32).nan_to_num().clamp(0.0, 1.0)
+            pixels = image.detach().to("cpu", torch.float32).nan_to_num().clamp_(0.0, 1.0)
             scaled = nn.functional.interpolate(rearrange(pixels, "h w c -> 1 c h w"), size=size, mode=mode)
             down, across = divmod(index, self.across)
             top = down * (self.slot_height + _GAP_IN_BATCH) + (self.slot_height - size[0]) // 2
             left = cell_left + across * (self.slot_width + _GAP_IN_BATCH) + (self.slot_width - size[1]) // 2
             strip[top : top + size[0], left : left + size[1]] = rearrange(scaled, "1 c h w -> h w c")
 
-    def draw_labels(self, texts: list[str]) -> Tensor:
-        """Return a row of labels ``[height, width, 3]``, one per cell, as high as the longest label needs."""
-        size = min(max(self.cell_width // _CELL_WIDTH_PER_TEXT_SIZE, _MIN_TEXT_SIZE), _MAX_TEXT_SIZE)
-        font = ImageFont.load_default(size)
-        wrapped = [wrap(text, font.getlength, self.cell_width) for text in texts]
-        line_height = math.ceil(size * _LINE_HEIGHT)
-        height = max(map(len, wrapped)) * line_height + _GAP
+    @property
+    def text_size(self) -> int:
+        """Height of the labels' letters."""
+        return min(max(self.cell_width // _CELL_WIDTH_PER_TEXT_SIZE, _MIN_TEXT_SIZE), _MAX_TEXT_SIZE)
+
+    @property
+    def line_height(self) -> int:
+        """Height of a line of a label."""
+        return math.ceil(self.text_size * _LINE_HEIGHT)
+
+    def wrapped(self, labels: list[Any]) -> list[list[str]]:
+        """Return the lines of each label of a row."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        font = ImageFont.load_default(self.text_size)
+        texts = [label if isinstance(label, str) else plain(label) for label in labels]
+        return [wrap(text, font.getlength, self.cell_width) for text in texts]
+
+    def height_of(self, wrapped: list[list[str]]) -> int:
+        """Return the height of a row of labels, as high as the longest label needs."""
+        return max(map(len, wrapped)) * self.line_height + _GAP
+
+    def draw_labels(self, wrapped: list[list[str]]) -> Tensor:
+        """Return a row of labels ``[height, width, 3]``, one per cell."""
+        font = ImageFont.load_default(self.text_size)
+        height = self.height_of(wrapped)
         strip = Image.new("RGB", (self.grid_width, height), BACKGROUND)
         draw = ImageDraw.Draw(strip)
         for column, lines in enumerate(wrapped):
             for index, line in enumerate(lines):
-                draw.text((self._left(column), index * line_height), line, fill=INK, font=font)
+                draw.text((self._left(column), index * self.line_height), line, fill=INK, font=font)
         pixels = torch.frombuffer(bytearray(strip.tobytes()), dtype=torch.uint8)
         return pixels.view(height, self.grid_width, 3).float() / 255.0
 
@@ -224,6 +283,11 @@ def _length_of(count: int, slot: int) -> int:
     return count * (slot + _GAP_IN_BATCH) - _GAP_IN_BATCH
 
 
+def _fitting(line: str, width_of: Callable[[str], float], width: float) -> int:
+    """Return the number of first characters of a line that are no wider than ``width``, but not all and at least 1."""
+    return max(1, bisect_right(range(1, len(line)), width, key=lambda count: width_of(line[:count])))
+
+
 def wrap(text: str, width_of: Callable[[str], float], width: float) -> list[str]:
     """Return a text in lines that are no wider than ``width``, at most eight of them.
 
@@ -232,7 +296,7 @@ def wrap(text: str, width_of: Callable[[str], float], width: float) -> list[str]
     lines: list[str] = []
     for paragraph in text[:_MAX_CHARACTERS].splitlines() or [""]:
         line = ""
-        for word in paragraph.split():
+        for word in (plain(part, _MAX_CHARACTERS) for part in paragraph.split()):
             joined = f"{line} {word}" if line else word
             if width_of(joined) <= width:
                 line = joined
@@ -240,8 +304,8 @@ def wrap(text: str, width_of: Callable[[str], float], width: float) -> list[str]
             if line:
                 lines.append(line)
             line = word
-            while width_of(line) > width and len(line) > 1:
-                fits = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or width_of(line[:n]) <= width)
+            while width_of(line) > width and len(line) > 1 and len(lines) <= _MAX_LINES:
+                fits = _fitting(line, width_of, width)
                 lines.append(line[:fits])
                 line = line[fits:]
         lines.append(line)

@@ -4,12 +4,18 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
+import comfy.model_management
 from comfy import sd1_clip
 from comfy_api.latest import io
 
+from ..gag_core.echo import echo, plain
+from .checks import check_text
 from .demo.text_encoder import DemoTextEncoder, words_of
 from .demo_loader import DemoText
 from .panel.browser import BROWSER
@@ -24,6 +30,11 @@ ProbeType = io.Custom("GAG_PROBE")
 # ComfyUI's names of the text encoders whose tokens the model gets one by one from the first, without a template.
 _CLIP = ("l", "g", "h")
 _T5 = ("t5xxl", "umt5xxl", "pile_t5xl")
+MOST_WORDS = 32
+_LONGEST_WORD = 200
+_DEEPEST_BRACKETS = 32
+# Number of characters that one encoder tokenizes in the search for words, at most.
+_MOST_TOKENIZED = 1_000_000
 # Tokens of a text as ComfyUI's tokenizers return them: (token, weight, number of its word, 0 for padding).
 Stream = list[tuple[Any, float, int]]
 Tokenize = Callable[[str], Stream]
@@ -121,41 +132,68 @@ def find_words(words: str, prompt: str, text_encoder: Any) -> tuple[Word, ...]:
     """Return the words of a text separated by commas, with the indices of their tokens in the encoded prompt.
 
     Raises:
-        ValueError: one sentence that says which input is missing, or which word is not in the prompt.
+        ValueError, TypeError: one sentence that says which input is missing, or which word is not in the prompt.
     """
+    check_text("words", words)
+    check_text("prompt", prompt)
     wanted = list(dict.fromkeys(word.strip() for word in words.split(",") if word.strip()))
     if not wanted:
         return ()
+    if len(wanted) > MOST_WORDS:
+        raise ValueError(
+            f"words must be at most {MOST_WORDS}, separated by commas, got {len(wanted)}; leave words out."
+        )
+    for word in wanted:
+        if len(word) > _LONGEST_WORD:
+            raise ValueError(
+                f"words must have at most {_LONGEST_WORD} characters each, with commas between, got {echo(word)}."
+            )
     if text_encoder is None or not prompt.strip():
         missing = "text_encoder" if text_encoder is None else "prompt"
-        raise ValueError(f"GAG Probe needs the {missing} to find the words {', '.join(wanted)}; or leave words empty.")
-    return tuple(Word(word, _tokens_of(word, prompt, text_encoder)) for word in wanted)
+        raise ValueError(
+            f"GAG Probe needs the {missing} to find the words {plain(', '.join(wanted))}; or leave words empty."
+        )
+    search = _search_in(prompt, text_encoder)
+    return tuple(Word(plain(word), _tokens_of(word, search)) for word in wanted)
 
 
-def _tokens_of(word: str, prompt: str, text_encoder: Any) -> tuple[int, ...]:
+def _tokens_of(word: str, search: Callable[[str], set[int]]) -> tuple[int, ...]:
     """Return the indices of a word's tokens in the text that the model gets, for every occurrence of the word."""
-    if isinstance(text_encoder, DemoTextEncoder):
-        found = _tokens_in_demo(word, prompt)
-    else:
-        found = {
-            source.offset + index
-            for source in _token_sources(prompt, text_encoder)
-            for index in _tokens_in_stream(word, prompt, source)
-        }
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    found = search(word)
     if not found:
-        raise ValueError(f'words: "{word}" is not in the prompt; write words as they stand there, with commas between.')
+        raise ValueError(
+            f'words: "{plain(word)}" is not in the prompt; write words as they stand there, with commas between.'
+        )
     return tuple(sorted(found))
 
 
-def _tokens_in_demo(word: str, prompt: str) -> set[int]:
+def _search_in(prompt: str, text_encoder: Any) -> Callable[[str], set[int]]:
+    """Return the function that finds the tokens of a word in a prompt."""
+    if isinstance(text_encoder, DemoTextEncoder):
+        return partial(_tokens_in_demo, words_of(prompt))
+    depths = accumulate((character == "(") - (character == ")") for character in prompt)
+    if max(map(abs, depths), default=0) > _DEEPEST_BRACKETS:
+        raise ValueError(
+            f"prompt must not nest brackets more than {_DEEPEST_BRACKETS} deep where words are given; leave words "
+            "empty or brackets out."
+        )
+    sources = [TokenizedPrompt(prompt, source) for source in _token_sources(prompt, text_encoder)]
+    return lambda word: set().union(*(source.tokens_of(word) for source in sources))
+
+
+def _tokens_in_demo(prompt_words: list[str], word: str) -> set[int]:
     """Return a word's tokens in the demo's text: a token that begins the text, then one per word or mark."""
-    prompt_words, wanted = words_of(prompt), words_of(word)
+    wanted = words_of(word)
     starts = [i for i in range(len(prompt_words)) if prompt_words[i : i + len(wanted)] == wanted]
     return {1 + start + i for start in starts for i in range(len(wanted))}
 
 
 def _token_sources(prompt: str, clip: Any) -> list[TokenSource]:
     """Return the prompt's tokens from each encoder whose output the model gets token by token."""
+    if not callable(getattr(clip, "tokenize", None)):
+        given = plain(type(clip).__name__)
+        raise TypeError(f"text_encoder must be a CLIP or the text encoder of GAG demo, got {given}.")
 
     def tokenizer(name: str) -> Tokenize:
         return lambda text: [part for chunk in clip.tokenize(text, return_word_ids=True)[name] for part in chunk]
@@ -166,8 +204,8 @@ def _token_sources(prompt: str, clip: Any) -> list[TokenSource]:
     t5 = [name for name in _T5 if name in names]
     if names - set(clips) - set(t5) or len(t5) > 1:
         raise ValueError(
-            f"GAG Probe can find words for CLIP and T5, not for this text encoder ({', '.join(sorted(names))}); leave "
-            "words empty."
+            f"GAG Probe can find words for CLIP and T5, not for this text encoder ({plain(', '.join(sorted(names)))}); "
+            "leave words empty."
         )
     # Flux gets only CLIP's pooled output. SD3 gets CLIP's tokens too, before those of T5, and each of its encoders may
     # be missing.
@@ -177,11 +215,11 @@ def _token_sources(prompt: str, clip: Any) -> list[TokenSource]:
     offset = 0
     if uses_clip:
         tokenize = tokenizer(clips[0])
-        sources.append(TokenSource(tokenize(prompt), 0, tokenize))
+        sources.append(TokenSource(_joined(tokens[clips[0]]), 0, tokenize))
         offset = min(sum(len(chunk) for chunk in tokens[name]) for name in clips)
     if t5 and (not uses_clip or _has(encoders, t5[0])):
         tokenize = tokenizer(t5[0])
-        sources.append(TokenSource(tokenize(prompt), offset, tokenize))
+        sources.append(TokenSource(_joined(tokens[t5[0]]), offset, tokenize))
     return sources
 
 
@@ -190,20 +228,66 @@ def _has(encoders: Any, name: str) -> bool:
     return getattr(encoders, f"clip_{name}" if name in _CLIP else name, None) is not None
 
 
-def _tokens_in_stream(word: str, prompt: str, source: TokenSource) -> set[int]:
-    """Return the indices of a word's tokens among those of one encoder.
+def _joined(chunks: list[Stream]) -> Stream:
+    return [token for chunk in chunks for token in chunk]
 
-    The number of tokens of the text before the word, and of the text with the word, tells where the word's tokens are.
+
+class TokenizedPrompt:
+    """The tokens of a prompt from one encoder, and the number of tokens before any character.
+
+    Tokens do not cross white space. So the prompt's parts between white space are tokenized once, and where a word ends
+    inside a part, the beginning of that part once more.
     """
-    plain = "".join(sd1_clip.unescape_important(part) for part, _ in sd1_clip.token_weights(_escaped(prompt), 1.0))
-    positions = [position for position, token in enumerate(source.stream) if token[2]]
-    ids = _ids(source.stream)
-    found: set[int] = set()
-    for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", plain, re.IGNORECASE):
-        before, upto = (_ids(source.tokenize(_literal(plain[:end].rstrip()))) for end in match.span())
-        if upto == ids[: len(upto)] and before == upto[: len(before)]:
-            found.update(positions[len(before) : len(upto)])
-    return found
+
+    def __init__(self, prompt: str, source: TokenSource) -> None:
+        unescape = sd1_clip.unescape_important
+        self._text = "".join(unescape(part) for part, _ in sd1_clip.token_weights(_escaped(prompt), 1.0))
+        self._source = source
+        self._positions = [position for position, token in enumerate(source.stream) if token[2]]
+        self._ids = _ids(source.stream)
+        self._known: dict[str, list[int | None]] = {}
+        self._allowance = _MOST_TOKENIZED
+        # First character of each part, and number of tokens before it.
+        self._starts: list[int] = []
+        self._counts: list[int] = []
+        ids: list[int | None] = []
+        for part in re.finditer(r"\S+", self._text):
+            self._starts.append(part.start())
+            self._counts.append(len(ids))
+            ids += self._tokenized(part[0])
+        if ids != self._ids:
+            # A weight begins or ends inside a part, or this encoder's tokens do cross white space.
+            self._starts, self._counts = [0], [0]
+
+    def tokens_of(self, word: str) -> set[int]:
+        """Return the indices of a word's tokens in the text that the model gets."""
+        found: set[int] = set()
+        for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", self._text, re.IGNORECASE):
+            first, last = map(self._tokens_before, match.span())
+            if first is not None and last is not None:
+                found.update(self._source.offset + position for position in self._positions[first:last])
+        return found
+
+    def _tokens_before(self, end: int) -> int | None:
+        """Return the number of tokens of the text before a character; None if the prompt begins with other tokens."""
+        part = bisect_left(self._starts, end) - 1
+        if part < 0:
+            return 0
+        ids, count = self._tokenized(self._text[self._starts[part] : end].rstrip()), self._counts[part]
+        return count + len(ids) if ids == self._ids[count : count + len(ids)] else None
+
+    def _tokenized(self, text: str) -> list[int | None]:
+        """Return the ids of the tokens of a text without weights."""
+        if text not in self._known:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            self._allowance -= len(text)
+            if self._allowance < 0:
+                raise ValueError(
+                    "words and prompt must be shorter: there are too many places to look at; shorten the prompt or "
+                    "leave words empty."
+                )
+            self._known[text] = _ids(self._source.tokenize(_literal(text)))
+        return self._known[text]
 
 
 def _ids(stream: Stream) -> list[int | None]:

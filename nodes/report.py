@@ -5,19 +5,32 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..gag_core.measures import MEASURES
+from .output_files import NotSavedError, save_json, save_preview
 from .panel.browser import BROWSER
+from .panel.messages import without_markup
 from .patching.measurements import BRANCHES, Probe, Result, list_index
-from .plots import COLOURS, GRID, INK, new_figure, style, to_image
+from .plots import (
+    AS_IT_IS,
+    COLOURS,
+    GRID,
+    INK,
+    NotDrawnError,
+    draw,
+    label_of,
+    new_figure,
+    picture_of_text,
+    style,
+    to_image,
+)
 from .presets import PRESETS
 from .probe import ProbeType
 from .shared_inputs import CATEGORY, node_id_of
@@ -104,14 +117,27 @@ class GAGReport(io.ComfyNode):
                 "prompts may be empty, or another node may replace the model's blocks."
             )
         which_run = [f"Run {index + 1} of {len(probe.results)}."] if len(probe.results) > 1 else []
-        summary = " ".join([*which_run, *sentences(result)])
+        # Words of the prompt are among the notes: a text with half of a surrogate pair could not be sent on.
+        summary = " ".join([*which_run, *sentences(result)]).encode("utf-8", "backslashreplace").decode()
         text = as_json(result, summary)
-        plots = torch.cat(pages(result, images))
-        path, shown = _json_path(filename_prefix)
-        path.write_text(text, encoding="utf-8")
-        BROWSER.send_text(f"{summary} All numbers: {shown}", node_id_of(cls))
-        preview = ui.PreviewImage(plots, cls=cls).as_dict()
-        return io.NodeOutput(plots, summary, text, images, latent, ui={**preview, "text": (summary, shown)})
+        # Whatever cannot be drawn or saved, everything else is given.
+        plots, failures = pages(result, images)
+        shown, preview = "", {}
+        try:
+            shown = save_json(text, filename_prefix)
+        except NotSavedError as error:
+            failures.append(str(error))
+        try:
+            preview = save_preview(plots)
+        except NotSavedError as error:
+            failures.append(str(error))
+        summary = " ".join([summary, *failures])
+        if shown:
+            BROWSER.send_text(f"{summary} All numbers: {shown}", node_id_of(cls))
+        else:
+            BROWSER.send_text(summary, node_id_of(cls))
+        texts = tuple(without_markup(part) for part in (summary, shown) if part)
+        return io.NodeOutput(plots, summary, text, images, latent, ui={**preview, "text": texts})
 
 
 def sentences(result: Result) -> list[str]:
@@ -208,12 +234,28 @@ def as_json(result: Result, summary: str) -> str:
     return json.dumps(data, allow_nan=False)
 
 
-def pages(result: Result, images: Tensor | None) -> list[Tensor]:
-    """Return the plots, ``[1, HEIGHT, WIDTH, 3]`` each: layers by steps, curves over steps, and words if mapped."""
-    found = [_heat_map_page(result), _curve_page(result)]
+def pages(result: Result, images: Tensor | None) -> tuple[Tensor, list[str]]:
+    """Return the plots ``[pages, HEIGHT, WIDTH, 3]``: layers by steps, curves over steps, and words if mapped.
+
+    In the place of plots that cannot be drawn, there is one picture of the reason. The reasons are returned too.
+    """
+    drawings = [lambda: _heat_map_page(result), lambda: _curve_page(result)]
     if result.maps:
-        found.append(_word_page(result, images))
-    return found
+        drawings.append(lambda: _word_page(result, images))
+    failures: list[str] = []
+    found = [page for drawing in drawings if (page := _page(drawing, failures)) is not None]
+    return torch.cat(found), failures
+
+
+def _page(drawing: Callable[[], Tensor], failures: list[str]) -> Tensor | None:
+    """Return a plot, or a picture of the reason why there is none; None if another page shows the same reason."""
+    try:
+        return draw(drawing)
+    except NotDrawnError as error:
+        if str(error) in failures:
+            return None
+        failures.append(str(error))
+        return picture_of_text(str(error), WIDTH, HEIGHT)
 
 
 def _heat_map_page(result: Result) -> Tensor:
@@ -246,7 +288,8 @@ def _draw_heat_map(axes: Any, result: Result, branch: int, measure: str) -> None
     axes.set_facecolor(GRID)
     _label(axes, measure)
     every = max(1, math.ceil(len(result.layers) / _MAX_LAYER_NAMES))
-    axes.set_yticks(range(0, len(result.layers), every), result.layers[::every])
+    names = [label_of(name) for name in result.layers[::every]]
+    axes.set_yticks(range(0, len(result.layers), every), names, **AS_IT_IS)
     bar = axes.figure.colorbar(heat_map, ax=axes, shrink=0.9, aspect=25)
     bar.ax.tick_params(labelsize=7, colors=INK)
     bar.outline.set_visible(False)
@@ -313,7 +356,7 @@ def _word_page(result: Result, images: Tensor | None) -> Tensor:
             axes = grid[row][column + first]
             _draw_word_map(axes, maps[row, column], picture)
             if row == 0:
-                axes.set_title(word, color=INK)
+                axes.set_title(label_of(word), color=INK, **AS_IT_IS)
     return to_image(figure)
 
 
@@ -342,15 +385,6 @@ def _combined(maps: tuple[tuple[Tensor, int], ...]) -> Tensor:
             total += count * torch.nn.functional.interpolate(share, size=finest.shape[-2:], mode="bilinear")
             attentions += count
     return total / attentions
-
-
-def _json_path(filename_prefix: str) -> tuple[Path, str]:
-    """Return the path of the JSON file, numbered as by ComfyUI's save nodes, and the path to show."""
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        filename_prefix, folder_paths.get_output_directory()
-    )
-    file = f"{name}_{counter:05}_.json"
-    return Path(folder, file), str(Path("output", subfolder, file))
 
 
 def _branches(result: Result) -> list[int]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
+from .output_files import NotSavedError, save_preview
 from .patching.strength_curve import KINDS, OVER, Curve
-from .plots import new_figure, style, to_image
+from .plots import NotDrawnError, draw, new_figure, style, to_image
 from .shared_inputs import CATEGORY, ScheduleType
 
 log = logging.getLogger("comfyui-gag")
@@ -95,11 +96,11 @@ class GAGSchedule(io.ComfyNode):
     def execute(cls, **settings: Any) -> io.NodeOutput:
         curve = Curve(**settings)
         try:
-            plot = picture_of(curve)
-        except RuntimeError as error:  # matplotlib is missing, and only the plot needs it
+            preview = save_preview(draw(lambda: picture_of(curve)))
+        except (NotDrawnError, NotSavedError) as error:  # the run needs the curve, not its picture
             log.warning(str(error))
             return io.NodeOutput(curve)
-        return io.NodeOutput(curve, ui=ui.PreviewImage(plot))
+        return io.NodeOutput(curve, ui=preview)
 
 
 def picture_of(curve: Curve) -> Tensor:

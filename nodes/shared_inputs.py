@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..gag_core import GuidanceConfig
 from ..gag_core.config import NORM_MODES
+from ..gag_core.echo import plain
 from .panel.browser import BROWSER
 from .patching.guided_model import guide_model
 from .presets import DEFAULT, DEFAULT_START
@@ -147,5 +148,9 @@ def schedule_input() -> io.MultiType.Input:
 
 
 def node_id_of(node: type[io.ComfyNode]) -> str | None:
-    """Return the id of the node that is being executed, None outside a graph."""
-    return getattr(node.hidden, "unique_id", None)
+    """Return the id of the node that is being executed; None outside a graph, or if the id cannot be sent.
+
+    The host sends ids as UTF-8, and a stranger's workflow can have half a character in one.
+    """
+    found = getattr(node.hidden, "unique_id", None)
+    return None if isinstance(found, str) and plain(found, len(found)) != found else found

@@ -8,14 +8,15 @@ import math
 import re
 from dataclasses import fields, replace
 from itertools import product
-from reprlib import repr as short
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..gag_core import GuidanceConfig
 from ..gag_core.config import NORM_MODES, RULES
+from ..gag_core.echo import echo, plain
 from .advanced import APPLY_TO
+from .checks import check_option, check_switch, check_text
 from .panel.browser import BROWSER
 from .patching.block_syntax import parse_blocks
 from .patching.families import Blocks, Family, all_layers, default_layers, family_of
@@ -41,9 +42,11 @@ FIELDS: dict[str, type] = {
 }
 _OPTIONS = {"preset": tuple(PRESETS), "rule": RULES, "norm_mode": NORM_MODES, "apply_to": APPLY_TO}
 _SWITCH = {"on": True, "off": False}
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+# Each text fits this pattern in one way only, so that matching takes time in proportion to the length.
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\s*\.\.\s*({_NUMBER})\s+in\s+(\d{{1,9}})", re.IGNORECASE)
 _EXAMPLES = {float: "1, 2, 5 or 0..10 in 6", int: "1, 2, 3", bool: "on, off", str: "d; u; d1,u0"}
+_MOST_CHARACTERS = 10_000
 _TOO_MANY = f"A sweep must make {MAX_PICTURES} pictures at most, got {{}}; leave values out."
 # Values are rounded to this number of digits, so that 0.1 + 0.2 is 0.3, as it is when set by hand.
 _DIGITS = 12
@@ -118,10 +121,11 @@ class GAGSweep(io.ComfyNode):
         cls, model: Any, field: str, values: str, field_2: str, values_2: str, include_off: bool
     ) -> io.NodeOutput:
         family, blocks = family_of(model)
+        check_option("field", field, FIELDS)
+        if field_2 != NONE:
+            check_option("field", field_2, FIELDS)
+        check_switch("include_off", include_off)
         texts = {field: values} if field_2 == NONE else {field: values, field_2: values_2}
-        for name in texts:
-            if name not in FIELDS:
-                raise ValueError(f"field must be one of {', '.join(FIELDS)}, got {short(name)}.")
         if field == field_2:
             raise ValueError(f"field and field_2 must be two different settings, got {field} twice.")
         values_of = {name: parse_values(name, text) for name, text in texts.items()}
@@ -133,11 +137,11 @@ class GAGSweep(io.ComfyNode):
         models, labels = ([with_guidances(model, (), BROWSER)], [WITHOUT_GAG]) if include_off else ([], [])
         for combination in product(*values_of.values()):
             settings = dict(zip(values_of, combination, strict=True))
-            label = ", ".join(f"{name} {_text(value)}" for name, value in settings.items())
+            label = label_of(settings)
             try:
                 guidance = varied(base, settings, blocks)
             except (ValueError, TypeError) as error:
-                raise type(error)(f"{label}: {error}") from error
+                raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{label}: {error}") from error
             active = (guidance,) if guidance.config.strength else ()
             models.append(with_guidances(model, (*earlier[:-1], *active), BROWSER))
             labels.append(label)
@@ -161,13 +165,14 @@ def parse_values(field: str, text: str) -> list[Any]:
     """Return the values of a setting that a text lists: ``1, 2, 5``, ``0..10 in 6``, or both.
 
     Raises:
-        ValueError: one sentence with the setting, the term and the terms that are allowed.
+        ValueError, TypeError: one sentence with the setting, the term and the terms that are allowed.
     """
+    check_text(f"values of {field}", text, _MOST_CHARACTERS)
     values: list[Any] = []
-    for term in str(text).split(";" if field == "blocks" else ","):
+    for term in text.split(";" if field == "blocks" else ","):
         values += _values_of_term(field, term.strip())
         if len(values) > MAX_PICTURES:
-            raise ValueError(_TOO_MANY.format(f"more with {field} {short(text)}"))
+            raise ValueError(_TOO_MANY.format(f"more with {field} {echo(text)}"))
     return values
 
 
@@ -181,11 +186,11 @@ def _values_of_term(field: str, term: str) -> list[Any]:
     numbers = _numbers(term) if kind in (int, float) else []
     if not numbers:
         allowed = f"one of {', '.join(options)}" if options else f"values such as {_EXAMPLES[kind]}"
-        raise ValueError(f"{field} must be {allowed}, got {short(term)}.")
+        raise ValueError(f"{field} must be {allowed}, got {echo(term)}.")
     if kind is float:
         return numbers
     if not all(number.is_integer() for number in numbers):
-        raise ValueError(f"{field} must be whole numbers, got {short(term)}.")
+        raise ValueError(f"{field} must be whole numbers, got {echo(term)}.")
     return [int(number) for number in numbers]
 
 
@@ -218,6 +223,12 @@ def varied(base: Guidance, settings: dict[str, Any], blocks: Blocks) -> Guidance
     check_range(others["start_percent"], others["end_percent"])
     layers = parse_blocks(settings["blocks"], blocks) if "blocks" in settings else base.layers
     return replace(base, config=config, layers=layers, **others)
+
+
+def label_of(settings: dict[str, Any]) -> str:
+    """Return the label of a picture, such as ``guidance_scale 2, blocks d0``, on one line of at most 200 characters."""
+    label = ", ".join(f"{name} {_text(value)}" for name, value in settings.items())
+    return plain(" ".join(label.split()))
 
 
 def _text(value: Any) -> str:

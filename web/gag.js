@@ -50,6 +50,9 @@ const NO_SERIES = [];
 /** The message about open charts that was last sent to the server; empty if no chart is open there. */
 let sent = "";
 let sending = false;
+/** Token that the server sent over this tab's connection, and that requests repeat as proof that they come from it. */
+let token = "";
+const TOKEN_MS = 2000;
 
 const rootGraph = () => app.rootGraph ?? app.graph;
 const connected = () => api.socket?.readyState === WebSocket.OPEN && Boolean(api.clientId);
@@ -171,7 +174,7 @@ class Panel {
     // Undo and a change of workflow make new nodes. Vue reuses the page's elements of the old node with the same id,
     // among them the old panel, which nothing draws any more.
     if (vueNodes() && !this.element.isConnected && this.node.graph === app.canvas.graph) {
-      document.querySelector(`[data-node-id="${this.node.id}"] .gag-panel`)?.replaceWith(this.element);
+      document.querySelector(`[data-node-id="${CSS.escape(String(this.node.id))}"] .gag-panel`)?.replaceWith(this.element);
     }
     this.drawBadge();
     show(this.chartButton, this.chart.element, chartOpen, this.content);
@@ -236,6 +239,26 @@ async function ask(route) {
   return answer.json();
 }
 
+/**
+ * Send the server a request of this tab. The first request has no token yet: it is repeated once the token has come.
+ * @param {string} route
+ * @param {object} content
+ * @returns {Promise<Response>}
+ */
+async function post(route, content) {
+  const send = () => {
+    const body = JSON.stringify({ client: api.clientId, token, ...content });
+    return api.fetchApi(route, { method: "POST", headers: { "Content-Type": "application/json" }, body });
+  };
+  const known = token;
+  const answer = await send();
+  if (answer.status !== 409) return answer;
+  for (let waited = 0; token === known && waited < TOKEN_MS; waited += REFRESH_MS) {
+    await new Promise((resolve) => setTimeout(resolve, REFRESH_MS));
+  }
+  return token === known ? answer : send();
+}
+
 async function askForSetup() {
   try {
     setup = await ask("/gag/setup");
@@ -249,7 +272,9 @@ async function askForBlocks() {
   const workflow = rootGraph().id;
   if (!connected()) return;
   try {
-    const known = await ask(`/gag/blocks?workflow=${encodeURIComponent(workflow)}`);
+    const answer = await post("/gag/blocks", { workflow });
+    if (!answer.ok) return;
+    const known = await answer.json();
     for (const [id, model] of Object.entries(known)) memoryOf(workflow, firstId(workflow, id)).model ??= model;
   } catch {
     // The next run sends the blocks.
@@ -262,14 +287,13 @@ async function askForBlocks() {
  */
 async function sendOpenCharts(nodes) {
   if (sending || !connected()) return;
-  const body = JSON.stringify({ client: api.clientId, workflow: rootGraph().id, nodes });
-  const message = nodes.length ? body : "";
+  const content = { workflow: rootGraph().id, nodes };
+  const message = nodes.length ? JSON.stringify([api.clientId, content]) : "";
   if (message === sent) return;
   sending = true;
   sent = message;
   try {
-    const headers = { "Content-Type": "application/json" };
-    const answer = await api.fetchApi("/gag/listen", { method: "POST", headers, body });
+    const answer = await post("/gag/listen", content);
     // The connection is so new that the server does not know it yet: send again.
     if (answer.status === 409) sent = "";
   } catch {
@@ -318,6 +342,10 @@ function on(kind, act) {
     act(detail, (id) => memoryOf(workflow, firstId(workflow, id)));
   });
 }
+
+on("gag.token", (data) => {
+  token = data.token;
+});
 
 on("gag.report", ({ node, ...report }, find) => {
   find(node).report = report;

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import eager
 from ..config import GuidanceConfig
+from ..echo import plain
 from ..entmax import newton_steps
 
 log = logging.getLogger("comfyui-gag")
@@ -122,7 +123,7 @@ def guide(
         _failed.add(_call_key(q, v, config))
         if q.device not in _warned:
             _warned.add(q.device)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            reason = plain(" ".join(f"{type(error).__name__}: {plain(error, 2000)}".split()), 300)
             log.warning(
                 "GAG's fused kernel does not work on %s, so the plain PyTorch path is used from now on: the same "
                 "picture, slower. Reason: %s",

@@ -20,6 +20,8 @@ from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
+from ...gag_core.echo import echo, plain
+from ..checks import check_option
 from .architecture import CHANNELS, PATCH, TRANSFORMER_CONFIG, UNET_CONFIG
 from .text_encoder import DemoTextEncoder
 
@@ -95,8 +97,8 @@ def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
     # ComfyUI would only log the difference.
     if other := model.model_config.process_unet_state_dict(own).keys() ^ model.diffusion_model.state_dict().keys():
         raise ValueError(
-            f"This ComfyUI's {type(model.diffusion_model).__name__} has other weights than the demo model, "
-            f"{len(other)} of them, as {min(other)}: update the GAG pack, or use another kind of demo model."
+            f"This ComfyUI's {plain(type(model.diffusion_model).__name__)} has other weights than the demo model, "
+            f"{len(other)} of them, as {plain(min(other))}: update the GAG pack, or use another kind of demo model."
         )
     model.load_model_weights(own)
     return comfy.model_patcher.ModelPatcher(
@@ -112,8 +114,7 @@ def load_demo(kind: str) -> tuple[Any, DemoTextEncoder, Any]:
     Raises:
         ValueError: there is no such kind, or the file of weights is not the one that came with the pack.
     """
-    if kind not in WEIGHTS:
-        raise ValueError(f"kind must be one of {', '.join(WEIGHTS)}, got {kind!r}.")
+    check_option("kind", kind, WEIGHTS)
     file = WEIGHTS[kind]
     _check_sha256(file)
     weights, metadata = comfy.utils.load_torch_file(str(ASSETS / file), return_metadata=True)
@@ -127,11 +128,18 @@ def load_demo(kind: str) -> tuple[Any, DemoTextEncoder, Any]:
 
 def _check_sha256(file: str) -> None:
     """Refuse a file in ASSETS whose SHA-256 is not the one in CHECKSUMS."""
-    lines = (line.split() for line in (ASSETS / CHECKSUMS).read_text("ascii").splitlines())
-    checksums = {name: checksum for checksum, name in lines}
-    found, expected = hashlib.sha256((ASSETS / file).read_bytes()).hexdigest(), checksums.get(file, "")
+    try:
+        lines = (ASSETS / CHECKSUMS).read_text("ascii", "backslashreplace").splitlines()
+        found = hashlib.sha256((ASSETS / file).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(
+            f"The demo model cannot be read from assets/ ({plain(error.strerror)}: {echo(error.filename)}): "
+            "install the pack again."
+        ) from error
+    checksums = {line[64:].strip(): line[:64] for line in lines}
+    expected = checksums.get(file, "")
     if found != expected:
         raise ValueError(
-            f"assets/{file} is not the file that came with the pack (SHA-256 {found[:12]}…, not {expected[:12]}…): "
-            "install the pack again."
+            f"assets/{file} is not the file that came with the pack (SHA-256 {found[:12]}…, not "
+            f"{plain(expected[:12])}…): install the pack again."
         )

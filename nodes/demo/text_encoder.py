@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ...gag_core.echo import echo
 from .architecture import TOKENS, WIDTH
 
 _HEADS = 4
@@ -84,7 +85,8 @@ class DemoTextEncoder(nn.Module):
         """
         words = words_of(text)
         if unknown := [word for word in words if word not in self.words]:
-            named = ", ".join(map(repr, dict.fromkeys(unknown)))
+            distinct = list(dict.fromkeys(unknown))
+            named = ", ".join(echo(word, 40) for word in distinct[:5]) + (", ..." if distinct[5:] else "")
             raise ValueError(f"The demo model does not know {named}; it knows {' '.join(self.words)}")
         max_words = TOKENS - 2
         if len(words) > max_words:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -11,17 +12,31 @@ from ..patching.families import Blocks, Layer
 
 Json = dict[str, Any]
 
-CHART, REPORT, BLOCKS = "gag.chart", "gag.report", "gag.blocks"
+CHART, REPORT, BLOCKS, TOKEN = "gag.chart", "gag.report", "gag.blocks", "gag.token"
 _MAX_REMEMBERED = 256
+_MAX_TEXT = 4000
+# The front end's ids of workflows and nodes are far shorter. Ids that a stranger made longer are not remembered.
+_MAX_ID = 200
+# Characters that front ends take for markup, with characters that look alike.
+_MARKUP = (
+    (re.compile("<"), "\u2039"),
+    (re.compile(">"), "\u203a"),
+    (re.compile("&"), "\uff06"),
+    (re.compile(r"\[(?=\[)"), "[ "),
+    (re.compile("://"), ":\u2215\u2215"),
+    (re.compile(r"(www)\.", re.IGNORECASE), "\\1\u2024"),
+    (re.compile("__LNK"), "_ _LNK"),
+)
 
-# Blocks of the model that last came into a node, by workflow and node.
-_blocks: dict[tuple[str, str], Json] = {}
+# Blocks of the model that last came into a node, by the tab that queued the run, the workflow, and the node.
+_blocks: dict[tuple[str, str, str], Json] = {}
 
 
 def send_text(text: str, node_id: str | None) -> None:
     """Show ``text`` on a node, if there is a server and the host is new enough for it."""
-    if node_id is None:
+    if node_id is None or not is_encodable(node_id):
         return
+    text = without_markup(text)
     try:
         from server import PromptServer
     except ImportError:
@@ -29,12 +44,30 @@ def send_text(text: str, node_id: str | None) -> None:
     send_progress_text = getattr(getattr(PromptServer, "instance", None), "send_progress_text", None)
     if send_progress_text is None:
         return
-    client = getattr(PromptServer.instance, "client_id", None)
+    client = running_client()
     if client is not None and "sid" in inspect.signature(send_progress_text).parameters:
         # Without the client the text would appear on the node of that id in whatever graph other tabs have open.
         send_progress_text(text, node_id, sid=client)
     else:
         send_progress_text(text, node_id)
+
+
+def without_markup(text: str) -> str:
+    """Return a text that every front end shows as it is: without markup, links, or characters that cannot be encoded.
+
+    Front ends up to 1.32 at least write the text of a node as HTML. They turn addresses and ``[[label|address]]`` into
+    links, and stop at their own placeholder ``__LNK``. A text may quote words of a prompt, file names and errors, which
+    are a stranger's.
+    """
+    text = text[:_MAX_TEXT].encode("utf-8", "backslashreplace").decode("utf-8")
+    for pattern, plain in _MARKUP:
+        text = pattern.sub(plain, text)
+    return text[:_MAX_TEXT]
+
+
+def is_encodable(text: str) -> bool:
+    """Return True if a text can be encoded. A text from JSON may have one half of a character that needs two."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def send_blocks(node_id: str | None, blocks: Blocks, default: frozenset[Layer]) -> None:
@@ -60,26 +93,25 @@ def send_report(
         REPORT,
         {"node": node_id, "guided": guided, "of": total, "text": text, "why": why, "start": start, "end": end},
     )
-    if (workflow_id() or "", node_id) in _blocks:
+    if _key(node_id) in _blocks:
         return
     # ComfyUI reused the node's output from another workflow, so no message about the blocks came in this one.
-    elsewhere = (known for (_, node), known in reversed(_blocks.items()) if node == node_id)
+    elsewhere = (known for (_, _, node), known in reversed(_blocks.items()) if node == node_id)
     known = next(elsewhere, None)
     if known is not None and sum(map(sum, known["parts"].values())) == total:
         _remember_blocks(node_id, known)
 
 
-def blocks_of_workflow(workflow: str) -> Json:
-    """Return the remembered blocks of a workflow's nodes, by node."""
-    return {node: known for (owner, node), known in list(_blocks.items()) if owner == workflow}
+def blocks_of_workflow(client: str, workflow: str) -> Json:
+    """Return the remembered blocks of the nodes of a workflow that a tab queued, by node."""
+    return {node: known for (*owner, node), known in list(_blocks.items()) if owner == [client, workflow]}
 
 
 def send(event: str, data: Json) -> None:
     """Send a message to the tab that queued the run; to nobody if the run was queued without a tab."""
-    server = running_server()
-    client = getattr(server, "client_id", None)
+    client = running_client()
     if client is not None:
-        server.send_sync(event, {"workflow": workflow_id(), **data}, client)
+        running_server().send_sync(event, {"workflow": workflow_id(), **data}, client)
 
 
 def running_server() -> Any:
@@ -87,21 +119,33 @@ def running_server() -> Any:
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
+def running_client() -> str | None:
+    """Return the id of the tab that queued the prompt that runs; None without a tab."""
+    client = getattr(running_server(), "client_id", None)
+    return client if isinstance(client, str) else None
+
+
 def workflow_id() -> str | None:
-    """Return the id that the front end gave the workflow that runs."""
+    """Return the id that the front end gave the workflow that runs; None if what was queued has no proper id."""
     queue = getattr(running_server(), "prompt_queue", None)
     running = list(getattr(queue, "currently_running", {}).values())
-    if not running:
-        return None
-    saved = (running[0][3].get("extra_pnginfo") or {}).get("workflow")
-    found = saved.get("id") if isinstance(saved, dict) else None
-    return found if isinstance(found, str) else None
+    found = running[0][3] if running else None
+    # Whoever queues a prompt chooses all of this: any JSON can stand in each place.
+    for key in ("extra_pnginfo", "workflow", "id"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, str) and len(found) <= _MAX_ID else None
+
+
+def _key(node_id: str) -> tuple[str, str, str]:
+    """Return the key of a node of the running workflow in ``_blocks``."""
+    return running_client() or "", workflow_id() or "", node_id
 
 
 def _remember_blocks(node_id: str, known: Json) -> None:
-    key = (workflow_id() or "", node_id)
+    key = _key(node_id)
     _blocks.pop(key, None)
-    _blocks[key] = known
+    if all(len(part) <= _MAX_ID for part in key):
+        _blocks[key] = known
     while len(_blocks) > _MAX_REMEMBERED:
         del _blocks[next(iter(_blocks))]
     send(BLOCKS, {"node": node_id, **known})

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
-from aiohttp import web
+import json
+from typing import Any
+
+from aiohttp import ClientError, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from ..presets import PRESETS
 from .chart import SERIES
-from .listeners import set_open_charts
+from .listeners import is_tab, set_open_charts
 from .messages import blocks_of_workflow, running_server
 
 _MAX_CHARTS = 1000
+_MAX_BODY = 1 << 20
 
 
 def add_routes() -> None:
@@ -18,7 +23,7 @@ def add_routes() -> None:
     server = running_server()
     if server is not None:
         server.routes.get("/gag/setup")(_get_setup)
-        server.routes.get("/gag/blocks")(_get_blocks)
+        server.routes.post("/gag/blocks")(_post_blocks)
         server.routes.post("/gag/listen")(_post_listen)
 
 
@@ -28,23 +33,59 @@ async def _get_setup(_: web.Request) -> web.Response:
     return web.json_response({"presets": presets, "series": [series.declaration for series in SERIES]})
 
 
-async def _get_blocks(request: web.Request) -> web.Response:
-    """Return the blocks of the models in one workflow's nodes, by node."""
-    return web.json_response(blocks_of_workflow(request.query.get("workflow", "")))
+async def _post_blocks(request: web.Request) -> web.Response:
+    """Return the blocks of the models in the nodes of a workflow that the asking tab queued, by node.
+
+    The body is ``{"client": id of the tab's connection, "token": its token, "workflow": id}``.
+    """
+    body = await _texts_of(request, ("client", "token", "workflow"))
+    if body is None:
+        return _expected('{"client": text, "token": text, "workflow": text}')
+    if not is_tab(body["client"], body["token"]):
+        return _not_the_tab()
+    return web.json_response(blocks_of_workflow(body["client"], body["workflow"]))
 
 
 async def _post_listen(request: web.Request) -> web.Response:
-    """Store the open charts of a tab: ``{"client": id of its connection, "workflow": id, "nodes": [ids]}``."""
-    try:
-        body = await request.json()
-        client, workflow, nodes = body["client"], body["workflow"], body["nodes"]
-    except (ValueError, TypeError, KeyError):
-        client, workflow, nodes = None, None, None
-    if not isinstance(nodes, list) or not all(isinstance(text, str) for text in (client, workflow, *nodes)):
-        expected = '{"client": text, "workflow": text, "nodes": [text, ...]}'
-        return web.Response(status=400, text=f"GAG: expected {expected}.")
+    """Store the open charts of a tab.
+
+    The body is ``{"client": id of its connection, "token": its token, "workflow": id, "nodes": [ids]}``.
+    """
+    body = await _texts_of(request, ("client", "token", "workflow"))
+    nodes = None if body is None else body.get("nodes")
+    if body is None or not isinstance(nodes, list) or not all(isinstance(node, str) for node in nodes):
+        return _expected('{"client": text, "token": text, "workflow": text, "nodes": [text, ...]}')
     if len(nodes) > _MAX_CHARTS:
         return web.Response(status=400, text=f"GAG: at most {_MAX_CHARTS} charts can be open, got {len(nodes)}.")
-    if not set_open_charts(client, workflow, nodes):
-        return web.Response(status=409, text="GAG: this tab has no connection to the server.")
+    if not is_tab(body["client"], body["token"]):
+        return _not_the_tab()
+    set_open_charts(body["client"], body["workflow"], nodes)
     return web.Response(status=204)
+
+
+async def _texts_of(request: web.Request, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """Return the body of a request, a JSON object with texts under these names; None if it is anything else.
+
+    A body may be of any length, encoding and depth: every error on the way means that it is something else. A charset
+    in its header does not count, because some codecs take a time that grows with the square of the length.
+    """
+    try:
+        text = bytearray()
+        async for part in request.content.iter_any():
+            text += part
+            if len(text) > _MAX_BODY:
+                return None
+        body = json.loads(text)
+    except (ValueError, RecursionError, ClientError, HttpProcessingError, web.RequestPayloadError):
+        return None
+    if not isinstance(body, dict) or not all(isinstance(body.get(name), str) for name in names):
+        return None
+    return body
+
+
+def _expected(body: str) -> web.Response:
+    return web.Response(status=400, text=f"GAG: expected {body}.")
+
+
+def _not_the_tab() -> web.Response:
+    return web.Response(status=409, text="GAG: this tab has no connection to the server, or has yet to get its token.")

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import re
-from reprlib import repr as short
 from typing import TypeVar
 
+from ...gag_core.echo import echo
 from .families import Blocks, Layer
 
 T = TypeVar("T")
@@ -41,12 +41,12 @@ def parse_blocks(text: str, blocks: Blocks) -> frozenset[Layer]:
         term = term.strip()
         match = _TERM.fullmatch(term)
         if match is None or not term:
-            raise _error(f"{short(term)} is not a block", blocks)
+            raise _error(f"{echo(term)} is not a block", blocks)
         part = match["part"] or part
         if part is None and blocks.keys() <= _LETTERS:
-            raise _error(f"{short(term)} does not say where to count", blocks)
+            raise _error(f"{echo(term)} does not say where to count", blocks)
         if part is not None and part not in blocks:
-            raise _error(f"{short(term)} names a part {short(part)}", blocks)
+            raise _error(f"{echo(term)} names a part {echo(part)}", blocks)
         listed = blocks[part] if part is not None else [block for p in blocks.values() for block in p]
         for block in _range(match["blocks"], listed, term, blocks):
             if match["inner"] is None:
@@ -60,12 +60,12 @@ def _range(indices: str | None, items: list[T], term: str, blocks: Blocks) -> li
     """Return the items that an index or a range ``first-last`` picks; all of them for None."""
     if indices is None:
         if not items:
-            raise _error(f"{short(term)} has no text attention", blocks)
+            raise _error(f"{echo(term)} has no text attention", blocks)
         return items
     first, _, last = indices.replace(" ", "").partition("-")
     start, stop = int(first), int(last or first)
     if not start <= stop < len(items):
-        raise _error(f"{short(term)} is out of range", blocks)
+        raise _error(f"{echo(term)} is out of range", blocks)
     return items[start : stop + 1]
 
 

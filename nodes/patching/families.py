@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from ...gag_core.echo import plain
+
 
 class Layer(NamedTuple):
     """One text attention, by the names that ComfyUI gives at run time.
@@ -327,10 +329,10 @@ def family_of(model: Any) -> tuple[Family, Blocks]:
     try:
         diffusion_model = model.get_model_object("diffusion_model")
     except AttributeError:
-        given = type(getattr(model, "model", model)).__name__
+        given = plain(type(getattr(model, "model", model)).__name__)
         raise UnsupportedModelError(f"GAG needs a diffusion model, got {given}.") from None
     classes = {f"{c.__module__}.{c.__qualname__}" for c in type(diffusion_model).__mro__}
-    host_class = type(model.model).__name__
+    host_class = plain(type(getattr(model, "model", model)).__name__)
     for family in FAMILIES:
         if family.model_class not in classes:
             continue
@@ -344,7 +346,7 @@ def family_of(model: Any) -> tuple[Family, Blocks]:
         if refused in classes:
             raise _refusal(f"{title} ({host_class})", reason)
     raise UnsupportedModelError(
-        f"GAG cannot reach a text attention in {type(diffusion_model).__name__} ({host_class}); "
+        f"GAG cannot reach a text attention in {plain(type(diffusion_model).__name__)} ({host_class}); "
         f"supported families: {'; '.join(family.title for family in FAMILIES)}."
     )
 

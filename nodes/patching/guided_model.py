@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import logging
-from reprlib import repr as short
 from typing import Any, Literal
 
 from comfy.patcher_extension import WrappersMP
 
 from ...gag_core import GuidanceConfig
+from ...gag_core.echo import echo
 from .block_syntax import parse_blocks
 from .families import all_layers, default_layers, family_of
 from .guidance import Guidance
@@ -104,11 +104,13 @@ def check_range(start_percent: Any, end_percent: Any) -> None:
     Raises:
         ValueError: one sentence with both ends.
     """
-    are_numbers = all(isinstance(percent, (int, float)) for percent in (start_percent, end_percent))
+    are_numbers = all(
+        isinstance(percent, (int, float)) and not isinstance(percent, bool) for percent in (start_percent, end_percent)
+    )
     if not are_numbers or not 0.0 <= start_percent <= end_percent <= 1.0:
         raise ValueError(
             "start_percent and end_percent must lie between 0 and 1, the start not after the end, "
-            f"got {short(start_percent)} and {short(end_percent)}."
+            f"got {echo(start_percent)} and {echo(end_percent)}."
         )
 
 

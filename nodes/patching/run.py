@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ...gag_core.echo import echo
 from .compile import UnguardedCompile
 from .families import Layer
 from .guidance import Guidance
@@ -97,7 +98,7 @@ class Run:
         self.observer.send_report(guidance.node_id, layers, len(guidance.order), text)
         if guidance.verbose:
             listed = ", ".join(f"{'.'.join(map(str, layer))}: {counts[layer]}" for layer in sorted(counts))
-            schedule = "" if guidance.schedule is None else f" Schedule: {guidance.schedule}."
+            schedule = "" if guidance.schedule is None else f" Schedule: {echo(guidance.schedule)}."
             log.info("GAG: %s Settings: %s.%s Calls by attention: %s.", text, guidance.config, schedule, listed)
 
     def _report_nothing(self, guidance: Guidance) -> None:

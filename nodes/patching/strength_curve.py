@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...gag_core.echo import echo, plain
+from ..checks import check_option
+
 KINDS = ("constant", "linear", "cosine", "interval", "bump")
 OVER = ("steps", "sigma")
 _LARGEST = 100.0
+_LARGEST_SIGMA = 1e9
+_MOST_FACTORS = 10_000
 # Positions are quotients of whole numbers. A position this close to a factor's own is meant to be that position.
 _SAME_POSITION = 1e-9
 
@@ -57,22 +61,21 @@ class Curve:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("kind", self.kind, KINDS), ("over", self.over, OVER)):
-            if not isinstance(value, str) or value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {short(value)}.")
+            check_option(name, value, allowed)
         for name in ("start_value", "end_value"):
             _check_factor(name, getattr(self, name))
         ends = (self.start, self.end)
         numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
-        given = f"got {short(self.start)} and {short(self.end)}."
+        given = f"got {echo(self.start)} and {echo(self.end)}."
         if self.over == "steps":
             if not numbers or not 0.0 <= self.start <= self.end <= 1.0:
                 raise ValueError(
                     "start and end must lie between 0 and 1 over steps, the start not after the end, " + given
                 )
-        elif not numbers or not math.inf > self.start >= self.end >= 0.0:
+        elif not numbers or not _LARGEST_SIGMA >= self.start >= self.end >= 0.0:
             raise ValueError(
-                "start and end must be noise levels of at least 0 over sigma, the start not below the end because "
-                "noise falls during a run, " + given
+                f"start and end must be noise levels from 0 to {_LARGEST_SIGMA:g} over sigma, the start not below the "
+                "end because noise falls during a run, " + given
             )
 
     def factor(self, percent: float, sigma: float) -> float:
@@ -107,6 +110,8 @@ class Factors:
     def __post_init__(self) -> None:
         if not self.values:
             raise ValueError("schedule must have at least one factor, got none.")
+        if len(self.values) > _MOST_FACTORS:
+            raise ValueError(f"schedule must have at most {_MOST_FACTORS} factors, got {len(self.values)}.")
         for index, value in enumerate(self.values):
             _check_factor(f"schedule: factor {index} (counted from 0)", value)
 
@@ -142,17 +147,20 @@ def schedule_of(given: Any) -> Schedule | None:
         return Factors(tuple(given))
     raise TypeError(
         "schedule must come from GAG Schedule, or be FLOATS (a list of one factor per step) or SIGMAS, "
-        f"got {type(given).__name__}."
+        f"got {plain(type(given).__name__)}."
     )
 
 
 def _shares_of_largest(sigmas: Tensor) -> tuple[float, ...]:
     """Return each step's noise level divided by the largest."""
-    levels = sigmas.tolist() if sigmas.ndim == 1 and sigmas.dtype != torch.bool and not sigmas.is_complex() else []
+    if sigmas.numel() > _MOST_FACTORS + 1:
+        raise ValueError(f"schedule must have at most {_MOST_FACTORS} factors, got {sigmas.numel() - 1}.")
+    is_row = sigmas.ndim == 1 and sigmas.layout == torch.strided and not sigmas.is_meta
+    levels = sigmas.tolist() if is_row and sigmas.dtype != torch.bool and not sigmas.is_complex() else []
     if len(levels) < 2 or not all(0.0 <= level < math.inf for level in levels) or max(levels[:-1]) == 0.0:
         raise ValueError(
             "schedule must be, where it is SIGMAS, a row of two or more noise levels of at least 0 that are not all 0, "
-            f"got {short(levels) if levels else f'a tensor of shape {tuple(sigmas.shape)} in {sigmas.dtype}'}."
+            f"got {echo(levels) if levels else f'a tensor of shape {tuple(sigmas.shape)} in {sigmas.dtype}'}."
         )
     largest = max(levels[:-1])
     return tuple(level / largest for level in levels[:-1])
@@ -160,6 +168,6 @@ def _shares_of_largest(sigmas: Tensor) -> tuple[float, ...]:
 
 def _check_factor(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {short(value)}.")
+        raise TypeError(f"{name} must be a number, got {echo(value)}.")
     if not -_LARGEST <= value <= _LARGEST:
-        raise ValueError(f"{name} must be a number from {-_LARGEST:g} to {_LARGEST:g}, got {short(value)}.")
+        raise ValueError(f"{name} must be a number from {-_LARGEST:g} to {_LARGEST:g}, got {echo(value)}.")

@@ -116,8 +116,8 @@ def messages() -> set[str]:
         for node in nodes:
             if isinstance(node, ast.Call) and (called := ast.unparse(node.func)).endswith((*MESSAGE_CALLS, "Error")):
                 expressions += node.args if called.endswith("Error") else node.args[:1]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "NothingGuided":
-                # After the reason's name: the few words on the node, and the end of the sentence in the log.
+            elif isinstance(node, ast.Call) and called == "NothingGuided":
+                # The few words on the node, and the end of the sentence in the log.
                 expressions += node.args[1:]
             elif isinstance(node, ast.FunctionDef) and node.name == "sentence":
                 expressions += [one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cases
-from gag_core import GuidanceConfig, combine, guided_attention, guided_joint_attention, sparse_dense_attention
+from gag_core import GuidanceConfig, combine, entmax, guided_attention, guided_joint_attention, sparse_dense_attention
 
 CONFIG = GuidanceConfig()
 TOKENS = 12
@@ -202,3 +203,36 @@ def test_scale(call: str, scale: Any) -> None:
         "joint": lambda: guided_joint_attention(q, k, v, slice(0, 4), CONFIG, scale=scale),
     }
     assert_refused(calls[call], ["scale", repr(scale)])
+
+
+class _Raises:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+HOSTILE: list[Any] = ["\ud83d", "x" * 10**6, 10**5000, _Raises(), [[_Raises()]], b"\xff", {}, float("nan"), 1j]
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_values_are_repeated_short_and_encodable(value: Any) -> None:
+    q, k, v = (good()[name] for name in "qkv")
+    calls: list[Callable[[], object]] = [
+        lambda: sparse_dense_attention(q, k, v, alpha=value),
+        lambda: sparse_dense_attention(q, k, v, scale=value),
+        lambda: guided_attention(q, k, v, value),
+        lambda: guided_attention(q, k, v, CONFIG, base=value),
+        lambda: guided_attention(q, k, v, CONFIG, mask=value),
+        lambda: guided_joint_attention(q, k, v, value, CONFIG),
+        lambda: guided_joint_attention(q, k, v, slice(0, value), CONFIG),
+        lambda: combine(value, q, CONFIG),
+        lambda: entmax(value),
+        lambda: entmax(q, alpha=value),
+        lambda: entmax(q, dim=value),
+        *(lambda field=field: GuidanceConfig(**{field.name: value}) for field in dataclasses.fields(GuidanceConfig)),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, TypeError)) as raised:
+            call()
+        message = str(raised.value)
+        assert len(message.encode("utf-8")) < 600
+        assert "\n" not in message

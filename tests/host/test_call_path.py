@@ -22,12 +22,10 @@ PACK = (ROOT / "nodes", ROOT / "gag_core")
 MAX_FILES = 7
 MAX_STRETCHES = 3
 # Files in the order of the calls, without the repeats of consecutive calls into one file.
-CROSS = ["attention", "eager", "numerics", "eager", "numerics", "entmax", "geometry", "numerics", "attention_call"]
-# Before the guided part the core computes the joint attention, and its logsumexp.
-JOINT = ["attention", "eager", *CROSS]
+ATTENTION = ["attention", "eager", "numerics", "eager", "numerics", "entmax", "geometry", "numerics", "attention_call"]
 PATHS = {
-    "sd15": ["unet", "attention_call", *CROSS],
-    "flux": ["transformer", "attention_call", "transformer", "attention_call", *JOINT],
+    "sd15": ["unet", "attention_call", *ATTENTION],
+    "flux": ["transformer", "attention_call", "transformer", "attention_call", *ATTENTION],
 }
 OVERRIDES: dict[str, CodeType] = {
     "sd15": host.pack_module("nodes.patching.unet").GuidedUNet._override.__code__,

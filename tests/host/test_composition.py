@@ -704,7 +704,7 @@ def test_batches_split_for_lack_of_memory_give_the_same_picture(
 def test_each_of_two_gag_nodes_acts_in_its_range(
     order: str, reports: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the overlap of two ranges the later node acts, and both nodes and the log say so."""
+    """Where the ranges overlap the later node acts, and both nodes and the log say so."""
     model = host.build_model("sd15")
     caplog.set_level("INFO", logger="comfyui-gag")
     early = guided(model, end_percent=0.6)

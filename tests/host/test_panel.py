@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -287,7 +288,7 @@ def test_the_blocks_of_a_model_are_sent_before_the_blocks_input_is_parsed(monkey
     ((event, data),) = server.messages
     assert event == messages.BLOCKS
     assert data["parts"] == {"d": [1] * 2, "m": [1], "u": [1] * 4}
-    assert messages._blocks == {("", NODE): {key: data[key] for key in ("parts", "default")}}
+    assert messages._blocks == {(TAB, "", NODE): {key: data[key] for key in ("parts", "default")}}
 
 
 def test_presets_are_sent_without_their_strength() -> None:
@@ -306,8 +307,60 @@ def test_the_blocks_of_at_most_256_nodes_are_remembered(monkeypatch: pytest.Monk
     for node_id in range(300):
         messages.send_blocks(str(node_id), {"d": [[layer]]}, frozenset({layer}))
     assert len(messages._blocks) == 256
-    assert ("", "299") in messages._blocks
-    assert ("", "43") not in messages._blocks
+    assert (TAB, "", "299") in messages._blocks
+    assert (TAB, "", "43") not in messages._blocks
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Guided 4 of 4 attentions in 2 of 4 calls.", "Guided 4 of 4 attentions in 2 of 4 calls."),
+        ("<img src=x onerror=alert(1)>", "‹img src=x onerror=alert(1)›"),
+        ("&lt;img&gt; &#60;", "＆lt;img＆gt; ＆#60;"),
+        ("[[a|javascript:alert(1)]]", "[ [a|javascript:alert(1)]]"),
+        ("[[[a|javascript:alert(1)]]]", "[ [ [a|javascript:alert(1)]]]"),
+        ("see https://a.example/x", "see https:∕∕a.example/x"),
+        ("www.a.example WWW.a.example", "www․a.example WWW․a.example"),
+        ("__LNK0__ ___LNK1", "_ _LNK0__ __ _LNK1"),
+        ("half \ud83d of it, \udfff", "half \\ud83d of it, \\udfff"),
+    ],
+)
+def test_a_text_on_a_node_has_no_markup(text: str, shown: str) -> None:
+    assert messages.without_markup(text) == shown
+
+
+@pytest.mark.parametrize("unit", ["a", "<", "[", "[[", "_", "__LNK", "www.", "://", "&", "\ud800", "[[a|b]]", "\0"])
+def test_a_text_on_a_node_is_short_and_can_be_encoded(unit: str) -> None:
+    start = time.perf_counter()
+    shown = messages.without_markup(unit * (10**6 // len(unit)))
+    assert time.perf_counter() - start < 1.0
+    assert 0 < len(shown) <= 4000
+    shown.encode()
+    for pattern in ("<", ">", "&", "[[", "://", "www.", "__LNK"):
+        assert pattern not in shown
+    for end in ("[[", "__LNK", "www.", "://"):  # nothing that the shortening leaves over
+        assert end not in messages.without_markup("a" * 3999 + unit + end)
+
+
+def test_a_tab_proves_itself_with_the_token_that_was_sent_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch)
+    monkeypatch.setattr(listeners, "_tokens", {})
+    assert not listeners.is_tab("another", "")
+    assert server.messages == []
+    for wrong in ("", "x" * 32, "\ud800", "a" * 10**6):
+        assert not listeners.is_tab(TAB, wrong)
+    ((_, token),) = {(event, data["token"]) for event, data in server.messages}
+    assert {event for event, _ in server.messages} == {messages.TOKEN}
+    assert listeners.is_tab(TAB, token)
+    assert not listeners.is_tab("another", token)
+    server.sockets[TAB] = object()  # the tab was loaded again
+    assert not listeners.is_tab(TAB, token)
+    renewed = server.messages[-1][1]["token"]
+    assert renewed != token
+    assert listeners.is_tab(TAB, renewed)
+    server.sockets.clear()
+    assert not listeners.is_tab(TAB, renewed)
+    assert listeners._tokens == {}
 
 
 def test_without_a_server_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,3 +369,34 @@ def test_without_a_server_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> No
     assert not listeners.is_listening(NODE)
     routes.add_routes()
     sample(guided(host.build_model("sd15")), "sd15")
+
+
+NESTED: Any = {}
+for _ in range(900):
+    NESTED = {"workflow": [NESTED]}
+NO_IDS: list[Any] = [None, [], {}, 7, "x" * 201]
+NO_OBJECTS: list[Any] = [None, [], ["id"], "text", 7, True, {}, NESTED]
+
+
+@pytest.mark.parametrize(
+    "extra_data",
+    [
+        *NO_OBJECTS,
+        *({"extra_pnginfo": value} for value in NO_OBJECTS),
+        *({"extra_pnginfo": {"workflow": value}} for value in NO_OBJECTS),
+        *({"extra_pnginfo": {"workflow": {"id": value}}} for value in NO_IDS),
+    ],
+)
+def test_a_workflow_without_a_proper_id_has_none(extra_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workflow_id_of(extra_data, monkeypatch) is None
+
+
+def test_a_workflow_has_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workflow_id_of({"extra_pnginfo": {"workflow": {"id": "some id"}}}, monkeypatch) == "some id"
+
+
+def workflow_id_of(extra_data: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    messages = host.pack_module("nodes.panel.messages")
+    queue = SimpleNamespace(currently_running={0: (0, "prompt id", {}, extra_data, [])})
+    monkeypatch.setattr(messages, "running_server", lambda: SimpleNamespace(prompt_queue=queue))
+    return messages.workflow_id()

@@ -133,7 +133,7 @@ def test_models_patched_differently_in_one_graph_do_not_affect_each_other() -> N
 
 
 def test_each_of_two_nodes_acts_in_its_own_range() -> None:
-    """In the overlap of the ranges of two nodes on one model, the later node acts."""
+    """Where the ranges of two nodes on one model overlap, the later node acts."""
     model = host.build_model("sd15")
     early = guided(model, preset="paper", end_percent=0.5)
     both = guided(early, preset="gentle", start_percent=0.4)

@@ -194,7 +194,7 @@ def test_the_node_returns_the_curve_and_shows_its_picture(
     settings = {"kind": kind, "over": over, "start_value": 0.5, "end_value": 2.0, "start": start, "end": end}
     answer = host.NODES["GAGSchedule"].execute(**settings)
     assert answer.result == (Curve(**settings),)
-    (shown,) = answer.ui.as_dict()["images"]
+    (shown,) = answer.ui["images"]
     assert (previews / shown["subfolder"] / shown["filename"]).stat().st_size > 1000
 
 
@@ -213,6 +213,19 @@ def test_without_matplotlib_the_node_returns_the_schedule_without_a_picture(
     answer = host.NODES["GAGSchedule"].execute(**vars(Curve()))
     assert answer.result == (Curve(),) and answer.ui is None
     assert "pip install matplotlib" in caplog.text
+
+
+def test_where_no_preview_can_be_saved_the_node_returns_the_schedule(
+    previews: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import folder_paths
+
+    previews.mkdir(parents=True, exist_ok=True)
+    (previews / "file").touch()
+    monkeypatch.setattr(folder_paths, "temp_directory", str(previews / "file" / "temp"))
+    answer = host.NODES["GAGSchedule"].execute(**vars(Curve()))
+    assert answer.result == (Curve(),) and answer.ui is None
+    assert "The preview of the plots could not be saved in the temporary folder: Not a directory." in caplog.text
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------

@@ -80,8 +80,24 @@ def test_publishes_only_with_the_secret_and_only_new_versions() -> None:
     assert "dev/release.py --since" in check["run"]
     for step in (prepare, publish):
         assert step["if"] == f"steps.{check['id']}.outputs.version != ''"
-    assert re.fullmatch(r"Comfy-Org/publish-node-action@[0-9a-f]{40}", publish["uses"])
-    assert publish["with"]["personal_access_token"] == "${{ secrets.REGISTRY_ACCESS_TOKEN }}"
+    assert publish["env"] == {"TOKEN": "${{ secrets.REGISTRY_ACCESS_TOKEN }}"}
+    assert "REGISTRY_ACCESS_TOKEN" not in str([step for step in job["steps"] if step is not publish])
+    assert "pip install --quiet --no-deps --require-hashes" in publish["run"]
+    assert "--only-binary :all: -r dev/requirements-registry.lock" in publish["run"]
+
+
+def test_actions_are_pinned_by_commit_and_have_few_rights() -> None:
+    workflows = sorted((ROOT / ".github").rglob("*.y*ml"))
+    assert workflows
+    for path in workflows:
+        text = path.read_text(encoding="utf-8")
+        workflow = yaml.safe_load(text)
+        assert workflow["permissions"] == {"contents": "read"}
+        for job in workflow["jobs"].values():
+            assert "permissions" not in job
+        for used in re.findall(r"uses: *(.*)$", text, flags=re.MULTILINE):
+            assert re.fullmatch(r"[\w-]+/[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*", used), used
+        assert text.count("persist-credentials: false") == text.count("uses: actions/checkout@")
 
 
 def _has_placeholder(path: Path) -> bool:

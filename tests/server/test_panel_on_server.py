@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Messages of a real server to a browser tab about its guidance nodes; charts that nobody opened get none."""
+"""Messages of a real server to a browser tab about its guidance nodes; charts that nobody opened get none.
+
+The server answers a tab's requests only with the token that it sent over the tab's connection.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import asyncio
 import itertools
 import json
 import time
-import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -41,45 +44,98 @@ def graph(seed: int, **inputs: Any) -> Json:
     }
 
 
-def post(server: ComfyServer, body: Any) -> int:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(server.url + "/gag/listen", data, {"Content-Type": "application/json"})
-    try:
-        with _open(request, timeout=60) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
+class Tab:
+    """A browser tab: its connection, and the token that the server sent over the connection."""
+
+    def __init__(self, server: ComfyServer, session: aiohttp.ClientSession, connection: Any, client: str) -> None:
+        self.url = server.url
+        self.session = session
+        self.connection = connection
+        self.client = client
+        self.token = ""
+
+    async def post(self, route: str, **content: Any) -> tuple[int, str]:
+        """Send a request of this tab, or of another that ``content`` names; return the status and the text."""
+        body = {"client": self.client, "token": self.token, "workflow": "", **content}
+        async with self.session.post(self.url + route, json=body) as answer:
+            return answer.status, await answer.text()
+
+    async def authenticate(self) -> None:
+        """Get the token, as the page does: the first request has none."""
+        status, _ = await self.post("/gag/listen", nodes=[])
+        assert status == 409
+        while True:
+            message = json.loads((await asyncio.wait_for(self.connection.receive(), 20)).data)
+            if message["type"] == "gag.token":
+                self.token = message["data"]["token"]
+                return
+
+    async def listen(self, *nodes: str) -> None:
+        """Open charts of nodes and close the others."""
+        if not self.token:
+            await self.authenticate()
+        status, _ = await self.post("/gag/listen", nodes=list(nodes))
+        assert status == 204
+
+    async def blocks(self, workflow_id: str) -> Any:
+        """Return the blocks of a workflow that this tab queued."""
+        if not self.token:
+            await self.authenticate()
+        status, text = await self.post("/gag/blocks", workflow=workflow_id)
+        assert status == 200
+        return json.loads(text)
+
+
+@asynccontextmanager
+async def open_tab(server: ComfyServer, client: str | None = None) -> AsyncIterator[Tab]:
+    client = client or uuid.uuid4().hex
+    address = f"{server.url}/ws?clientId={client}"
+    async with aiohttp.ClientSession() as session, session.ws_connect(address) as connection:
+        await connection.receive()
+        yield Tab(server, session, connection, client)
+
+
+async def nothing(tab: Tab) -> None:
+    """Do nothing with the tab before a run."""
 
 
 def run(
     server: ComfyServer,
     prompt: Json,
-    before: Callable[[str], None] = lambda client: None,
+    before: Callable[[Tab], Awaitable[None]] = nothing,
     after: Callable[[str, Any], None] = lambda event, data: None,
     workflow: Json | None = None,
 ) -> list[tuple[str, Any]]:
-    """Return the messages of a run to the tab that queued it. ``before`` gets the tab's id once it is connected."""
+    """Return the messages of a run to the tab that queued it. ``before`` gets the tab once it is connected."""
 
     async def go() -> list[tuple[str, Any]]:
-        client = uuid.uuid4().hex
-        messages: list[tuple[str, Any]] = []
-        address = f"{server.url}/ws?clientId={client}"
-        async with aiohttp.ClientSession() as session, session.ws_connect(address) as connection:
-            await connection.receive()
-            before(client)
-            prompt_id = await asyncio.to_thread(server.queue, prompt, workflow, client)
-            async for raw in connection:
-                if raw.type is not aiohttp.WSMsgType.TEXT:
-                    continue
-                message = json.loads(raw.data)
-                messages.append((message["type"], message.get("data", {})))
-                after(*messages[-1])
-                if message["type"] in FINAL and message["data"]["prompt_id"] == prompt_id:
-                    assert message["type"] == "execution_success"
-                    break
-        return messages
+        async with open_tab(server) as tab:
+            await before(tab)
+            return await run_in(server, tab, prompt, after, workflow)
 
     return asyncio.run(asyncio.wait_for(go(), 120))
+
+
+async def run_in(
+    server: ComfyServer,
+    tab: Tab,
+    prompt: Json,
+    after: Callable[[str, Any], None] = lambda event, data: None,
+    workflow: Json | None = None,
+) -> list[tuple[str, Any]]:
+    """Return the messages of a run that the tab queues."""
+    messages: list[tuple[str, Any]] = []
+    prompt_id = await asyncio.to_thread(server.queue, prompt, workflow, tab.client)
+    async for raw in tab.connection:
+        if raw.type is not aiohttp.WSMsgType.TEXT:
+            continue
+        message = json.loads(raw.data)
+        messages.append((message["type"], message.get("data", {})))
+        after(*messages[-1])
+        if message["type"] in FINAL and message["data"]["prompt_id"] == prompt_id:
+            assert message["type"] == "execution_success"
+            break
+    return messages
 
 
 def of_type(messages: list[tuple[str, Any]], message_type: str) -> list[Any]:
@@ -95,18 +151,14 @@ def pictures(server: ComfyServer, messages: list[tuple[str, Any]]) -> bytes:
     return b"".join(data.split(b"IDAT")[1:])
 
 
-def listen(server: ComfyServer, *nodes: str) -> Callable[[str], None]:
+def listen(*nodes: str) -> Callable[[Tab], Awaitable[None]]:
     """Return a function that opens charts of nodes in a tab and closes its others."""
-
-    def send(client: str) -> None:
-        assert post(server, {"client": client, "workflow": "", "nodes": list(nodes)}) == 204
-
-    return send
+    return lambda tab: tab.listen(*nodes)
 
 
 def test_an_open_chart_gets_every_step_and_the_picture_does_not_change(server: ComfyServer) -> None:
     seed = next(_seeds)
-    watched = run(server, graph(seed), listen(server, NODE, "99"))
+    watched = run(server, graph(seed), listen(NODE, "99"))
     points: dict[int, list[float]] = {}
     for message in of_type(watched, "gag.chart"):
         assert set(message) == {"workflow", "run", "steps", "series", "points"}
@@ -126,40 +178,102 @@ def test_an_open_chart_gets_every_step_and_the_picture_does_not_change(server: C
 
 @pytest.mark.parametrize("nodes", [(), ("6",), ("55",)], ids=["none", "another node", "an id with the same beginning"])
 def test_nodes_without_an_open_chart_send_no_measures(server: ComfyServer, nodes: tuple[str, ...]) -> None:
-    assert of_type(run(server, graph(next(_seeds)), listen(server, *nodes)), "gag.chart") == []
+    assert of_type(run(server, graph(next(_seeds)), listen(*nodes)), "gag.chart") == []
 
 
 def test_a_closed_chart_gets_no_measures(server: ComfyServer) -> None:
-    def open_and_close(client: str) -> None:
-        listen(server, NODE)(client)
-        listen(server)(client)
+    async def open_and_close(tab: Tab) -> None:
+        await tab.listen(NODE)
+        await tab.listen()
 
     assert of_type(run(server, graph(next(_seeds)), open_and_close), "gag.chart") == []
 
 
 def test_a_closed_or_unknown_tab_cannot_listen(server: ComfyServer) -> None:
-    gone: list[str] = []
+    async def go() -> None:
+        async with open_tab(server) as gone:
+            await gone.authenticate()
+        async with open_tab(server) as tab:
+            await tab.authenticate()
+            for client, token in ((gone.client, gone.token), ("nobody", tab.token), ("", ""), ("\ud800", "\ud800")):
+                for route in ("/gag/listen", "/gag/blocks"):
+                    status, text = await tab.post(route, client=client, token=token, nodes=[NODE])
+                    assert status == 409
+                    assert text.startswith("GAG: this tab has no connection")
 
-    def open_chart(client: str) -> None:
-        listen(server, NODE)(client)
-        gone.append(client)
+    asyncio.run(asyncio.wait_for(go(), 60))
 
-    assert of_type(run(server, graph(next(_seeds)), open_chart), "gag.chart")
-    # Its connection is closed by now.
-    for client in (gone[0], "nobody"):
-        assert post(server, {"client": client, "workflow": "", "nodes": [NODE]}) == 409
+
+def test_a_tab_cannot_open_close_or_read_anothers(server: ComfyServer) -> None:
+    """The other tab's id is known, as it is to any page: it is in the messages of the server's history."""
+
+    async def go() -> None:
+        workflow = {"id": uuid.uuid4().hex}
+        async with open_tab(server) as owner, open_tab(server) as stranger:
+            await owner.listen(NODE)
+            await stranger.authenticate()
+            assert stranger.token != owner.token
+            forged = (
+                {"client": owner.client, "token": ""},
+                {"client": owner.client, "token": "0" * 32},
+                {"client": owner.client},
+            )
+            for body in forged:  # none of them closes the owner's chart
+                assert (await stranger.post("/gag/listen", **body, nodes=[]))[0] == 409
+            messages = await run_in(server, owner, graph(next(_seeds)), workflow={**workflow, "id": ""})
+            assert of_type(messages, "gag.chart"), "the chart is still open"
+            # The forged requests sent the owner its own token, and the stranger none.
+            assert {data["token"] for data in of_type(messages, "gag.token")} == {owner.token}
+            await owner.listen()
+            for body in forged:  # none of them opens a chart
+                assert (await stranger.post("/gag/listen", **body, nodes=[NODE]))[0] == 409
+            messages = await run_in(server, owner, graph(next(_seeds), strength=0.9), workflow=workflow)
+            assert of_type(messages, "gag.chart") == []
+            for body in forged:
+                status, text = await stranger.post("/gag/blocks", **body, workflow=workflow["id"])
+                assert (status, NODE in text) == (409, False)
+            assert await stranger.blocks(workflow["id"]) == {}, "a tab that did not queue the workflow gets nothing"
+            assert set(await owner.blocks(workflow["id"])) == {NODE}
+
+    asyncio.run(asyncio.wait_for(go(), 120))
+
+
+def test_a_tab_that_connects_again_gets_a_new_token(server: ComfyServer) -> None:
+    async def go() -> None:
+        async with open_tab(server) as first:
+            await first.authenticate()
+        async with open_tab(server, first.client) as second:
+            assert (await second.post("/gag/listen", token=first.token, nodes=[NODE]))[0] == 409
+            await second.authenticate()
+            assert second.token != first.token
+            await second.listen(NODE)
+            assert (await second.post("/gag/listen", token=first.token, nodes=[]))[0] == 409
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
+_BODY: Json = {"client": "a", "token": "b", "workflow": ""}
+_WRONG: list[Json] = [{"client": 1}, {"workflow": None}, {"token": {}}]
 
 
 @pytest.mark.parametrize(
     "body",
     [
         *(b"", b"[", [], {}, None, {"client": "a"}, {"client": "a", "nodes": []}),
-        *({"client": client, "workflow": workflow, "nodes": []} for client, workflow in ((1, ""), ("a", None))),
-        *({"client": "a", "workflow": "", "nodes": nodes} for nodes in ("5", [5], None, ["5"] * 1001)),
+        *({**_BODY, "nodes": [], **wrong} for wrong in _WRONG),
+        *({name: _BODY[name] for name in _BODY if name != missing} | {"nodes": []} for missing in _BODY),
+        *({**_BODY, "nodes": nodes} for nodes in ("5", [5], None, ["5"] * 1001)),
     ],
 )
 def test_an_invalid_request_is_refused(server: ComfyServer, body: Any) -> None:
-    assert post(server, body) == 400
+    async def go() -> tuple[int, str]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with aiohttp.ClientSession() as session, session.post(server.url + "/gag/listen", data=data) as answer:
+            return answer.status, await answer.text()
+
+    status, text = asyncio.run(asyncio.wait_for(go(), 60))
+    assert status == 400
+    assert text.startswith("GAG: ")
 
 
 @pytest.mark.parametrize(
@@ -193,17 +307,18 @@ def test_the_blocks_are_sent_and_remembered_by_workflow(server: ComfyServer) -> 
         assert [len(block) for block in blocks] == sent["parts"][part]
         assert all(layer == (part != "m") for block in blocks for layer in block), "a UNet's default"
 
-    def remembered(workflow_id: str) -> Any:
-        with _open(f"{server.url}/gag/blocks?workflow={workflow_id}") as answer:
-            return json.loads(answer.read())
-
-    assert remembered(workflow["id"]) == {NODE: sent}
-    assert remembered("other") == {}
     # In another workflow the host reuses the node's output, and the blocks are sent there too.
     other = {"id": uuid.uuid4().hex}
-    (again,) = of_type(run(server, graph(next(_seeds), strength=strength), workflow=other), "gag.blocks")
-    assert again == {"workflow": other["id"], "node": NODE, **sent}
-    assert remembered(other["id"]) == {NODE: sent}
+
+    async def go() -> None:
+        async with open_tab(server) as tab:
+            messages = await run_in(server, tab, graph(next(_seeds), strength=strength), workflow=other)
+            assert of_type(messages, "gag.blocks") == [{"workflow": other["id"], "node": NODE, **sent}]
+            assert await tab.blocks(other["id"]) == {NODE: sent}
+            assert await tab.blocks(workflow["id"]) == {}, "this tab did not queue it"
+            assert await tab.blocks("other") == {}
+
+    asyncio.run(asyncio.wait_for(go(), 120))
 
 
 def test_the_setup_has_the_presets_of_the_node(server: ComfyServer) -> None:
@@ -229,7 +344,7 @@ def test_a_chart_gets_at_most_four_messages_a_second(server: ComfyServer) -> Non
         if event == "gag.chart":
             times.append(time.monotonic())
 
-    messages = run(server, prompt, listen(server, NODE), record)
+    messages = run(server, prompt, listen(NODE), record)
     steps = {point[0] for message in of_type(messages, "gag.chart") for point in message["points"][NODE]}
     assert steps == set(range(150))
     # There is one message at the beginning, one at the end, and at most four a second between them.

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Checks of single inputs: a value that is not allowed is refused in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..gag_core.echo import echo
+
+MOST_CHARACTERS = 20_000
+
+
+def check_option(name: str, value: object, options: Iterable[str]) -> None:
+    """Refuse a value that is not one of the options.
+
+    Raises:
+        ValueError: one sentence with the options.
+    """
+    options = tuple(options)
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {echo(value)}.")
+
+
+def check_text(name: str, value: object, most: int = MOST_CHARACTERS) -> None:
+    """Refuse a value that is no text, or a text that is too long or cannot be encoded.
+
+    Raises:
+        ValueError, TypeError: one sentence with the value or its length.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be text, got {echo(value)}.")
+    if len(value) > most:
+        raise ValueError(f"{name} must have at most {most} characters, got {len(value)}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must not have half a character (a lone surrogate), got {echo(value)}.") from None
+
+
+def check_switch(name: str, value: object) -> None:
+    """Refuse a value that is neither True nor False.
+
+    Raises:
+        TypeError: one sentence with the value.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {echo(value)}.")
+
+
+def check_whole(name: str, value: object, low: int, high: int) -> None:
+    """Refuse a value that is not a whole number within the bounds.
+
+    Raises:
+        ValueError: one sentence with the value and the bounds.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {echo(value)}.")
