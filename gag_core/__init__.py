@@ -3,7 +3,7 @@
 
 Attention reads the values twice with the same queries and keys: densely (softmax, one step of a modern Hopfield
 network) and sparsely (alpha-entmax, one step of a sparse Hopfield network). The difference of the two read-outs is the
-guidance signal.
+discrepancy.
 
 The files, in reading order:
 

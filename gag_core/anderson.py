@@ -213,36 +213,20 @@ class KeySpace(NamedTuple):
 def retrieve_with_coefficients(
     q: Tensor, keys: Keys, space: KeySpace, config: GuidanceConfig, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute both read-outs, logsumexp and the guidance signal of rule "anderson" for one chunk of queries.
+    """Compute both read-outs, logsumexp and the Anderson vector of rule "anderson" for one chunk of queries.
 
-    Attention is retrieval from a Hopfield memory: the keys are its patterns, the query is a state x. A retrieval has an
-    image in key space, ``P(x) K``, and a read-out, ``P(x) V``. Its residual, image minus state, is 0 at a fixed point.
-    Key space has its origin at d. The retrievals are::
-
-        d = softmax(x_0) K    residual 0 - x_0            read-out D      dense, of the query x_0
-        s = entmax(x_0) K     residual (s - d) - x_0      read-out S      sparse, of the query
-        g = entmax(x_1) K     residual (g - d) - x_1      read-out V_1    depth 2 and more: sparse, of the state that
-                                                                          the last image is, depth - 1 times
-
-    Anderson acceleration, type II, takes the affine combination of images with the smallest predicted residual. Here
-    the system is set up around the sparse retrieval: its residual f, over the differences of f and each other residual.
-    (Differences of neighbours, as textbooks have them, span the same space.) So regularisation, bound and safeguard all
-    lead back to the sparse read-out. With the coefficients gamma::
+    With x a state, d and s the dense and the sparse image of the query in key space, whose origin is d, and f the
+    residual of the sparse retrieval::
 
         out = S - gamma_0 (S - D) - gamma_1 (S - V_1) - ...       |gamma_0| + |gamma_1| + ... <= guidance_scale
 
-    At depth 1 the only coefficient is ``gamma_0 = <f, s - d> / |s - d|^2 = -lambda``, but for the regularisation: out
-    is then the point of the line through d and s that is nearest to the query. The signal is
-    ``(out - S) / guidance_scale``. The geometry treats the signal as it treats ``S - D`` in rule "gag". Where lambda
-    reaches guidance_scale, the two rules are the same.
+    where gamma minimises f over the differences of f and each other residual. V_1, V_2, ... are the read-outs of
+    further sparse retrievals, each of the state that the last image is. The Anderson vector is
+    ``(out - S) / guidance_scale``. The geometry treats it as it treats ``S - D`` in rule "gag".
 
-    The gauge: residuals compare queries with keys, for which attention has no common measure. Attention stays as it is
-    if the keys or the scale make up for another length of the queries, or if all keys are moved by one offset. So a
-    state is a direction. It points that way from d, and is as long as the keys' distance from d (root mean square,
-    weighted as in the dense retrieval). The logits of a state are those of a query in its direction with the length of
-    the original query. With these choices none of the changes above changes the result, nor does a rotation of queries
-    and keys. (A matrix that stretches key space, ``q -> q A, k -> k A^-T``, does.) And at depth 1, without an additive
-    mask, lambda is never below -1, where out is D: as seen from d, s always lies towards the query.
+    Choice of units: a state is a direction from d. It is as long as the keys' distance from d (``radius``), and its
+    logits are those of a query in its direction with the length of the original query. docs/method.md has the
+    derivation and the reasons ("Anderson acceleration").
 
     Args:
         q: the queries of the chunk, ``[B, H, N_q, D]``.
@@ -252,11 +236,11 @@ def retrieve_with_coefficients(
         mask: the part of the mask for these queries, of rank 4.
 
     Returns:
-        The sparse read-out, the dense read-out and, last, the signal, ``[B, H, N_q, D_v]``; before the signal the
-        logsumexp of the logits, ``[B, H, N_q, 1]``. All are in the work dtype.
+        The sparse and the dense read-out, ``[B, H, N_q, D_v]``, the logsumexp of the logits, ``[B, H, N_q, 1]``, and
+        the Anderson vector, ``[B, H, N_q, D_v]``. All are in the work dtype.
 
-    Source: arXiv 2603.02531 v1 (attention extrapolation as Anderson acceleration of depth 1); that the coefficient is
-    solved for, in key space, the depths beyond and the gauge are this project's.
+    Source: arXiv 2603.02531 v1 (attention extrapolation as Anderson acceleration of depth 1). Solving for the
+    coefficient, in key space, depths beyond 1 and the choice of units are this project's.
     """
     alpha = config.alpha
     logits, logits_scale = keys.logits(q, mask)
@@ -279,7 +263,7 @@ def retrieve_with_coefficients(
         read_outs.append(sparse - value)
     gamma = coefficients(f, torch.stack(differences, dim=-2), regularization=config.anderson_regularization)
     share = shares(gamma, config.guidance_scale).neg_()
-    signal = read_outs[0].mul_(share[..., :1])
+    anderson_vector = read_outs[0].mul_(share[..., :1])
     for index, read_out in enumerate(read_outs[1:], 1):
-        signal.addcmul_(read_out, share[..., index : index + 1])
-    return sparse, dense, logsumexp_from_sum(maximum, logits_scale, total), signal
+        anderson_vector.addcmul_(read_out, share[..., index : index + 1])
+    return sparse, dense, logsumexp_from_sum(maximum, logits_scale, total), anderson_vector

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import eager
 from .config import GuidanceConfig, wrong_type
 from .echo import dtype_of, echo, plain
+from .entmax import is_forward_mode
 from .geometry import guidance_factors, norm_axes
 from .numerics import Keys, config_numbers, mask_part, weighted_sum_, work_copy, work_dtype, write_saturated
 from .triton import launch
@@ -251,7 +252,7 @@ def default_guide(
 
     Arguments are those of :func:`gag_core.eager.guide`.
     """
-    if q.device.type != "cpu" and launch.can_run(q, v, config):
+    if q.device.type != "cpu" and not is_forward_mode() and launch.can_run(q, v, config):
         launch.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
     else:
         eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)

@@ -8,13 +8,15 @@ chunks; :func:`guided_chunk` does the work on one of them.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .anderson import KeySpace, retrieve_with_coefficients
 from .config import GuidanceConfig
-from .entmax import dense_weights_, logsumexp_from_sum, scale_and_shift_, sparse_weights
+from .entmax import dense_weights_, logsumexp_from_sum, reusable, scale_and_shift_, sparse_weights
 from .geometry import guidance_factors, text_mass
 from .numerics import (
     ConfigNumbers,
@@ -27,8 +29,9 @@ from .numerics import (
     write_saturated,
 )
 
-# Budget of numbers that are held for a chunk of queries. On a CPU it should stay near the size of the caches and, with
-# copies of keys and values, below twice the size of the output. Elsewhere many small kernels cost more than memory.
+# Largest number of tensor elements that the work on a chunk of queries holds at once. On a CPU it should stay near the
+# size of the caches and, with copies of keys and values, below twice the size of the output (_CPU_CHUNK_OF_OUTPUT).
+# Elsewhere many small kernels cost more than memory.
 _CPU_CHUNK = 3 << 19
 _CPU_CHUNK_OF_OUTPUT = 1.9
 # A megabyte is always allowed: in smaller chunks most of the time goes into starting operations.
@@ -41,7 +44,7 @@ _KEY_MULTIPLE = 16
 # Outputs that rule "anderson" holds beside those of other rules, and for each of its differences.
 _OUTPUTS_ANDERSON = 16
 _OUTPUTS_PER_DIFFERENCE = 8
-# Rows of a bias that the memory-efficient kernel reads begin at multiples of so many numbers.
+# Rows of a bias that the memory-efficient kernel reads begin at multiples of so many elements.
 _BIAS_ALIGNMENT = 16
 
 # Batch rows and heads whose keys and values are copied together.
@@ -53,10 +56,10 @@ Chunk = tuple[slice, slice, slice]
 def chunks(q: Tensor, *, per_query: int, per_head: int, whole_heads: bool = False) -> list[tuple[Part, list[Chunk]]]:
     """Cut queries ``[B, H, N_q, D]`` into parts of the batch and heads, and each part into chunks of queries.
 
-    A chunk is small enough to hold ``per_query`` numbers for each of its queries and heads, beside ``per_head`` numbers
-    for each head, which are copies of keys and values. ``whole_heads`` keeps all heads of a query in one chunk. Batch
-    rows come one by one where possible, because products then need no copies of the queries: in the layout that models
-    have, the heads of several rows do not lie at equal distances.
+    A chunk is small enough to hold ``per_query`` elements for each of its queries and heads, beside ``per_head``
+    elements for each head, which are copies of keys and values. ``whole_heads`` keeps all heads of a query in one
+    chunk. Batch rows come one by one where possible, because products then need no copies of the queries: in the layout
+    that models have, the heads of several rows do not lie at equal distances.
     """
     batch, heads, queries, _ = q.shape
     if not queries:
@@ -138,24 +141,26 @@ def guided_chunk(
         config: the settings.
         numbers: the numbers of the config in the work dtype.
     """
-    signal = None
+    anderson_vector = None
     if space is None:
         # At strength 0 only the dense read-out is wanted.
         alpha = config.alpha if config.strength else 1.0
         sparse, dense, lse = retrieve(q, keys, v, alpha, mask, with_logsumexp=joint_lse is not None)
-        discrepancy = torch.sub(sparse, dense, out=dense)
+        discrepancy = torch.sub(sparse, dense, out=reusable(dense))
     else:
-        sparse, dense, lse, signal = retrieve_with_coefficients(q, keys, space, config, mask)
+        sparse, dense, lse, anderson_vector = retrieve_with_coefficients(q, keys, space, config, mask)
         discrepancy = sparse - dense
-    on_sparse, on_vector = guidance_factors(sparse, discrepancy, value_scale, config, numbers, signal)
+    on_sparse, on_vector = guidance_factors(sparse, discrepancy, value_scale, config, numbers, anderson_vector)
+    # The change of the read-out is the sum of these vectors, each times its factor.
     vectors, factors = [sparse, discrepancy], [on_sparse, on_vector]
-    if signal is not None:
-        vectors, factors = [*vectors, signal], [on_sparse, numbers.strength, on_vector]
+    if anderson_vector is not None:
+        vectors, factors = [*vectors, anderson_vector], [on_sparse, numbers.strength, on_vector]
     if lse is not None and joint_lse is not None:
         mass = text_mass(lse, joint_lse.unsqueeze(-1).to(lse.dtype))
         for index, factor in enumerate(factors):
             factors[index] = mass * factor
-    if base is None:  # the result starts from the dense read-out, S - (S - D)
+    if base is None:
+        # The change is added to the dense read-out, which is 1 * S - 1 * (S - D): so it joins the same sum.
         factors[0] += 1.0
         factors[1] -= 1.0
     result = weighted_sum_(value_scale, *zip(vectors, factors, strict=True))
@@ -233,9 +238,13 @@ def attention_with_logsumexp(
         The attention output ``[B, H, N_q, D_v]`` in the dtype of q, and the logsumexp ``[B, H, N_q]``.
     """
     bias = _additive_mask(mask, q)
-    fused = _fused_attention(q, k, v, bias, scale)
+    # In forward-mode differentiation torch has no derivative of its fused attention.
+    is_forward_mode = forward_ad._current_level >= 0
+    fused = None if is_forward_mode else _fused_attention(q, k, v, bias, scale)
     if fused is None:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if is_forward_mode else nullcontext()
+        with exact:
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         fused = out, logsumexp_of_logits(q, k, mask, scale)
     if bias is None:
         return fused
@@ -284,7 +293,7 @@ def _fused_attention(
     try:
         if q.device.type == "cpu":
             if bias is not None and bias.shape[-1] == 1:
-                # Older torch, as 2.4, reads a number for each key all the same, beyond the end.
+                # Older torch, such as 2.4, reads one number for each key all the same, beyond the end of the bias.
                 bias = bias.expand(*bias.shape[:-1], k.shape[2]).contiguous()
             out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=bias, scale=scale

@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .echo import dtype_of, echo
 from .numerics import work_dtype
@@ -133,19 +134,20 @@ def _powers_above_threshold(scaled: Tensor, power: float) -> Tensor:
         if last:
             # Slightly lower, so that rounding does not put tau above the root. A row of only -inf has no root: 0 / 0.
             tau.sub_(info.eps / 2).nan_to_num_(nan=-1.0)
-        torch.sub(scaled, tau, out=above).relu_()
+        above = torch.sub(scaled, tau, out=reusable(above)).relu_()
         if power == _SQUARE:
             slope = above.sum(dim=-1, keepdim=True)
             excess = torch.linalg.vector_norm(above, dim=-1, keepdim=True).sub_(1.0)
             numerator = torch.addcmul(excess, excess, excess)
         elif power == _LINEAR:
-            slope = torch.sign(above, out=slopes).sum(dim=-1, keepdim=True)
+            slope = torch.sign(above, out=reusable(slopes)).sum(dim=-1, keepdim=True)
             numerator = above.sum(dim=-1, keepdim=True).sub_(1.0)
         else:
-            if last or power - 1.0 in _FAST_POWERS:
-                torch.pow(above, power - 1.0, out=slopes)
+            # The derivative of the way by log1p is 0 * inf for keys below the threshold.
+            if last or power - 1.0 in _FAST_POWERS or is_forward_mode():
+                slopes = torch.pow(above, power - 1.0, out=reusable(slopes))
             else:
-                _power_by_log1p(torch.sub(above, 1.0, out=slopes), power - 1.0, slopes)
+                slopes = _power_by_log1p(torch.sub(above, 1.0, out=reusable(slopes)), power - 1.0, slopes)
             slope = slopes.sum(dim=-1, keepdim=True)
             numerator = _step_numerator(slopes.mul_(above).sum(dim=-1, keepdim=True), power)
         if last:
@@ -162,16 +164,27 @@ def _large_powers_above_threshold(scaled: Tensor, power: float, steps: int) -> T
     offset = scaled.clamp(min=-1.0)  # scaled - tau - 1, first for tau = -1
     powers = torch.empty_like(scaled)
     for _ in range(steps):
-        slope = _power_by_log1p(offset, power - 1.0, powers).sum(dim=-1, keepdim=True)
+        powers = _power_by_log1p(offset, power - 1.0, powers)
+        slope = powers.sum(dim=-1, keepdim=True)
         total = powers.addcmul_(powers, offset).sum(dim=-1, keepdim=True)
         # A step is negative only by rounding. It would bring keys back that already lie below the threshold.
         offset.sub_(_step(_step_numerator(total, power), slope).clamp_min_(0.0)).clamp_min_(-1.0)
     return _power_by_log1p(offset, power, powers)
 
 
+def is_forward_mode() -> bool:
+    """Return True while forward-mode differentiation is active, as in ``torch.func.jvp``."""
+    return forward_ad._current_level >= 0
+
+
+def reusable(memory: Tensor) -> Tensor | None:
+    """Return memory for a result; None in forward-mode differentiation, which refuses ``out=``."""
+    return None if is_forward_mode() else memory
+
+
 def _power_by_log1p(offset: Tensor, power: float, powers: Tensor) -> Tensor:
-    """Write ``(1 + offset) ** power`` to ``powers``; exp2 is far faster than exp on a CPU."""
-    return torch.log1p(offset, out=powers).mul_(power * math.log2(math.e)).exp2_()
+    """Compute ``(1 + offset) ** power``, in ``powers`` if it can be reused; exp2 is far faster than exp on a CPU."""
+    return torch.log1p(offset, out=reusable(powers)).mul_(power * math.log2(math.e)).exp2_()
 
 
 def _step_numerator(total: Tensor, power: float) -> Tensor:

@@ -35,16 +35,21 @@ def norm_axes(config: GuidanceConfig) -> tuple[int, ...]:
 
 
 def cap(length: Tensor, limit: Tensor) -> Tensor:
-    """Compute the length of the guidance vector after the cap; the sign of a signed length is kept.
+    """Compute the length of the guidance vector after the cap: a hard minimum of the length and the limit.
 
-    This is the one place that defines the shape of the cap, a hard minimum. Its namesakes are ``cap`` in
-    ``triton/kernels.py`` and, in the tests, in ``reference.py``.
+    The shape of the cap is written here and nowhere else, except that the same function is also ``cap`` in
+    ``triton/kernels.py`` and ``cap`` in ``tests/support/reference.py``. A cap of another shape must be
+
+    - odd: ``cap(-x, limit) = -cap(x, limit)``, because the length of the part along S has a sign;
+    - homogeneous: ``cap(c x, c limit) = c cap(x, limit)`` for c > 0, because callers divide length and limit by a scale
+      or by ||g||;
+    - never longer than the length.
     """
     return torch.clamp(length, -limit, limit)
 
 
 def is_capped(length: Tensor, limit: Tensor) -> Tensor:
-    """Return True where the cap shortens a guidance vector of this length."""
+    """Return True where the cap shortens a guidance vector of this length, which is not negative."""
     return cap(length, limit) < length
 
 
@@ -89,7 +94,7 @@ def guidance_factors(
     scale: Tensor,
     config: GuidanceConfig,
     numbers: ConfigNumbers,
-    signal: Tensor | None = None,
+    anderson_vector: Tensor | None = None,
 ) -> tuple[Tensor | float, Tensor | float]:
     """Compute the factors a and b of each query with ``strength * (guided - D) = a * S + b * (S - D)``.
 
@@ -99,21 +104,21 @@ def guidance_factors(
         scale: positive, ``[B, H or 1, N or 1, 1]``. An absolute cap does not scale with the values, so it needs this.
         config: the settings.
         numbers: :func:`gag_core.numerics.config_numbers` of the config and the work dtype.
-        signal: the vector that the guidance is made of in the place of the discrepancy, the same shape; rule
-            "anderson" has one.
+        anderson_vector: the vector that replaces the discrepancy in rule "anderson", the same shape and scale:
+            ``(out - S) / guidance_scale``, see :func:`gag_core.anderson.retrieve_with_coefficients`.
 
     Returns:
         a and b, ``[B, H or 1, N, 1]``, or a number where all queries have the same; never NaN for finite vectors. With
-        a signal b is the factor of the signal, and ``strength * (S - D)`` is to be added.
+        an Anderson vector b is the factor of that vector, and the caller adds ``strength * (S - D)``.
 
     Source: arXiv 2603.02531 v2, eq. 12-13; rule "pladis": arXiv 2503.07677.
     """
     if config.rule == "pladis":
         return 0.0, numbers.gain
-    on_discrepancy = numbers.strength if signal is None else 0.0
+    on_discrepancy = numbers.strength if anderson_vector is None else 0.0
     if numbers.gain == 0.0:
         return 0.0, on_discrepancy
-    vector = discrepancy if signal is None else signal
+    vector = discrepancy if anderson_vector is None else anderson_vector
     axes, zeta = norm_axes(config), config.orthogonal_scale
     along, sparse_norm = decompose(vector, sparse, axes)
     limit = None
@@ -125,7 +130,8 @@ def guidance_factors(
         return capped.div_(sparse_norm).mul_(numbers.gain), on_discrepancy
     zeta_scale = max(1.0, abs(zeta))
     norm = guidance_norm(along, orthogonal_norm(vector, along, axes), zeta)
-    # In a scale in which ``norm`` is 1 the guidance vector has the length zeta_scale.
+    # Divide the length ||g|| and the limit by ``norm``, which is ||g|| / zeta_scale. Then cap returns zeta_scale times
+    # the factor that shortens g.
     length = torch.full_like(norm, numbers.zeta_scale)
     capped = length if limit is None else cap(length, limit / norm)
     on_sparse = along.div_(sparse_norm).mul_(capped).mul_(numbers.gain * ((1.0 - zeta) / zeta_scale))

@@ -10,6 +10,7 @@ heads. A quotient 0 / 0 counts as 0, and a query that may read no key is left ou
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,65 +101,136 @@ def measure(
     work = work_dtype(q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     k, v = k.to(work), v.to(work)
-    logits, logits_scale = Keys.prepare(k, scale).logits(q, mask)
-    scaled, maximum = scale_and_shift_(logits, config.alpha, logits_scale)
-    sparse_p = None if config.alpha == 1.0 else sparse_weights(scaled, config.alpha)
-    dense_p, total = dense_weights_(scaled, config.alpha)
-    if sparse_p is None:
-        sparse_p = dense_p
-    readable = (total > 0.0).to(work)
+    weights = _weights(q, k, config.alpha, mask, scale, joint_lse)
+    geometry = _geometry(q, k, v, weights, config, mask, scale)
+    values = {**_ratios(geometry), **_means(weights, geometry, _contraction(q, k, weights.dense, mask, scale))}
+    return torch.stack([values[name] for name in MEASURES]).nan_to_num_().transpose(0, 1)
 
-    # Values below 2, so that no square leaves the range of the dtype.
+
+class _Weights(NamedTuple):
+    """Weights of an attention, in the work dtype.
+
+    Attributes:
+        sparse, dense: ``[B, H, N_q, N_k]``.
+        readable: ``[B, H, N_q, 1]``, 1 for a query that may read a key, else 0.
+        mass: ``[B, H, N_q, 1]``, share of the attention that falls on these keys.
+    """
+
+    sparse: Tensor
+    dense: Tensor
+    readable: Tensor
+    mass: Tensor
+
+
+class _Geometry(NamedTuple):
+    """Squares and a product of the read-outs of each query token, ``[B, H, N_q, 1]``, or ``[B, 1, N_q, 1]`` if merged.
+
+    The read-outs are divided by a scale, which no quotient of two of these numbers depends on.
+
+    Attributes:
+        discrepancy: ``<r, r>``.
+        sparse: ``<S, S>``.
+        dense: ``<D, D>``.
+        product: ``<r, S>``.
+        change: ``<c, c>`` of the change ``c = guided - D``.
+        parallel: ``<r_par, r_par>``.
+        capped: True where the cap shortened the guidance vector.
+    """
+
+    discrepancy: Tensor
+    sparse: Tensor
+    dense: Tensor
+    product: Tensor
+    change: Tensor
+    parallel: Tensor
+    capped: Tensor
+
+
+def _weights(
+    q: Tensor, k: Tensor, alpha: float, mask: Tensor | None, scale: float, joint_lse: Tensor | None
+) -> _Weights:
+    """Compute the weights; arguments as for :func:`measure`, k in the work dtype."""
+    logits, logits_scale = Keys.prepare(k, scale).logits(q, mask)
+    scaled, maximum = scale_and_shift_(logits, alpha, logits_scale)
+    # The softmax overwrites the scaled logits, so the sparse weights come first.
+    sparse = None if alpha == 1.0 else sparse_weights(scaled, alpha)
+    dense, total = dense_weights_(scaled, alpha)
+    readable = (total > 0.0).to(k.dtype)
+    if joint_lse is None:
+        mass = readable
+    else:
+        mass = text_mass(logsumexp_from_sum(maximum, logits_scale, total), joint_lse.unsqueeze(3)).to(k.dtype)
+    return _Weights(dense if sparse is None else sparse, dense, readable, mass)
+
+
+def _geometry(
+    q: Tensor, k: Tensor, v: Tensor, weights: _Weights, config: GuidanceConfig, mask: Tensor | None, scale: float
+) -> _Geometry:
+    """Compute the geometry of the read-outs; arguments as for :func:`measure`, k and v in the work dtype."""
     axes = (1, 3) if config.merge_heads else (3,)
+    # Values below 2, so that no square leaves the range of the dtype.
     value_scale = power_of_two_scale(v, (2, *axes))
     values = v / value_scale
-    sparse, dense = torch.matmul(sparse_p, values), torch.matmul(dense_p, values)
+    sparse, dense = torch.matmul(weights.sparse, values), torch.matmul(weights.dense, values)
     r = sparse - dense
     guidance: Tensor | None = None
     if config.rule == "anderson":
         # The guidance vector is solved for, and only the result shows it.
-        full = guided_attention(q.to(work), k, v, replace(config, strength=1.0), mask=mask, scale=scale) / value_scale
+        full = guided_attention(q.to(v.dtype), k, v, replace(config, strength=1.0), mask=mask, scale=scale)
+        full = full / value_scale
         change = (full - dense) * config.strength
-        guidance = (full - sparse) / max(config.guidance_scale, torch.finfo(work).tiny)
+        guidance = (full - sparse) / max(config.guidance_scale, torch.finfo(v.dtype).tiny)
     else:
-        on_sparse, on_r = guidance_factors(sparse, r, value_scale, config, config_numbers(config, work))
+        on_sparse, on_r = guidance_factors(sparse, r, value_scale, config, config_numbers(config, v.dtype))
         change = weighted_sum_(torch.ones_like(value_scale), (sparse.clone(), on_sparse), (r, on_r))
     rr, ss, dd, rs, cc = (
         (a * b).sum(dim=axes, keepdim=True)
         for a, b in ((r, r), (sparse, sparse), (dense, dense), (r, sparse), (change, change))
     )
-    along = _quotient(rs.square(), ss)  # |r_par|^2
+    parallel = _quotient(rs.square(), ss)
     if guidance is not None:
-        # Already shortened: the cap would shorten a slightly longer vector again.
+        # This vector is capped already, and is_capped asks for the length before the cap: here a little above it.
         norm = (guidance * guidance).sum(dim=axes, keepdim=True).sqrt() / (1.0 - _CAP_ERROR)
     elif config.rule == "gag":
         # As a hypotenuse, because the square of a large orthogonal_scale would overflow.
-        norm = torch.hypot(along.sqrt(), config.orthogonal_scale * (rr - along).clamp_min_(0.0).sqrt())
+        norm = torch.hypot(parallel.sqrt(), config.orthogonal_scale * (rr - parallel).clamp_min_(0.0).sqrt())
     else:
         norm = torch.zeros_like(rr)
     limit = cap_limit(ss.sqrt(), value_scale, config.norm_threshold, config.norm_mode)
-    capped = is_capped(norm, limit)
+    return _Geometry(rr, ss, dd, rs, cc, parallel, is_capped(norm, limit))
 
-    # Quotients of sums over the tokens of each head; their mean over heads is taken at the end.
-    over, under = (torch.stack(parts).sum(dim=3) for parts in ((rr, along, cc), (dd, rr, dd)))
-    ratios = _quotient(over, under)
-    ratios = torch.stack((ratios[0].sqrt(), ratios[1].clamp_max(1.0), ratios[2].sqrt()))
-    # Means over tokens and heads.
-    if joint_lse is None:
-        mass = readable
-    else:
-        mass = text_mass(logsumexp_from_sum(maximum, logits_scale, total), joint_lse.unsqueeze(3))
-    per_token = (
-        (rs < -_ROUNDING * (ss * dd).sqrt()).to(work).expand_as(readable),
-        capped.to(work).expand_as(readable),
-        support_size(sparse_p).unsqueeze(3),
-        entropy(sparse_p).unsqueeze(3),
-        entropy(dense_p).unsqueeze(3),
-        mass.to(work),
-        _contraction(q, k, dense_p, mask, scale),
-    )
-    means = (torch.stack(per_token) * readable).sum(dim=(2, 3, 4)) / readable.sum(dim=(1, 2, 3)).clamp_min_(1.0)
-    return torch.cat((ratios.mean(dim=(2, 3)), means)).nan_to_num_().transpose(0, 1)
+
+def _ratios(geometry: _Geometry) -> dict[str, Tensor]:
+    """Compute the measures that are quotients of sums over the tokens of a head; then their means over heads, ``[B]``.
+
+    Each is 0 where its denominator is 0.
+    """
+    numerators = torch.stack((geometry.discrepancy, geometry.parallel, geometry.change)).sum(dim=3)
+    denominators = torch.stack((geometry.dense, geometry.discrepancy, geometry.dense)).sum(dim=3)
+    discrepancy, parallel, gain = _quotient(numerators, denominators)
+    by_head = {"discrepancy": discrepancy.sqrt(), "parallel": parallel.clamp_max(1.0), "gain": gain.sqrt()}
+    return dict(zip(by_head, torch.stack(tuple(by_head.values())).mean(dim=(2, 3)), strict=True))
+
+
+def _means(weights: _Weights, geometry: _Geometry, contractions: Tensor) -> dict[str, Tensor]:
+    """Compute the measures that are means over the tokens and heads, ``[B]``; queries that read no key are left out.
+
+    ``contractions``: the contraction of each query, ``[B, H, N_q, 1]``.
+    """
+    readable = weights.readable
+    negative = geometry.product < -_ROUNDING * (geometry.sparse * geometry.dense).sqrt()
+    by_token = {
+        "negative": negative.to(readable.dtype).expand_as(readable),
+        "capped": geometry.capped.to(readable.dtype).expand_as(readable),
+        "support": support_size(weights.sparse).unsqueeze(3),
+        "entropy_sparse": entropy(weights.sparse).unsqueeze(3),
+        "entropy_dense": entropy(weights.dense).unsqueeze(3),
+        "mass": weights.mass,
+        "contraction": contractions,
+    }
+    counts = readable.sum(dim=(1, 2, 3)).clamp_min_(1.0)
+    means = (torch.stack(tuple(by_token.values())) * readable).sum(dim=(2, 3, 4)) / counts
+    return dict(zip(by_token, means, strict=True))
 
 
 @torch.no_grad()

@@ -91,9 +91,9 @@ def config_numbers(config: GuidanceConfig, dtype: torch.dtype) -> ConfigNumbers:
 def power_of_two_scale(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Compute a power of two such that ``x / scale`` lies below 2, exactly; ``axes`` are kept with size 1.
 
-    ``x`` is of a work dtype. The scale is just below the norm over these axes, and at least 2^-64: smaller numbers may
-    stay so, and the product of a smaller scale with any other number could leave the range. So an underflow of the
-    squares in the norm does not matter.
+    ``x`` is of a work dtype. The scale is just below the norm over these axes, and at least 2^-64. A tensor of
+    smaller numbers needs no scale, and the product of a smaller scale with another number could leave the range. So an
+    underflow of the squares in the norm does not matter.
     """
     largest = 2.0 ** (math.frexp(torch.finfo(x.dtype).max)[1] - 1)
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
@@ -138,11 +138,11 @@ class Keys(NamedTuple):
         return cls(wide.transpose(-1, -2), scale, k.shape[2])
 
     def logits(self, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """Compute logits ``[B, H, N_q, N_k + padding]`` in the work dtype, and the scale that they are to be times.
+        """Compute logits ``[B, H, N_q, N_k + padding]`` in the work dtype, and the scale to multiply them by.
 
         Masked keys and padding are ``-inf``.
         """
-        # Contiguous at once, where the product would need that next.
+        # The product would copy queries that are not contiguous. So a copy to another dtype is made contiguous.
         q = q.to(self.transposed.dtype, memory_format=torch.contiguous_format) if q.dtype != work_dtype(q) else q
         padded = torch.matmul(q, self.transposed)
         logits = padded[..., : self.tokens]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ _MAX_LABEL = 40
 _DPI = 128
 
 log = logging.getLogger("comfyui-gag")
+_MAX_TRACE = 4000
 
 
 class NotDrawnError(Exception):
@@ -48,7 +50,9 @@ def draw(page: Callable[[], Tensor]) -> Tensor:
     except NotDrawnError:
         raise
     except Exception as error:  # a plot is never worth the run that it shows
-        log.warning("GAG: a plot could not be drawn.", exc_info=True)
+        # As text, because half of a surrogate pair in it would end the host's thread that runs prompts.
+        trace = traceback.format_exc().encode("utf-8", "backslashreplace").decode()
+        log.warning("GAG: a plot could not be drawn. %s", trace[-_MAX_TRACE:])
         reason = plain(f"{type(error).__name__}: {error}").rstrip(".")
         raise NotDrawnError(f"A plot could not be drawn: {reason}.") from error
 

@@ -13,6 +13,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..gag_core.echo import plain
 from ..gag_core.measures import MEASURES
 from .output_files import NotSavedError, save_json, save_preview
 from .panel.browser import BROWSER
@@ -104,6 +105,8 @@ class GAGReport(io.ComfyNode):
     ) -> io.NodeOutput:
         if images is None and latent is None:
             raise ValueError("GAG Report needs images or latent, so that it comes after the sampler: connect one.")
+        if not isinstance(probe, Probe):
+            raise TypeError(f"probe must come from GAG Probe, got {plain(type(probe).__name__)}.")
         index = list_index()
         result = probe.results.get(index, probe.result)
         if result is None:

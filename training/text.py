@@ -35,9 +35,9 @@ ENCODER = FOLDER / f"text-v{VERSION}.safetensors"
 SHIPPED = ROOT / "assets" / "demo_unet.safetensors"
 PREFIX = "text."
 WIDTH: int = demo_architecture.WIDTH
-# Numbers of a context that are not the teacher's.
+# Width of the part of a context that is learned from captions alone. The rest is distilled from the teacher.
 PARSED = 16
-# Attributes of a word's thing that they encode: position relative to the other thing, colour, shape and count.
+# Attributes of a word's thing that this part encodes: position relative to the other thing, colour, shape and count.
 _ATTRIBUTES = ((None, *RELATIONS), (None, *COLOURS), (None, *SHAPES), (None, 1, 2, 3))
 _UNKNOWN = -1
 _PARSE_BATCH = 32
@@ -149,17 +149,45 @@ def _parse_right(scores: Tensor, labels: Tensor) -> list[float]:
 
 
 def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed: int) -> None:
-    """Distil the encoder and save it."""
+    """Distil the encoder and save it, with a report of what it has learned."""
     torch.manual_seed(seed)
     texts = ["", *(sample("train", seed + 1_000_000, index).caption for index in range(captions - 1))]
     encoder = new_encoder()
     ids = torch.tensor([encoder.tokens_of(text) for text in texts])
-    states = teach(teacher_folder, texts)
-    mean, directions, scale = projection(states, ids)
-    targets = torch.cat([((part.float() - mean) @ directions / scale).half() for part in states.split(256)])
-    del states
+    targets = _targets(teacher_folder, texts, ids)
     held_out = min(256, captions // 8)
     reader = nn.Linear(PARSED, sum(map(len, _ATTRIBUTES)))
+    steps = _train(encoder, reader, ids, targets, held_out, minutes, seed)
+    encoder.eval().requires_grad_(False)
+    report = {
+        "version": VERSION,
+        "captions": captions,
+        "steps": steps,
+        "parameters": sum(p.numel() for p in encoder.parameters()),
+        **_learned(encoder, reader, ids[:held_out], targets[:held_out].float(), seed),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # The encoder is shipped with fp16 weights and runs in fp32.
+    weights = {f"{PREFIX}{key}": value.half().contiguous() for key, value in encoder.state_dict().items()}
+    safetensors.torch.save_file(weights, out)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+
+
+def _targets(teacher_folder: Path, texts: list[str], ids: Tensor) -> Tensor:
+    """Return the teacher's part of the contexts, ``[N, 77, WIDTH - PARSED]`` in fp16."""
+    states = teach(teacher_folder, texts)
+    mean, directions, scale = projection(states, ids)
+    return torch.cat([((part.float() - mean) @ directions / scale).half() for part in states.split(256)])
+
+
+def _train(
+    encoder: Any, reader: nn.Linear, ids: Tensor, targets: Tensor, held_out: int, minutes: float, seed: int
+) -> int:
+    """Train the encoder and the linear map that reads its own part, and return the number of steps.
+
+    The first ``held_out`` captions are not trained on, except for the empty one, which is caption 0.
+    """
     learned = [*encoder.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(learned, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     start, step, done = time.monotonic(), 0, 0.0
@@ -167,7 +195,7 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
         done = (time.monotonic() - start) / (60 * minutes)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1)))
-        rows = torch.randint(held_out, captions, (32,))
+        rows = torch.randint(held_out, len(ids), (32,))
         if step % 8 == 0:
             rows[0] = 0  # the empty caption matters most: CFG subtracts it in every step
         loss = _error(encoder(ids[rows])[..., PARSED:], targets[rows].float(), ids[rows])
@@ -183,29 +211,21 @@ def distil(teacher_folder: Path, out: Path, captions: int, minutes: float, seed:
         step += 1
         if step % 100 == 0:
             print(f"text: step {step}, {done:.0%}, loss {loss.item():.4f}", flush=True)
-    encoder.eval().requires_grad_(False)
-    predicted, true = encoder(ids[:held_out])[..., PARSED:], targets[:held_out].float()
+    return step
+
+
+def _learned(encoder: Any, reader: nn.Linear, ids: Tensor, targets: Tensor, seed: int) -> dict[str, float]:
+    """Return the explained variance of held-out contexts, and the share of right attributes in new captions."""
+    predicted = encoder(ids)[..., PARSED:]
     caption_ids, labels = parsed(encoder, 0, 512, seed + 3_000_000)
     right = _parse_right(reader(encoder(caption_ids)[..., :PARSED]), labels)
-    is_word = ids[:held_out] != 0
-    report = {
-        "version": VERSION,
-        "captions": captions,
-        "steps": step,
-        "parameters": sum(p.numel() for p in encoder.parameters()),
-        **{
-            f"explained_{name}": _explained(predicted[mask], true[mask])
-            for name, mask in (("words", is_word), ("padding", ~is_word))
-        },
-        "explained_empty": _explained(predicted[0], true[0]),
+    is_word = ids != 0
+    return {
+        "explained_words": _explained(predicted[is_word], targets[is_word]),
+        "explained_padding": _explained(predicted[~is_word], targets[~is_word]),
+        "explained_empty": _explained(predicted[0], targets[0]),
         **{f"told_{name}": share for name, share in zip(("place", "colour", "shape", "count"), right, strict=True)},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # The encoder is shipped with fp16 weights and runs in fp32.
-    weights = {f"{PREFIX}{key}": value.half().contiguous() for key, value in encoder.state_dict().items()}
-    safetensors.torch.save_file(weights, out)
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1))
 
 
 def _error(predicted: Tensor, target: Tensor, ids: Tensor) -> Tensor:

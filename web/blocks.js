@@ -19,7 +19,7 @@ const isUNet = (parts) => Object.keys(parts).every((name) => LETTERS.includes(na
  * @param {Parts} parts
  * @returns {Chosen}
  */
-function chooseNone(parts) {
+export function chooseNone(parts) {
   const empty = Object.entries(parts).map(([name, blocks]) => [name, blocks.map((count) => Array(count).fill(false))]);
   return Object.fromEntries(empty);
 }

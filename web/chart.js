@@ -104,11 +104,12 @@ function shown({ unit }, value) {
  * @param {number[]} values
  */
 function polyline({ range: [low, top] }, xs, values) {
-  const high = top ?? Math.max(...values);
+  const high = top ?? values.reduce((largest, value) => Math.max(largest, value), -Infinity);
   // A range without extent, such as that of values that are all 0, has all its values at the bottom.
   const extent = high - low > 0 ? high - low : 1;
   const points = values.map((value, k) => {
-    const share = Math.min(Math.max((value - low) / extent, 0), 1);
+    // Values whose difference overflows have no share.
+    const share = Math.min(Math.max((value - low) / extent, 0), 1) || 0;
     return [SIZE * xs[k], SIZE - MARGIN - (SIZE - 2 * MARGIN) * share];
   });
   // A line needs two points to be seen.

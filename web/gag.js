@@ -10,9 +10,10 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { Chart } from "./chart.js";
 import { element } from "./dom.js";
+import { isObject, isString, readModel, readReport, readRuns, readSetup } from "./messages.js";
 import { Picker } from "./picker.js";
 import { PresetChooser } from "./presets.js";
-import { say, speak } from "./texts.js";
+import { isText, say, speak } from "./texts.js";
 
 const GUIDANCE = ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"];
 const WIDGET = "gag_panel";
@@ -21,30 +22,31 @@ const ROW = 24;
 const MUTED = 2;
 const BYPASSED = 4;
 const MOST_REMEMBERED = 500;
+/** Limits of a search for nodes. Subgraphs within each other can hold more nodes than fit anywhere. */
+const MOST_NODES = 10_000;
+const DEEPEST = 32;
+/** Most charts that the server takes. */
+const MOST_CHARTS = 1000;
 
 /**
  * Memory of a node. It outlives the node's object: undo and a change of workflow make new objects.
  * @typedef {{
  *   chartOpen?: boolean,
  *   pickerOpen?: boolean,
- *   report?: {guided: number, of: number, text: string, why: import("./texts.js").Name, start: string, end: string},
+ *   report?: import("./messages.js").Report,
  *   run?: import("./chart.js").Run,
  *   model?: import("./picker.js").Model,
  * }} Memory
- */
-
-/**
- * Answer of the server to /gag/setup.
- * @typedef {{presets: import("./presets.js").Presets, series: import("./chart.js").Series[]}} Setup
  */
 
 /** @type {Map<string, Memory>} by workflow and the server's id of the node */
 const memories = new Map();
 /** @type {WeakMap<object, Panel>} by node */
 const panels = new WeakMap();
-/** @type {Setup | undefined} */
+/** @type {import("./messages.js").Setup | undefined} */
 let setup;
-let askedForSetup = false;
+/** True if this connection has been asked for the setup and the token. */
+let asked = false;
 /** @type {import("./chart.js").Series[]} */
 const NO_SERIES = [];
 /** The message about open charts that was last sent to the server; empty if no chart is open there. */
@@ -53,9 +55,17 @@ let sending = false;
 /** Token that the server sent over this tab's connection, and that requests repeat as proof that they come from it. */
 let token = "";
 const TOKEN_MS = 2000;
+/** @type {Promise<void> | undefined} the request for a token that goes on */
+let askingForToken;
 
 const rootGraph = () => app.rootGraph ?? app.graph;
 const connected = () => api.socket?.readyState === WebSocket.OPEN && Boolean(api.clientId);
+
+/** Return the id of the open workflow; an empty text if its file has something else in that place. */
+function openWorkflow() {
+  const id = rootGraph()?.id;
+  return isString(id) ? id : "";
+}
 
 /**
  * @param {string} workflow
@@ -74,12 +84,21 @@ function memoryOf(workflow, id) {
 /**
  * Yield every node of the open workflow with the server's id of it. The id begins with the ids of the subgraphs that
  * contain the node, so a node of a subgraph that is used twice has two ids.
+ * Nodes of outer graphs come first, because the search has an end.
  * @returns {Generator<[string, any]>}
  */
-function* everyNode(graph = rootGraph(), prefix = "") {
-  for (const node of graph?.nodes ?? []) {
-    yield [`${prefix}${node.id}`, node];
-    if (node.subgraph) yield* everyNode(node.subgraph, `${prefix}${node.id}:`);
+function* everyNode() {
+  /** @type {{graph: any, prefix: string, depth: number}[]} */
+  const graphs = [{ graph: rootGraph(), prefix: "", depth: 0 }];
+  let left = MOST_NODES;
+  for (const { graph, prefix, depth } of graphs) {
+    for (const node of graph?.nodes ?? []) {
+      if (left-- <= 0) return;
+      yield [`${prefix}${node.id}`, node];
+      if (node.subgraph && depth < DEEPEST) {
+        graphs.push({ graph: node.subgraph, prefix: `${prefix}${node.id}:`, depth: depth + 1 });
+      }
+    }
   }
 }
 
@@ -91,7 +110,10 @@ function openPanels() {
   const open = new Map();
   for (const [id, node] of everyNode()) {
     const panel = panels.get(node);
-    if (panel) open.set(panel, [...(open.get(panel) ?? []), id]);
+    if (!panel) continue;
+    const ids = open.get(panel);
+    if (ids) ids.push(id);
+    else open.set(panel, [id]);
   }
   return open;
 }
@@ -197,7 +219,7 @@ class Panel {
     let text = "";
     if (mode === BYPASSED) text = say("bypassed");
     else if (mode === MUTED) text = say("muted");
-    else if (report) text = report.guided ? say("guiding", report) : say("nothing", { why: say(report.why, report) });
+    else if (report) text = report.guided ? say("guiding", report) : say("nothing", { why: reason(report) });
     const title = mode === 0 && report ? `${text}\n${report.text}` : text;
     if (this.badge.title === title) return;
     this.badge.textContent = text;
@@ -216,6 +238,9 @@ class Panel {
     this.node.graph?.setDirtyCanvas?.(true, true);
   }
 }
+
+/** @param {import("./messages.js").Report} report */
+const reason = (report) => (isText(report.why) ? say(report.why, report) : report.why);
 
 const vueNodes = () => Boolean(/** @type {any} */ (globalThis).LiteGraph?.vueNodesMode);
 
@@ -240,28 +265,43 @@ async function ask(route) {
 }
 
 /**
- * Send the server a request of this tab. The first request has no token yet: it is repeated once the token has come.
+ * Send the server something as JSON.
  * @param {string} route
  * @param {object} content
- * @returns {Promise<Response>}
  */
-async function post(route, content) {
-  const send = () => {
-    const body = JSON.stringify({ client: api.clientId, token, ...content });
-    return api.fetchApi(route, { method: "POST", headers: { "Content-Type": "application/json" }, body });
-  };
-  const known = token;
-  const answer = await send();
-  if (answer.status !== 409) return answer;
-  for (let waited = 0; token === known && waited < TOKEN_MS; waited += REFRESH_MS) {
-    await new Promise((resolve) => setTimeout(resolve, REFRESH_MS));
+function post(route, content) {
+  const headers = { "Content-Type": "application/json" };
+  return api.fetchApi(route, { method: "POST", headers, body: JSON.stringify({ client: api.clientId, ...content }) });
+}
+
+/** Ask the server for the token, and wait until it comes, but not for long. */
+async function askForToken() {
+  try {
+    await post("/gag/token", {});
+    for (let waited = 0; !token && waited < TOKEN_MS; waited += REFRESH_MS) {
+      await new Promise((resolve) => setTimeout(resolve, REFRESH_MS));
+    }
+  } catch {
+    // The server is gone. The next request asks again.
+  } finally {
+    askingForToken = undefined;
   }
-  return token === known ? answer : send();
+}
+
+/**
+ * Send the server a request that it takes from this tab alone, and return the answer; undefined if the tab has no token
+ * yet, because its connection is so new that the server does not know it.
+ * @param {string} route
+ * @param {object} content
+ */
+async function postWithToken(route, content) {
+  if (!token) await (askingForToken ??= askForToken());
+  return token ? post(route, { token, ...content }) : undefined;
 }
 
 async function askForSetup() {
   try {
-    setup = await ask("/gag/setup");
+    setup = readSetup(await ask("/gag/setup"));
   } catch {
     // The server still runs another version of the pack than that of this file: the nodes have no presets to choose.
   }
@@ -269,13 +309,15 @@ async function askForSetup() {
 
 /** Ask the server for the models that came into the nodes of this workflow before the page was loaded. */
 async function askForBlocks() {
-  const workflow = rootGraph().id;
+  const workflow = openWorkflow();
   if (!connected()) return;
   try {
-    const answer = await post("/gag/blocks", { workflow });
-    if (!answer.ok) return;
-    const known = await answer.json();
-    for (const [id, model] of Object.entries(known)) memoryOf(workflow, firstId(workflow, id)).model ??= model;
+    const answer = await postWithToken("/gag/blocks", { workflow });
+    if (!answer?.ok) return;
+    for (const [id, content] of Object.entries(await answer.json())) {
+      const model = readModel(content);
+      if (model) memoryOf(workflow, firstId(workflow, id)).model ??= model;
+    }
   } catch {
     // The next run sends the blocks.
   }
@@ -287,15 +329,15 @@ async function askForBlocks() {
  */
 async function sendOpenCharts(nodes) {
   if (sending || !connected()) return;
-  const content = { workflow: rootGraph().id, nodes };
+  const content = { workflow: openWorkflow(), nodes };
   const message = nodes.length ? JSON.stringify([api.clientId, content]) : "";
   if (message === sent) return;
   sending = true;
   sent = message;
   try {
-    const answer = await post("/gag/listen", content);
-    // The connection is so new that the server does not know it yet: send again.
-    if (answer.status === 409) sent = "";
+    const answer = await postWithToken("/gag/listen", content);
+    // The server does not know this connection or its token yet: send again.
+    if (!answer || answer.status === 409) sent = "";
   } catch {
     // The server is gone. The list is sent again once it is back.
   } finally {
@@ -304,8 +346,8 @@ async function sendOpenCharts(nodes) {
 }
 
 function refresh() {
-  const workflow = rootGraph()?.id;
-  if (!workflow) return;
+  if (!rootGraph()) return;
+  const workflow = openWorkflow();
   const open = openPanels();
   const charts = [];
   for (const [panel, ids] of open) {
@@ -313,11 +355,13 @@ function refresh() {
     panel.draw();
     if (panel.memory.chartOpen) charts.push(...ids);
   }
-  if (open.size && !askedForSetup && connected()) {
-    askedForSetup = true;
-    void askForSetup();
+  if (open.size && !asked && connected()) {
+    asked = true;
+    if (!setup) void askForSetup();
+    // A chart that is opened later is measured from the next step on if the token is there by then.
+    askingForToken ??= askForToken();
   }
-  void sendOpenCharts(charts);
+  void sendOpenCharts(charts.slice(0, MOST_CHARTS));
 }
 
 /**
@@ -327,48 +371,50 @@ function refresh() {
  * @param {string} id
  */
 function firstId(workflow, id) {
-  if (workflow !== rootGraph().id) return id;
+  if (workflow !== openWorkflow()) return id;
   return [...openPanels().values()].find((ids) => ids.includes(id))?.[0] ?? id;
 }
 
 /**
  * Call `act` with each message of a kind. A message for a workflow that is not open waits in its nodes' memories.
  * @param {string} kind
- * @param {(data: any, find: (id: string) => Memory) => void} act
+ * @param {(data: import("./messages.js").Content, find: (id: string) => Memory) => void} act
  */
 function on(kind, act) {
   api.addEventListener(kind, (/** @type {CustomEvent} */ { detail }) => {
-    const workflow = detail.workflow ?? rootGraph().id;
+    if (!isObject(detail)) return;
+    const workflow = isString(detail.workflow) ? detail.workflow : openWorkflow();
     act(detail, (id) => memoryOf(workflow, firstId(workflow, id)));
   });
 }
 
 on("gag.token", (data) => {
-  token = data.token;
+  if (isString(data.token)) token = data.token;
 });
 
-on("gag.report", ({ node, ...report }, find) => {
-  find(node).report = report;
+on("gag.report", (data, find) => {
+  const report = readReport(data);
+  if (report && isString(data.node)) find(data.node).report = report;
 });
 
-on("gag.blocks", ({ node, parts, default: chosen }, find) => {
-  find(node).model = { parts, default: chosen };
+on("gag.blocks", (data, find) => {
+  const model = readModel(data);
+  if (model && isString(data.node)) find(data.node).model = model;
 });
 
-on("gag.chart", ({ run, steps, series, points }, find) => {
-  for (const [id, values] of Object.entries(points)) {
-    const memory = find(id);
-    const earlier = memory.run?.id === run ? memory.run : undefined;
-    const added = values.map((/** @type {number[]} */ [step, ...numbers]) => [step, numbers]);
-    const all = new Map([...(earlier?.points ?? []), ...added]);
-    memory.run = { id: run, steps, series: earlier?.series ?? series, points: all };
+on("gag.chart", (data, find) => {
+  for (const [node, run] of readRuns(data) ?? []) {
+    const memory = find(node);
+    const earlier = memory.run?.id === run.id ? memory.run : undefined;
+    const points = new Map([...(earlier?.points ?? []), ...run.points]);
+    memory.run = { ...run, series: earlier?.series ?? run.series, points };
   }
 });
 
-// Nothing has been sent over a new connection yet.
+// Nothing has been sent over a new connection yet, and it has another token.
 api.addEventListener("reconnected", () => {
-  sent = "";
-  askedForSetup = Boolean(setup);
+  sent = token = "";
+  asked = false;
 });
 
 app.registerExtension({

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
-import { formatBlocks, parseBlocks } from "./blocks.js";
+import { chooseNone, formatBlocks, parseBlocks } from "./blocks.js";
 import { element } from "./dom.js";
 import { say } from "./texts.js";
 
@@ -33,7 +33,7 @@ export class Picker {
       return;
     }
     const chosen = text.trim() ? parseBlocks(text, model.parts) : model.default;
-    const shown = chosen ?? chooseNone(model);
+    const shown = chosen ?? chooseNone(model.parts);
     const rows = Object.entries(shown).map(([part, blocks]) => {
       const cells = blocks.map((block, index) => this.cell(model, shown, part, index, block));
       const title = Object.hasOwn(TITLES, part) ? say(TITLES[part]) : part;
@@ -72,13 +72,4 @@ export class Picker {
     };
     return cell;
   }
-}
-
-/**
- * @param {Model} model
- * @returns {import("./blocks.js").Chosen}
- */
-function chooseNone(model) {
-  const entries = Object.entries(model.default).map(([part, blocks]) => [part, blocks.map((b) => b.map(() => false))]);
-  return Object.fromEntries(entries);
 }

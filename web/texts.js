@@ -11,6 +11,8 @@ const ENGLISH = {
   why_empty: "the prompts are empty",
   why_no_context: "its text comes another way",
   why_no_positive: "no positive prompt",
+  why_unknown_rows: "the prompts cannot be told apart",
+  why_other_text: "another node reads other text",
   why_not_run: "none of its attentions ran",
   bypassed: "not guiding: bypassed",
   muted: "not guiding: muted",
@@ -52,7 +54,7 @@ let translated = new Map();
  */
 export function speak(packs, language) {
   const texts = (packs[language] ?? packs[language.split("-")[0]])?.gag ?? {};
-  translated = new Map(Object.entries(texts));
+  translated = new Map(Object.entries(texts).filter(([, text]) => typeof text === "string"));
 }
 
 /**

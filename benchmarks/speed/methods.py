@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Implementations of attention that the benchmark compares, and an exact one in fp64 to measure their errors.
 
-All but plain attention are the public functions of ``gag_core``, with another implementation of the guidance put into
-the one place that picks it. So the checks, the output's layout and a joint attention are the same for all of them.
+All methods but plain attention call the public functions of ``gag_core``, in which they replace the function that
+computes the guidance (``use_implementation``). So checks, the output's layout and joint attention are the same for all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ Swap = Callable[[], AbstractContextManager[object]]
 
 
 class Method(NamedTuple):
-    """One way. ``swaps`` makes what puts it in place, anew for each shape; ``config``: settings."""
+    """One implementation of attention.
+
+    Attributes:
+        name: short name, unique.
+        about: explanation for the table's legend.
+        swaps: function that returns what makes ``gag_core`` use the implementation; it is called once for each shape.
+        plain: True for attention without guidance.
+        config: settings of the guidance.
+    """
 
     name: str
     about: str
@@ -56,7 +64,7 @@ class Method(NamedTuple):
 
 @contextmanager
 def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
-    """Calls inside find other functions."""
+    """Replace functions inside the context: enter each of ``swaps``."""
     with ExitStack() as stack:
         for swap in swaps:
             stack.enter_context(swap())
@@ -64,13 +72,16 @@ def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
 
 
 def guided_by(guide: Guide) -> Callable[[], list[Swap]]:
-    """The guidance by this function in the place of what ``gag_core`` picks."""
+    """Return ``swaps`` of a :class:`Method` that make ``gag_core`` compute the guidance with this function."""
     return lambda: [partial(use_implementation, guide)]
 
 
 def compiled() -> list[Swap]:
-    """The plain path whose work on one chunk of queries is compiled; compiling the loop over all takes far longer."""
-    torch.compiler.reset()  # or it gives up after some shapes
+    """Return ``swaps`` for the plain path with a compiled :func:`guided_chunk`.
+
+    Only the work on one chunk of queries is compiled, because compiling the loop over all chunks takes far longer.
+    """
+    torch.compiler.reset()  # otherwise torch stops compiling after some shapes
     compiled_chunk = torch.compile(eager.guided_chunk, dynamic=False)
     return [*guided_by(eager.guide)(), partial(mock.patch.object, eager, "guided_chunk", compiled_chunk)]
 
@@ -120,7 +131,7 @@ def sort_based_entmax15(logits: Tensor) -> Tensor:
 
 
 def package_entmax15(logits: Tensor) -> Tensor:
-    """Compute 1.5-entmax of the last axis by the package ``entmax`` of its inventors."""
+    """Compute 1.5-entmax of the last axis by the package ``entmax``, which the inventors of entmax published."""
     weights: Tensor = importlib.import_module("entmax").entmax15(logits, dim=-1)
     return weights
 

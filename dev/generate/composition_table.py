@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from comfy_host import ROOT
-from generate.test_results import Results, Versions
+from generate.junit_results import Results, Versions
 
 NAME = "composition"
 TESTS = "tests/host/test_composition.py"
@@ -40,7 +40,7 @@ def page(tested: Versions) -> str:
     )
 
 
-def right(results: Results) -> set[str]:
+def passed_rows(results: Results) -> set[str]:
     """Return the rows that have passed tests in a run and no failed ones."""
     outcomes = results.in_file(TESTS)
     found = set()

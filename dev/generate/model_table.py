@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pack
-from generate.test_results import Results, Versions
+from generate.junit_results import Results, Versions
 
 NAME = "models"
 TESTS = "tests/host/test_families.py"
@@ -71,7 +71,7 @@ def page(tested: Versions) -> str:
     return head + "".join(rows) + NOTES + "".join(f"| {title} | {reason} |\n" for title, reason in refused)
 
 
-def right(results: Results) -> set[str]:
+def passed_rows(results: Results) -> set[str]:
     """Return the models that passed all their tests in a run, as ``family/model``."""
     passed: dict[str, bool] = {}
     for test, outcome in results.in_file(TESTS).items():

@@ -60,7 +60,11 @@ def main() -> int:
         for name, advanced in (("GAGuidance-panel", False), ("GAGuidanceAdvanced-panel", True)):
             opened.load(demo)
             shot = opened.page.screenshot(clip=opened.evaluate(UNFOLD, advanced))
-            picture = Image.open(io.BytesIO(shot)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+            picture = (
+                Image.open(io.BytesIO(shot))
+                .convert("RGB")
+                .quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            )
             picture.save(HELP / f"{name}.png", optimize=True)
             print(f"node_pictures: wrote web/docs/{name}.png")
     return 0

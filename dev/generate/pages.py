@@ -14,7 +14,7 @@ from types import ModuleType
 
 from comfy_host import PINNED, ROOT, TEST_RESULTS
 from generate import composition_table, model_table
-from generate.test_results import Results, record, recorded_versions
+from generate.junit_results import Results, record, recorded_versions
 
 TABLES: tuple[ModuleType, ...] = (model_table, composition_table)
 
@@ -23,19 +23,19 @@ def write(results: Results) -> None:
     """Record the results of a run and write the pages."""
     for table in TABLES:
         if results.in_file(table.TESTS):
-            record(table.NAME, results.host, table.right(results))
+            record(table.NAME, results.host, table.passed_rows(results))
         page_of(table).write_text(table.page(recorded_versions(table.NAME)), encoding="utf-8")
         print(f"docs: wrote {page_of(table).relative_to(ROOT)}")
 
 
-def wrong(results: Results) -> list[str]:
+def differences(results: Results) -> list[str]:
     """Return the differences between the pages and a full run in the same version, in sentences."""
     found = []
     for table in TABLES:
-        name, right = page_of(table).relative_to(ROOT).as_posix(), table.right(results)
+        name, passed = page_of(table).relative_to(ROOT).as_posix(), table.passed_rows(results)
         recorded = {row for row, versions in recorded_versions(table.NAME).items() if results.host in versions}
-        found += [f"{name} says that {row} passed, but it did not." for row in sorted(recorded - right)]
-        found += [f"{name} does not say that {row} passed." for row in sorted(right - recorded)]
+        found += [f"{name} says that {row} passed, but it did not." for row in sorted(recorded - passed)]
+        found += [f"{name} does not say that {row} passed." for row in sorted(passed - recorded)]
         if page_of(table).read_text(encoding="utf-8") != table.page(recorded_versions(table.NAME)):
             found.append(f"{name} differs from the page that would be written now.")
     return found
@@ -63,7 +63,7 @@ def main() -> int:
             write(results)
         elif results.host != PINNED:
             print(f"docs: not checked, because the pages are for ComfyUI {PINNED} and this is {results.host or 'none'}")
-        elif sentences := wrong(results):
+        elif sentences := differences(results):
             print(*(f"docs: {sentence}" for sentence in sentences), "docs: run `python dev.py docs`", sep="\n")
             return 1
     return 0

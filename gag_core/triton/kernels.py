@@ -124,7 +124,7 @@ def guided_attention_kernel(
         )  # fmt: skip
         logits = logits + (tile,)
     maximum = _row_maximum(logits)
-    # For a row that may read nothing, -inf minus this stays -inf.
+    # Rows with no readable key have maximum -inf; use 0, because -inf - -inf is NaN.
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
     if MASK == "additive":
         logit_scale = 1.0
@@ -253,7 +253,7 @@ def guided_attention_long_kernel(
         values = _values(v, v_strides, block * BLOCK_N, key_count, BLOCK_N, False, VALUE_DIM, VALUE_TILES, ALIGNMENT)
         dense = _accumulate(_multiply(dense, rescale), weights, values, UPCAST, PRECISION)
 
-    # For a row that may read nothing, -inf minus this stays -inf.
+    # Rows with no readable key have maximum -inf; use 0, because -inf - -inf is NaN.
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
     block_maximum = _scale_and_shift(block_maximum, maximum, remaining_scale / power)
     tau = tl.full((BLOCK_M,), -1.0, tl.float32)
@@ -448,7 +448,8 @@ def _masked_logits(
 ):
     """Compute the logits of ``BLOCK_N`` keys, ``[BLOCK_M, BLOCK_N]`` in fp32, ``-inf`` where a key may not be read.
 
-    They are to be multiplied by ``logit_scale``, except with an additive mask, which is added to the true logits.
+    The caller multiplies the logits by ``logit_scale``. With an additive mask they have this factor already, because
+    such a mask is added to the true logits.
     IN_BOUNDS: True if all keys exist.
     """
     k += first_key * (k_strides[2] * ALIGNMENT)
@@ -665,9 +666,9 @@ def _power_of_two_scale(tiles):
 
 @triton.jit
 def cap(length, limit):
-    """Compute the length of the guidance vector after the cap, as ``geometry.cap`` does.
+    """Compute the length of the guidance vector after the cap: the same function as ``geometry.cap``, for lengths > 0.
 
-    A limit that is NaN, an infinite cap times a norm of 0, is no cap.
+    A limit that is NaN, which an infinite cap times a norm of 0 gives, leaves the length as it is.
     """
     return tl.where(limit < length, limit, length)
 
@@ -711,7 +712,7 @@ def _guidance_factors(
         limit = tl.zeros_like(square) + norm_threshold
         if RELATIVE:
             limit *= sparse_scale * length
-        # In a scale in which ||g|| is 1.
+        # Divide length and limit by ||g||, so that cap returns the factor that shortens g.
         gain = cap(1.0, limit / tl.maximum(guidance_norm, _TINY)) * guidance_scale
         on_sparse = strength * (sparse_scale + gain * parallel)
         on_dense = -strength * dense_scale

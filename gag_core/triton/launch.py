@@ -123,7 +123,8 @@ def guide(
         _failed.add(_call_key(q, v, config))
         if q.device not in _warned:
             _warned.add(q.device)
-            reason = plain(" ".join(f"{type(error).__name__}: {plain(error, 2000)}".split()), 300)
+            text = plain(error, 2000).replace("\\n", " ")  # compilers write many lines
+            reason = plain(" ".join(f"{type(error).__name__}: {text}".split()), 300)
             log.warning(
                 "GAG's fused kernel does not work on %s, so the plain PyTorch path is used from now on: the same "
                 "picture, slower. Reason: %s",

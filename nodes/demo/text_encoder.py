@@ -87,7 +87,7 @@ class DemoTextEncoder(nn.Module):
         if unknown := [word for word in words if word not in self.words]:
             distinct = list(dict.fromkeys(unknown))
             named = ", ".join(echo(word, 40) for word in distinct[:5]) + (", ..." if distinct[5:] else "")
-            raise ValueError(f"The demo model does not know {named}; it knows {' '.join(self.words)}")
+            raise ValueError(f"The demo model does not know {named}; it knows these words: {' '.join(self.words)}.")
         max_words = TOKENS - 2
         if len(words) > max_words:
             raise ValueError(f"The demo model reads up to {max_words} words and marks, got {len(words)}.")

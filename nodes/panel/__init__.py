@@ -8,7 +8,7 @@ browser     ``BROWSER``: the observer that nodes hand to the patching engine
 messages    messages to the browser tab that queued the run; blocks of the models that came into nodes
 listeners   charts that are open, by browser tab
 chart       ``SERIES``: the declaration of every line of a chart; means of a run's measures
-routes      ``/gag/setup``, ``/gag/blocks`` and ``/gag/listen``
+routes      ``/gag/setup``, ``/gag/token``, ``/gag/blocks`` and ``/gag/listen``
 ==========  ================================================================================================
 
 Messages go to the browser tab that queued the run, as ComfyUI's own messages do. A chart is measured only while its tab

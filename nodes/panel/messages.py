@@ -34,7 +34,7 @@ _blocks: dict[tuple[str, str, str], Json] = {}
 
 def send_text(text: str, node_id: str | None) -> None:
     """Show ``text`` on a node, if there is a server and the host is new enough for it."""
-    if node_id is None or not is_encodable(node_id):
+    if node_id is None:
         return
     text = without_markup(text)
     try:
@@ -63,11 +63,6 @@ def without_markup(text: str) -> str:
     for pattern, plain in _MARKUP:
         text = pattern.sub(plain, text)
     return text[:_MAX_TEXT]
-
-
-def is_encodable(text: str) -> bool:
-    """Return True if a text can be encoded. A text from JSON may have one half of a character that needs two."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def send_blocks(node_id: str | None, blocks: Blocks, default: frozenset[Layer]) -> None:

@@ -23,6 +23,7 @@ def add_routes() -> None:
     server = running_server()
     if server is not None:
         server.routes.get("/gag/setup")(_get_setup)
+        server.routes.post("/gag/token")(_post_token)
         server.routes.post("/gag/blocks")(_post_blocks)
         server.routes.post("/gag/listen")(_post_listen)
 
@@ -31,6 +32,18 @@ async def _get_setup(_: web.Request) -> web.Response:
     """Return the chart's series, and each preset's settings but for the strength, which multiplies any of them."""
     presets = {name: {k: v for k, v in vars(config).items() if k != "strength"} for name, config in PRESETS.items()}
     return web.json_response({"presets": presets, "series": [series.declaration for series in SERIES]})
+
+
+async def _post_token(request: web.Request) -> web.Response:
+    """Send a tab its token over its connection. The body is ``{"client": id of the tab's connection}``.
+
+    The other routes send the token too, but with a refusal, which the browser writes into its console as an error.
+    """
+    body = await _texts_of(request, ("client",))
+    if body is None:
+        return _expected('{"client": text}')
+    is_tab(body["client"], "")
+    return web.Response(status=204)
 
 
 async def _post_blocks(request: web.Request) -> web.Response:

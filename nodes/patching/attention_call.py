@@ -7,7 +7,6 @@ This file is the only one that knows ComfyUI's calling conventions for attention
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +17,10 @@ from ...gag_core import GuidanceConfig, guided_attention, guided_joint_attention
 from ...gag_core.numerics import mask_part
 from .families import Layer
 from .guidance import Guidance
-from .prompt_rows import RowGroup, guided_rows, intersect
+from .host_attention import EXACT_ATTENTIONS, AttentionFunction, HostAttention
+from .prompt_rows import RowGroup, are_told_apart, select, with_tokens
 from .recorder import CallRecording
 
-OVERRIDE = "optimized_attention_override"
 # Positional parameters of ComfyUI's attention functions. Models differ in which of them they pass by name.
 _ATTENTION_PARAMETERS = (
     "q",
@@ -33,20 +32,8 @@ _ATTENTION_PARAMETERS = (
     "skip_reshape",
     "skip_output_reshape",
 )
-# ComfyUI's attention functions that compute exact softmax attention (sage attention quantises it).
-_EXACT_ATTENTIONS = {
-    "attention_basic",
-    "attention_sub_quad",
-    "attention_split",
-    "attention_pytorch",
-    "attention_xformers",
-    "attention_flash",
-}
 # Devices on which torch's own attention returns the logsumexp, which gives the text's share of the attention.
 _DEVICES_WITH_LOGSUMEXP = ("cpu", "cuda")
-
-AttentionFunction = Callable[..., Tensor]
-Override = Callable[..., Tensor]
 
 
 @dataclass
@@ -58,7 +45,7 @@ class AttentionCall:
     """
 
     function: AttentionFunction
-    previous: Override | None
+    host: HostAttention
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     q: Tensor = field(init=False)
@@ -70,12 +57,13 @@ class AttentionCall:
         heads = bound["heads"]
         heads_are_split = bound.get("skip_reshape", False)
         self.q = bound["q"] if heads_are_split else split_heads(bound["q"], heads)
+        batch, _, _, head_dim = self.q.shape
         # In newer hosts keys may have fewer heads than queries. Each key head then serves several query heads in a row.
         grouped = bound.get("enable_gqa", False)
         for name in ("k", "v"):
             tensor: Tensor = bound[name]
             if not heads_are_split:
-                tensor = split_heads(tensor, tensor.shape[-1] // self.q.shape[3] if grouped else heads)
+                tensor = split_heads(tensor, tensor.shape[-1] // head_dim if grouped else heads, batch, head_dim)
             setattr(self, name, tensor.repeat_interleave(heads // tensor.shape[1], dim=1) if grouped else tensor)
         self.mask: Tensor | None = _rank_4(bound.get("mask"))
         self.scale: float | None = bound.get("scale")
@@ -84,11 +72,12 @@ class AttentionCall:
     @property
     def is_replaced(self) -> bool:
         """True if something other than exact softmax attention computes the host's part of this call."""
-        return self.previous is not None or self.function.__name__ not in _EXACT_ATTENTIONS
+        has_other = self.host.previous is not None or bool(self.host.stored)
+        return has_other or self.function.__name__ not in EXACT_ATTENTIONS
 
     def host_output(self) -> Tensor:
         """Return the host's own output, in the layout that the model expects."""
-        return host_attention(self.function, self.previous, *self.args, **self.kwargs)
+        return self.host(self.function, *self.args, **self.kwargs)
 
     def host_output_by_head(self) -> Tensor:
         """Return the host's own output as a view of ``[B, H, N, D]``."""
@@ -144,70 +133,113 @@ class TextLayers:
     Attributes:
         guidance: settings that act in this call.
         context_shape: ``(B, N)`` of the call's text.
-        kinds: prompt of each part of the batch, 0 the positive one.
-        groups: rows of the batch with the number of their distinct tokens.
+        groups: rows of the call's text.
         recording: receiver of every text attention, None if nobody measures.
-        reached: layers that were guided, in the order of their calls.
+        reached: layers in which a row was guided, in the order of their calls.
+        has_unknown_rows: True if rows were left alone because their prompt cannot be told.
+        other_text: layers in which another node reads another text than the one that was handed to it.
     """
 
     guidance: Guidance
     context_shape: tuple[int, int]
-    kinds: list[int]
     groups: list[RowGroup]
     recording: CallRecording | None = None
     reached: list[Layer] = field(default_factory=list)
+    has_unknown_rows: bool = False
+    other_text: set[Layer] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.caught = self.guidance.layers if self.recording is None else frozenset(self.guidance.order)
-        self._rows = guided_rows(self.guidance.apply_to, self.context_shape[0], self.kinds)
-        self._guided_groups = intersect(self.groups, self._rows)
+        self._guided = select(self.groups, self.guidance.apply_to)
+        self._guides_all = self.guidance.apply_to == "both"
+        self._are_told_apart = self._guides_all or are_told_apart(self.groups)
 
-    def cross(self, call: AttentionCall, layer: Layer) -> Tensor:
-        """Return the output of a layer's text cross-attention, in the layout that the model expects."""
-        batch, tokens = call.q.shape[0], call.k.shape[2]
+    def cross(self, call: AttentionCall, layer: Layer, groups: list[RowGroup] | None = None) -> Tensor:
+        """Return the output of a layer's text cross-attention, in the layout that the model expects.
+
+        Args:
+            call: the attention call.
+            layer: its layer.
+            groups: rows of the text that arrived at the layer; None if it is the model call's own text.
+        """
+        own = self._of_call(self.groups if groups is None else groups, call.q.shape[0], call.k.shape[2])
         if self.recording is not None:
-            every = self._all_groups(batch, tokens)
-            self.recording.cross(layer, call.q, call.k, call.v, every, call.mask, call.scale)
-        if layer not in self.guidance.layers:
-            return call.host_output()
-        self.reached.append(layer)
-        return call.guided_cross(self._groups(batch, tokens), self.guidance.config)
+            self.recording.cross(layer, call.q, call.k, call.v, own, call.mask, call.scale)
+        guided = self._select(layer, own)
+        return call.guided_cross(guided, self.guidance.config) if guided else call.host_output()
 
     def joint(self, call: AttentionCall, layer: Layer, text: slice) -> Tensor:
         """Return the output of a layer's joint attention, in the layout that the model expects."""
+        own = self._of_call(self.groups, call.q.shape[0], self.context_shape[1])
         if self.recording is not None:
-            self.recording.joint(layer, call.q, call.k, call.v, text, call.mask, call.scale)
-        if layer not in self.guidance.layers:
+            self.recording.joint(layer, call.q, call.k, call.v, text, own, call.mask, call.scale)
+        guided = self._select(layer, own)
+        if not guided:
             return call.host_output()
-        self.reached.append(layer)
-        return call.guided_joint(self._guided_rows(call.q.shape[0]), text, self.guidance.config)
+        return call.guided_joint([group.rows for group in guided], text, self.guidance.config)
 
-    def replaced(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int, layer: Layer) -> Tensor:
-        """Return ``out`` ``[B, N, H * D]``, which another node computed of these tensors, with guidance added."""
-        query, key, value, base = (split_heads(tensor, heads) for tensor in (q, k, v, out.to(q.dtype)))
-        batch, tokens = query.shape[0], key.shape[2]
+    def replaced(
+        self,
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        layer: Layer,
+        groups: list[RowGroup] | None,
+        ranges: list[slice],
+    ) -> Tensor:
+        """Return ``out`` ``[B, N, H * D]``, which another node computed of these tensors, with guidance added.
+
+        Args:
+            out: the other node's output.
+            q, k, v: queries, keys and values ``[B, N, H * D]`` that it was handed.
+            heads: number of heads.
+            layer: the layer.
+            groups: rows of the text that arrived; None if it is the model call's own text.
+            ranges: tokens that the other node read, one range for each reading.
+        """
+        batch = q.shape[0]
+        head_dim = q.shape[-1] // heads
+        query, key, value, base = (split_heads(one, heads, batch, head_dim) for one in (q, k, v, out.to(q.dtype)))
+        own = self._of_call(self.groups if groups is None else groups, batch, key.shape[2])
         if self.recording is not None:
-            self.recording.cross(layer, query, key, value, self._all_groups(batch, tokens))
-        if layer not in self.guidance.layers:
+            self.recording.cross(layer, query, key, value, own)
+        if layer in self.guidance.layers and not ranges:
+            self.other_text.add(layer)
             return out
-        self.reached.append(layer)
-        groups = self._groups(batch, tokens)
-        return merge_heads(add_guidance(base, query, key, value, groups, self.guidance.config)).to(out.dtype)
+        guided = self._select(layer, own)
+        if not guided:
+            return out
+        for tokens in ranges:
+            part_keys, part_values = key[:, :, tokens], value[:, :, tokens]
+            # A part of the text has no repeated tokens to leave out.
+            part = guided if part_keys.shape[2] == key.shape[2] else with_tokens(guided, part_keys.shape[2])
+            base = add_guidance(base, query, part_keys, part_values, part, self.guidance.config)
+        return merge_heads(base).to(out.dtype)
 
-    def _all_groups(self, batch: int, tokens: int) -> list[RowGroup]:
-        """Return all rows. Where another node's patch put a context of its own, all of its tokens count."""
-        return self.groups if (batch, tokens) == self.context_shape else [RowGroup(slice(0, batch), tokens)]
+    def _select(self, layer: Layer, groups: list[RowGroup]) -> list[RowGroup]:
+        """Return the guided rows of a layer's attention call, and count the layer if there are any."""
+        if layer not in self.guidance.layers:
+            return []
+        if groups is self.groups:
+            guided, is_told = self._guided, self._are_told_apart
+        else:
+            guided = select(groups, self.guidance.apply_to)
+            is_told = self._guides_all or are_told_apart(groups)
+        self.has_unknown_rows |= not is_told
+        if guided:
+            self.reached.append(layer)
+        return guided
 
-    def _groups(self, batch: int, tokens: int) -> list[RowGroup]:
-        """Return the guided rows, split where the number of text tokens changes."""
-        if (batch, tokens) == self.context_shape:
-            return self._guided_groups
-        return [RowGroup(rows, tokens) for rows in self._guided_rows(batch)]
-
-    def _guided_rows(self, batch: int) -> list[slice]:
-        if batch == self.context_shape[0]:
-            return self._rows
-        return guided_rows(self.guidance.apply_to, batch, self.kinds)
+    def _of_call(self, groups: list[RowGroup], batch: int, tokens: int) -> list[RowGroup]:
+        """Return the rows of an attention call, whose batch or keys another node may have changed."""
+        if groups[-1].rows.stop != batch:
+            return [RowGroup(slice(0, batch), tokens, None)]
+        if all(group.tokens <= tokens and tokens % group.tokens == 0 for group in groups):
+            return groups
+        # Other keys than the text's tokens: all of them count.
+        return with_tokens(groups, tokens)
 
 
 def add_guidance(
@@ -223,7 +255,7 @@ def add_guidance(
 ) -> Tensor:
     """Return a copy of ``base`` ``[B, H, N, D]`` with guidance added in the rows of ``groups``."""
     out = base.clone()
-    for rows, tokens in groups:
+    for rows, tokens, _ in groups:
         out[rows] = guided_attention(
             q[rows],
             k[rows, :, :tokens],
@@ -236,13 +268,14 @@ def add_guidance(
     return out
 
 
-def host_attention(function: AttentionFunction, previous: Override | None, *args: Any, **kwargs: Any) -> Tensor:
-    """Run an attention call as it would run without GAG."""
-    return function(*args, **kwargs) if previous is None else previous(function, *args, **kwargs)
+def split_heads(tensor: Tensor, heads: int, batch: int | None = None, head_dim: int | None = None) -> Tensor:
+    """Return ``[B, N, H * D]`` as a view of ``[B, H, N, D]``; SD3 passes values as ``[B, N, H, D]`` already.
 
-
-def split_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Return ``[B, N, H * D]`` as a view of ``[B, H, N, D]``; SD3 passes values as ``[B, N, H, D]`` already."""
+    With a ``batch``, keys and values of any other rank or batch are reshaped by it, as ComfyUI's attention does.
+    """
+    has_heads = tensor.ndim == 4 and tensor.shape[2] == heads and head_dim in (None, tensor.shape[3])
+    if batch is not None and not has_heads and (tensor.ndim != 3 or tensor.shape[0] != batch):
+        return rearrange(tensor.reshape(batch, -1, heads, tensor.shape[-1] // heads), "b n h d -> b h n d")
     if tensor.ndim == 4:
         return rearrange(tensor, "b n h d -> b h n d")
     return rearrange(tensor, "b n (h d) -> b h n d", h=heads)

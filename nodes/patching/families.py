@@ -33,6 +33,7 @@ class Part:
         attribute: attribute of the diffusion model that holds the blocks.
         guided: True if the part is guided when ``blocks`` is empty.
         reader: path, inside a block, of the module whose attention reads the text; empty for the block itself.
+        keys: path, inside the reader of a text cross-attention, of the module that projects the text to keys.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Part:
     attribute: str
     guided: bool = True
     reader: str = ""
+    keys: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Family:
         text_first: True if the text comes before the image in the joint sequence.
         text_size: path of the module whose output has the text's tokens as they join the image's.
         image_size: path of the module whose output has the image's tokens.
-        picture: path of the module whose output is a picture that stands in front of the text in the text's stream.
+        picture: path of the module that encodes a picture which conditions the model; its output, the picture's tokens,
+            stands in front of the text in the text's stream and is not guided. Empty without such a module.
         refused: classes of the host's model that share the diffusion model but cannot be guided, with the reason.
     """
 
@@ -83,7 +86,7 @@ class Family:
 _DOUBLE = Part("double", "double_block", "double_blocks")
 _SINGLE = Part("single", "single_block", "single_blocks")
 _DOUBLE_ONLY = (Part("double", "double_block", "transformer_blocks"),)
-_PICTURE = "it is conditioned on a picture and not on text"
+_NO_TEXT = "it is conditioned on a picture and not on text"
 
 # The first entry that fits a model is used: a subclass stands before its base class.
 FAMILIES = (
@@ -97,7 +100,7 @@ FAMILIES = (
             Part("m", "middle", "middle_block", guided=False),
             Part("u", "output", "output_blocks"),
         ),
-        refused=tuple((name, _PICTURE) for name in ("SVD_img2vid", "SV3D_u", "SV3D_p", "Stable_Zero123")),
+        refused=tuple((name, _NO_TEXT) for name in ("SVD_img2vid", "SV3D_u", "SV3D_p", "Stable_Zero123")),
     ),
     Family(
         name="flux",
@@ -251,7 +254,7 @@ FAMILIES = (
         title="Wan 2.1 and 2.2",
         model_class="comfy.ldm.wan.model.WanModel",
         attention="cross",
-        parts=(Part("block", "double_block", "blocks", reader="cross_attn"),),
+        parts=(Part("block", "double_block", "blocks", reader="cross_attn", keys="k"),),
         refused=(("WAN21_CausalAR", "it keeps what it once read of the text and does not read it again"),),
     ),
     Family(
@@ -260,14 +263,14 @@ FAMILIES = (
         model_class="comfy.ldm.lightricks.av_model.LTXAVModel",
         attention="cross",
         # The attention of the sound to the text is not guided.
-        parts=(Part("block", "double_block", "transformer_blocks", reader="attn2"),),
+        parts=(Part("block", "double_block", "transformer_blocks", reader="attn2", keys="to_k"),),
     ),
     Family(
         name="ltx-video",
         title="LTX-Video",
         model_class="comfy.ldm.lightricks.model.LTXVModel",
         attention="cross",
-        parts=(Part("block", "double_block", "transformer_blocks", reader="attn2"),),
+        parts=(Part("block", "double_block", "transformer_blocks", reader="attn2", keys="to_k"),),
     ),
     Family(
         name="cosmos",
@@ -275,21 +278,21 @@ FAMILIES = (
         model_class="comfy.ldm.cosmos.model.GeneralDIT",
         attention="cross",
         # Each block is a list: attention to itself, to the text, feed-forward.
-        parts=(Part("block", "double_block", "blocks", reader="blocks.1"),),
+        parts=(Part("block", "double_block", "blocks", reader="blocks.1", keys="block.attn.to_k"),),
     ),
     Family(
         name="cosmos-predict2",
         title="Cosmos Predict2 and Anima",
         model_class="comfy.ldm.cosmos.predict2.MiniTrainDIT",
         attention="cross",
-        parts=(Part("block", "double_block", "blocks", reader="cross_attn"),),
+        parts=(Part("block", "double_block", "blocks", reader="cross_attn", keys="k_proj"),),
     ),
     Family(
         name="kandinsky5",
         title="Kandinsky 5",
         model_class="comfy.ldm.kandinsky5.model.Kandinsky5",
         attention="cross",
-        parts=(Part("block", "double_block", "visual_transformer_blocks", reader="cross_attention"),),
+        parts=(Part("block", "double_block", "visual_transformer_blocks", reader="cross_attention", keys="to_key"),),
     ),
 )
 
@@ -306,10 +309,10 @@ REFUSED = (
     ("Stable Audio", "comfy.ldm.audio.dit.AudioDiffusionTransformer", _SOUND),
     ("MiniMax H3", "comfy.ldm.minimax.model.MiniMaxH3Model", _NOT_YET),
     ("HiDream O1", "comfy.ldm.hidream_o1.model.HiDreamO1Transformer", _NOT_YET),
-    ("Hunyuan3D 2", "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2", _PICTURE),
-    ("Hunyuan3D 2.1", "comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain", _PICTURE),
-    ("TripoSplat", "comfy.ldm.triposplat.model.LatentSeqMMFlowModel", _PICTURE),
-    ("SeedVR2", "comfy.ldm.seedvr.model.NaDiT", _PICTURE),
+    ("Hunyuan3D 2", "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2", _NO_TEXT),
+    ("Hunyuan3D 2.1", "comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain", _NO_TEXT),
+    ("TripoSplat", "comfy.ldm.triposplat.model.LatentSeqMMFlowModel", _NO_TEXT),
+    ("SeedVR2", "comfy.ldm.seedvr.model.NaDiT", _NO_TEXT),
 )
 
 # Blocks of each part by the part's name, each block with its text attentions. The numbers in ``blocks`` count these.
@@ -331,7 +334,7 @@ def family_of(model: Any) -> tuple[Family, Blocks]:
     except AttributeError:
         given = plain(type(getattr(model, "model", model)).__name__)
         raise UnsupportedModelError(f"GAG needs a diffusion model, got {given}.") from None
-    classes = {f"{c.__module__}.{c.__qualname__}" for c in type(diffusion_model).__mro__}
+    classes = {f"{c.__module__}.{c.__qualname__}" for c in _host_class(model, diffusion_model).__mro__}
     host_class = plain(type(getattr(model, "model", model)).__name__)
     for family in FAMILIES:
         if family.model_class not in classes:
@@ -351,6 +354,15 @@ def family_of(model: Any) -> tuple[Family, Blocks]:
     )
 
 
+def _host_class(model: Any, diffusion_model: Any) -> type:
+    """Return the class that ComfyUI gave the diffusion model.
+
+    Another node may exchange the class by an object patch, which is in place while the model is loaded.
+    """
+    original = getattr(model, "object_patches_backup", {}).get("diffusion_model.__class__")
+    return original if isinstance(original, type) else type(diffusion_model)
+
+
 def _refusal(title: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"GAG cannot guide {title}: {reason}; take the GAG node out of this workflow.")
 
@@ -366,13 +378,36 @@ def default_layers(family: Family, blocks: Blocks) -> frozenset[Layer]:
     return frozenset(chosen or all_layers(blocks))
 
 
-def readers(family: Family, diffusion_model: Any) -> dict[Layer, Any]:
-    """Return the module of each layer of a transformer whose attention reads the text."""
+def readers(family: Family, diffusion_model: Any) -> dict[Layer, tuple[Any, str]]:
+    """Return the module of each layer of a transformer whose attention reads the text, and the path of its keys.
+
+    Modules that another node put in the place of the blocks are left out if they have no such module.
+    """
     return {
-        Layer(part.host_name, index): block.get_submodule(part.reader)
+        Layer(part.host_name, index): (reader, part.keys)
         for part in family.parts
         for index, block in enumerate(_modules(diffusion_model, part))
+        if (reader := _submodule(block, part.reader)) is not None
     }
+
+
+def text_attentions(diffusion_model: Any, family: Family) -> dict[Layer, Any]:
+    """Return the ``attn2`` module of each layer of a UNet."""
+    found = {}
+    for part in family.parts:
+        modules = _modules(diffusion_model, part)
+        for block, sequence in enumerate([modules] if part.host_name == "middle" else modules):
+            for index, transformer in enumerate(_transformers(sequence)):
+                if _has_text_attention(transformer):
+                    found[Layer(part.host_name, block, index)] = transformer.attn2
+    return found
+
+
+def _submodule(module: Any, path: str) -> Any:
+    """Return a module inside a module, None if there is none."""
+    for name in filter(None, path.split(".")):
+        module = getattr(module, name, None)
+    return module
 
 
 def _blocks_of(family: Family, part: Part, diffusion_model: Any) -> list[list[Layer]]:

@@ -51,7 +51,7 @@ class Guidance:
     def scaled(self, factor: float) -> Guidance:
         """Return a copy whose strength is multiplied by ``factor``, for one model call.
 
-        A run counts under the original: copies are not equal to it.
+        :class:`Run` uses the original object as its key; a scaled copy would be another key.
         """
         if factor == 1.0:
             return self

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from .attention_call import TextLayers
 from .compile import UnguardedCompile
+from .families import Layer, readers
 from .guidance import Guidance
 from .measurements import Probe
 from .observer import Observer
-from .prompt_rows import PositivePrompt, guided_rows, token_groups
+from .prompt_rows import PromptRows, RowGroup, are_told_apart, has_positive
 from .recorder import CallRecording, Recording
 from .run import Run
 from .steps import follow_run, sigma_range
@@ -52,7 +53,7 @@ class GAGPatch:
         run = Run(
             self.observer,
             self.observer.new_chart(),
-            PositivePrompt.from_guider(guider),
+            PromptRows.of_run(guider, _latent_batch(args, kwargs)),
             UnguardedCompile.from_guider(guider, active_nodes),
         )
         run.steps, args, kwargs = follow_run(args, kwargs)
@@ -60,6 +61,7 @@ class GAGPatch:
             _log_if_stretched(guidance, run.steps.count)
         # ComfyUI copies the guider's options for this run and drops the copy after it.
         guider.model_options.setdefault("transformer_options", {})[KEY] = run
+        run.modules = self._modules(guider)
         if self.probes:
             run.recording = Recording(tuple(dict.fromkeys(word for probe in self.probes for word in probe.words)))
         result = executor(*args, **kwargs)
@@ -89,31 +91,55 @@ class GAGPatch:
         run: Run = options.get(KEY) or Run(self.observer, self.observer.new_chart())
         run.model_calls += 1
         guidance, factor = self._active(run, t, executor.class_obj.model_sampling)
-        kinds = run.kinds(options)
-        if guidance is not None and not _has_guided_text(run, guidance, c_crossattn, kinds):
+        text = None if c_crossattn is None or c_crossattn.shape[1] == 0 else c_crossattn
+        groups = None if text is None else self._groups(run, guidance, text, options)
+        if guidance is not None and not _has_guided_text(run, guidance, c_crossattn, groups):
             guidance = None
         acting = None if guidance is None else guidance.scaled(factor)
-        text = None if c_crossattn is None or c_crossattn.shape[1] == 0 else c_crossattn
         recording: CallRecording | None = None
         if run.recording is not None and text is not None:
             acting = acting or self._watched()
-            recording = CallRecording(acting, run.recording.words, x, t, kinds)
+            recording = CallRecording(acting, run.recording.words, x, t)
         is_charted = guidance is not None and self.observer.wants_chart(guidance.node_id)
         if is_charted and recording is None and acting is not None:
-            recording = CallRecording(acting, (), x, t, kinds, only=acting.layers)
-        if acting is None or text is None:
+            recording = CallRecording(acting, (), x, t, only=acting.layers)
+        if acting is None or text is None or groups is None:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        layers = _text_layers(run, acting, text, options, kinds, recording)
+        layers = TextLayers(acting, (text.shape[0], text.shape[1]), groups, recording)
         with ExitStack() as stack:
             options = _install(run, layers, options, executor.class_obj, stack)
             out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if guidance is not None:
             run.count_call(guidance, layers.reached)
+            run.unknown_rows[guidance] += layers.has_unknown_rows
+            run.other_text.setdefault(guidance, set()).update(layers.other_text)
             if is_charted and recording is not None:
                 run.chart.add(guidance, recording, layers.reached, run.steps)
         if run.recording is not None and recording is not None:
             run.recording.add(recording, layers.reached, run.steps.done)
         return out
+
+    def _modules(self, guider: Any) -> dict[Layer, tuple[Any, str]]:
+        """Return the modules of the layers of a transformer, before other nodes replace blocks during model calls."""
+        family = (*self.guidances, *(probe.watched for probe in self.probes))[0].family
+        patcher = getattr(guider, "model_patcher", None)
+        if family.attention == "attn2" or patcher is None:
+            return {}
+        return readers(family, patcher.model.diffusion_model)
+
+    def _groups(
+        self, run: Run, guidance: Guidance | None, text: Tensor, options: dict[str, Any]
+    ) -> list[RowGroup] | None:
+        """Return the rows of a model call's text ``[B, N, C]``; None if nobody needs them."""
+        if guidance is None and run.recording is None:
+            return None
+        family = guidance.family if guidance is not None else self._watched().family
+        is_charted = guidance is not None and self.observer.wants_chart(guidance.node_id)
+        needs_kinds = run.recording is not None or is_charted or (guidance is not None and guidance.apply_to != "both")
+        if family.attention == "joint" and not needs_kinds:
+            # A joint attention guides all tokens of all rows alike. Identifying the rows would wait for the device.
+            return [RowGroup(slice(0, text.shape[0]), text.shape[1], None)]
+        return run.prompts.groups(text, options)
 
     def _watched(self) -> Guidance:
         """Return the settings for a model call without guidance: those of the last node, with no guided layer."""
@@ -150,43 +176,36 @@ class GAGPatch:
         return active, active_factor
 
 
-def _has_guided_text(run: Run, guidance: Guidance, context: Tensor | None, kinds: list[int]) -> bool:
+def _latent_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the number of pictures in the noise of an outer_sample call."""
+    noise = args[0] if args else kwargs.get("noise")
+    return noise.shape[0] if isinstance(noise, Tensor) and not noise.is_nested else 0
+
+
+def _has_guided_text(run: Run, guidance: Guidance, context: Tensor | None, groups: list[RowGroup] | None) -> bool:
     """Return True if a model call has text that the node guides; else count the reason."""
     if context is None:
         run.no_context[guidance] += 1
-    elif context.shape[1] == 0:
+    elif groups is None:
         run.no_text[guidance] += 1
-    elif not guided_rows(guidance.apply_to, len(context), kinds):
+    elif guidance.apply_to != "both" and are_told_apart(groups) and not has_positive(groups):
         run.no_positive_rows[guidance] += 1
     else:
         return True
     return False
 
 
-def _text_layers(
-    run: Run,
-    acting: Guidance,
-    text: Tensor,
-    options: dict[str, Any],
-    kinds: list[int],
-    recording: CallRecording | None,
-) -> TextLayers:
-    """Return the text attentions of a model call whose text is ``[B, N, C]``."""
-    # A joint attention guides all tokens of a row alike, and finding repeated tokens waits for the device.
-    groups = [] if acting.family.attention == "joint" else token_groups(text, options, run.token_groups)
-    return TextLayers(acting, (text.shape[0], text.shape[1]), kinds, groups, recording)
-
-
 def _install(
     run: Run, layers: TextLayers, options: dict[str, Any], host_model: Any, stack: ExitStack
 ) -> dict[str, Any]:
     """Return the transformer options with the hooks of one model call; ``stack`` removes what must be removed."""
+    hooks: GuidedUNet | GuidedTransformer
     if layers.guidance.family.attention == "attn2":
-        options = GuidedUNet(layers, options).install(options)
+        hooks = GuidedUNet(layers, run.prompts, options)
     else:
-        hooks = GuidedTransformer(layers, options)
-        stack.enter_context(hooks.watch(host_model.diffusion_model))
-        options = hooks.install(options)
+        hooks = GuidedTransformer(layers, run.modules, options)
+    stack.enter_context(hooks.watch(host_model.diffusion_model))
+    options = hooks.install(options)
     if run.unguarded_compile is not None:
         stack.enter_context(run.unguarded_compile.bypass_host_graph())
         if layers.recording is None:  # otherwise opening a chart would start another compilation, and a wait

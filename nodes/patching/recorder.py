@@ -9,8 +9,9 @@ together.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,11 @@ from ...gag_core import GuidanceConfig
 from ...gag_core.eager import attention_with_logsumexp
 from ...gag_core.measures import MEASURES, measure, sample_queries, word_shares
 from ...gag_core.numerics import mask_part
+from .allocation import paused_recorder
 from .families import Layer
 from .guidance import Guidance
 from .measurements import BRANCHES, Probe, Result, Word
-from .prompt_rows import RowGroup
+from .prompt_rows import RowGroup, shifted
 from .steps import step_of_level
 
 # Number of queries that are sampled in each attention and row of the batch: over all heads, and at least per head.
@@ -50,9 +52,7 @@ class CallRecord:
         strength: strength of the call.
         positive_only: True if only the positive prompt's rows are guided.
         level: noise level, on the device.
-        kinds: prompt of each part of the batch, 0 the positive one.
         grid: size of the latent.
-        batch: number of rows in the batch.
         guided: layers that were guided.
         maps: by number of pictures and number of their tokens, the sum over attentions ``[pictures, words, tokens]``
             and the number of attentions in it.
@@ -64,9 +64,7 @@ class CallRecord:
     strength: float
     positive_only: bool
     level: Tensor
-    kinds: list[int]
     grid: tuple[int, ...]
-    batch: int = 0
     guided: frozenset[Layer] = frozenset()
     maps: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)
@@ -78,7 +76,7 @@ class _Sample(NamedTuple):
 
     call: CallRecord
     layer: Layer
-    rows: slice
+    groups: list[RowGroup]
     q: Tensor
     k: Tensor
     v: Tensor
@@ -100,9 +98,12 @@ class _Sample(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Samples that were measured together: call, layer and rows of each, and ``values`` [samples, rows, measures]."""
+    """Samples that were measured together: call, layer and rows of each, and ``values`` [samples, rows, measures].
 
-    samples: list[tuple[CallRecord, Layer, slice]]
+    The rows of a sample are counted from its first one.
+    """
+
+    samples: list[tuple[CallRecord, Layer, list[RowGroup]]]
     values: Tensor
 
 
@@ -114,7 +115,6 @@ class CallRecording:
         words: words to map.
         x: latent of the call.
         t: noise level of each row, ``[B]``.
-        kinds: prompt of each part of the batch, 0 the positive one.
         only: layers that are sampled; None samples all.
     """
 
@@ -124,7 +124,6 @@ class CallRecording:
         words: tuple[Word, ...],
         x: Tensor,
         t: Tensor,
-        kinds: list[int],
         only: frozenset[Layer] | None = None,
     ) -> None:
         self.call = CallRecord(
@@ -132,7 +131,6 @@ class CallRecording:
             strength=guidance.config.strength,
             positive_only=guidance.apply_to == "positive",
             level=t.detach().amax(),
-            kinds=kinds,
             grid=tuple(x.shape[2:]),
         )
         self.words = words
@@ -141,6 +139,8 @@ class CallRecording:
         self.measured: list[Measured] = []
         # Indices of the sampled query tokens, by heads, tokens and position of the text.
         self._indices: dict[tuple[int, int, int, int], Tensor] = {}
+        # True while ComfyUI records allocations: what is kept must then be a copy.
+        self._must_copy = False
 
     def cross(
         self,
@@ -153,25 +153,58 @@ class CallRecording:
         scale: float | None = None,
     ) -> None:
         """Sample an attention ``[B, H, N, D]`` to the text alone, in the rows of ``groups``."""
-        if self.only is not None and layer not in self.only:
-            return
-        for rows, tokens in groups:
+        if self.only is None or layer in self.only:
+            with _paused() as self._must_copy:
+                self._cross(layer, q, k, v, groups, mask, scale)
+
+    def _cross(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        groups: list[RowGroup],
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> None:
+        indices = self._query_indices(q, slice(q.shape[2], q.shape[2]))
+        for same in _by_tokens(groups):
+            rows, tokens = slice(same[0].rows.start, same[-1].rows.stop), same[0].tokens
             keys, values = k[rows, :, :tokens], v[rows, :, :tokens]
             part = mask_part(mask, rows=rows, keys=slice(tokens))
+            own = shifted(same, rows)
             if self.words:
-                self._add_maps(q, keys, rows, slice(0, q.shape[2]), part, scale)
-            indices = self._query_indices(q, slice(q.shape[2], q.shape[2]))
-            self._add_sample(layer, rows, q, keys, values, part, scale, indices, None)
+                self._add_maps(q[rows], keys, own, slice(0, q.shape[2]), part, scale)
+            self._add_sample(layer, own, q[rows], keys, values, part, scale, indices, None)
 
     def joint(
-        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, text: slice, mask: Tensor | None, scale: float | None
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        text: slice,
+        groups: list[RowGroup],
+        mask: Tensor | None,
+        scale: float | None,
     ) -> None:
         """Sample an attention ``[B, H, N, D]`` over text and image tokens; ``text`` is the position of the text."""
-        if self.only is not None and layer not in self.only:
-            return
-        if text.stop - text.start == q.shape[2]:
-            return
-        rows = slice(0, q.shape[0])
+        is_all_text = text.stop - text.start == q.shape[2]
+        if (self.only is None or layer in self.only) and not is_all_text:
+            with _paused() as self._must_copy:
+                self._joint(layer, q, k, v, text, groups, mask, scale)
+
+    def _joint(
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        text: slice,
+        groups: list[RowGroup],
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> None:
         indices = self._query_indices(q, text)
         queries = q.index_select(2, indices)
         factor = q.shape[3] ** -0.5 if scale is None else scale
@@ -181,8 +214,8 @@ class CallRecording:
         text_mask = mask_part(mask, keys=text)
         if self.words:
             image = max(slice(0, text.start), slice(text.stop, q.shape[2]), key=lambda part: part.stop - part.start)
-            self._add_maps(q, keys, rows, image, text_mask, scale)
-        self._add_sample(layer, rows, q, keys, values, text_mask, scale, indices, lse)
+            self._add_maps(q, keys, groups, image, text_mask, scale)
+        self._add_sample(layer, groups, q, keys, values, text_mask, scale, indices, lse)
 
     def finish(self) -> list[Measured]:
         """Measure the samples that still wait for others, and return everything measured. Nothing is read back."""
@@ -202,7 +235,7 @@ class CallRecording:
     def _add_sample(
         self,
         layer: Layer,
-        rows: slice,
+        groups: list[RowGroup],
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -211,18 +244,19 @@ class CallRecording:
         indices: Tensor,
         lse: Tensor | None,
     ) -> None:
-        self.call.batch = q.shape[0]
-        queries = q[rows].index_select(2, indices)
-        self.waiting.append(
-            _Sample(self.call, layer, rows, queries, k, v, mask_part(mask, queries=indices), scale, lse)
-        )
+        queries = q.index_select(2, indices)
+        sampled_mask = mask_part(mask, queries=indices)
+        if self._must_copy:
+            k, v = k.clone(), v.clone()
+            sampled_mask = None if sampled_mask is None else sampled_mask.clone()
+        self.waiting.append(_Sample(self.call, layer, groups, queries, k, v, sampled_mask, scale, lse))
         # The graph that torch.compile traces must not depend on the number of bytes that wait.
         if not torch.compiler.is_compiling() and _is_enough(self.waiting):
             self.measured += _measure_together(self.waiting)
             self.waiting = []
 
     def _add_maps(
-        self, q: Tensor, k: Tensor, rows: slice, image: slice, mask: Tensor | None, scale: float | None
+        self, q: Tensor, k: Tensor, groups: list[RowGroup], image: slice, mask: Tensor | None, scale: float | None
     ) -> None:
         """Add the share of each word at each image token, in the positive prompt's rows."""
         tokens, image_tokens = k.shape[2], image.stop - image.start
@@ -233,13 +267,11 @@ class CallRecording:
                     columns[token, index] = 1.0
                 else:
                     self.call.outside.add(word.text)
-        for branch, part in _branch_rows(q.shape[0], self.call.kinds):
-            chosen = slice(max(rows.start, part.start), min(rows.stop, part.stop))
-            if branch != BRANCHES[0] or chosen.start >= chosen.stop:
+        for rows, _, is_positive in groups:
+            if is_positive is False:
                 continue
-            own = slice(chosen.start - rows.start, chosen.stop - rows.start)
             share = word_shares(
-                q[chosen][:, :, image], k[own], columns, mask=mask_part(mask, rows=own, queries=image), scale=scale
+                q[rows][:, :, image], k[rows], columns, mask=mask_part(mask, rows=rows, queries=image), scale=scale
             )
             key = (share.shape[0], image_tokens)
             total, count = self.call.maps.get(key, (0.0, 0))
@@ -316,11 +348,11 @@ class Recording:
         total, count = torch.zeros(*shape, len(MEASURES), dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         guided = torch.zeros(shape, dtype=torch.bool)
         for part in self.measured:
-            for call, layer, branch, measures, rows in _rows_of(part):
+            for call, layer, branch, measures, rows, is_guided in _rows_of(part):
                 cell = branch, index[layer], step_of[id(call)]
                 total[cell] += measures
                 count[cell] += rows
-                guided[cell] |= layer in call.guided and not (call.positive_only and branch)
+                guided[cell] |= is_guided
         return torch.where(count[..., None] > 0, total / count[..., None].clamp_min(1.0), torch.nan), guided
 
     def _maps(self, wanted: list[int]) -> tuple[tuple[tuple[Tensor, int], ...], tuple[str, ...]]:
@@ -354,10 +386,10 @@ def guided_means(measured: list[Measured]) -> tuple[Tensor, int]:
     """Return the sum of the measures ``[measures]`` fp64 over guided rows and layers, and the number of summands."""
     total, count = torch.zeros(len(MEASURES), dtype=torch.float64), 0
     for part in measured:
-        for call, layer, branch, measures, rows in _rows_of(part):
-            if layer in call.guided and not (call.positive_only and branch):
-                total += measures
-                count += rows
+        for cell in _rows_of(part):
+            if cell.is_guided:
+                total += cell.measures
+                count += cell.rows
     return total, count
 
 
@@ -375,6 +407,11 @@ def layout_of(grid: tuple[int, ...], tokens: int) -> tuple[int, int, int] | None
             return count, rows, columns
         side *= 2
     return None
+
+
+def _paused() -> AbstractContextManager[bool]:
+    """Return the pause of ComfyUI's allocation recorder. torch.compile traces no such pause, and needs none."""
+    return nullcontext(False) if torch.compiler.is_compiling() else paused_recorder()
 
 
 def _is_enough(waiting: list[_Sample]) -> bool:
@@ -398,28 +435,35 @@ def _measure_together(waiting: list[_Sample]) -> list[Measured]:
             lse = torch.cat([s.joint_lse for s in samples if s.joint_lse is not None])
         q, k, v = (torch.cat(tensors) for tensors in zip(*((s.q, s.k, s.v) for s in samples), strict=True))
         values = measure(q, k, v, first.call.config, mask=mask, scale=first.scale, joint_lse=lse)
-        keys = [(s.call, s.layer, s.rows) for s in samples]
+        keys = [(s.call, s.layer, s.groups) for s in samples]
         measured.append(Measured(keys, rearrange(values, "(s b) m -> s b m", s=len(samples))))
     return measured
 
 
-def _rows_of(part: Measured) -> Iterator[tuple[CallRecord, Layer, int, Tensor, int]]:
-    """Read measured samples back: call, layer, branch, sum of the measures over that branch's rows, number of rows."""
+class _Cell(NamedTuple):
+    """Sum of the measures over the rows of one branch in one attention, number of rows, and True if they are guided."""
+
+    call: CallRecord
+    layer: Layer
+    branch: int
+    measures: Tensor
+    rows: int
+    is_guided: bool
+
+
+def _rows_of(part: Measured) -> Iterator[_Cell]:
+    """Read measured samples back."""
     # Two moves, because MPS has no fp64 to move.
     values = part.values.detach().cpu().to(torch.float64, copy=True)
-    for sample, (call, layer, held) in zip(values, part.samples, strict=True):
+    for sample, (call, layer, groups) in zip(values, part.samples, strict=True):
         sample[:, _GAIN] *= abs(call.strength)
-        for branch, rows in _branch_rows(call.batch, call.kinds):
-            start, stop = max(rows.start, held.start), min(rows.stop, held.stop)
-            if start < stop:
-                own = sample[start - held.start : stop - held.start]
-                yield call, layer, BRANCHES.index(branch), own.sum(dim=0), stop - start
+        for rows, _, is_positive in groups:
+            # Rows that cannot be told apart count as the positive prompt's.
+            branch = BRANCHES.index("negative" if is_positive is False else "positive")
+            is_guided = layer in call.guided and (is_positive is True or not call.positive_only)
+            yield _Cell(call, layer, branch, sample[rows].sum(dim=0), rows.stop - rows.start, is_guided)
 
 
-def _branch_rows(batch: int, kinds: list[int]) -> Iterator[tuple[str, slice]]:
-    """Yield the branch and the rows of each prompt of a batch. Without kinds all rows are the positive prompt's."""
-    if not kinds or batch % len(kinds):
-        kinds = [0]
-    size = batch // len(kinds)
-    for index, kind in enumerate(kinds):
-        yield BRANCHES[min(kind, 1)], slice(index * size, (index + 1) * size)
+def _by_tokens(groups: list[RowGroup]) -> list[list[RowGroup]]:
+    """Return neighbouring groups of one number of tokens together."""
+    return [list(same) for _, same in groupby(groups, key=lambda group: group.tokens)]

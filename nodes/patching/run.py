@@ -13,7 +13,7 @@ from .compile import UnguardedCompile
 from .families import Layer
 from .guidance import Guidance
 from .observer import ChartObserver, Observer
-from .prompt_rows import PositivePrompt, RowGroup, prompt_kinds
+from .prompt_rows import PromptRows
 from .recorder import Recording
 from .steps import Steps
 
@@ -35,7 +35,7 @@ class Run:
     Attributes:
         observer: receiver of the report.
         chart: receiver of the measures for open charts.
-        positive: the positive prompt, None if the guider does not tell.
+        prompts: identification of the rows of a batch.
         unguarded_compile: the model that was compiled without guards, None if it was not.
         model_calls: number of model calls.
         in_range: model calls in which the node acts.
@@ -46,14 +46,16 @@ class Run:
         no_positive_rows: model calls without rows of the positive prompt.
         guided: model calls in which each layer was guided.
         sigmas: highest and lowest noise level of the node's range.
-        token_groups: rows with their distinct tokens, by the prompts in a call.
+        unknown_rows: model calls with rows that were left alone because their prompt cannot be told.
+        other_text: layers in which another node reads another text than the one that was handed to it.
+        modules: modules of a transformer's layers as they were before the run, when no node had replaced blocks.
         recording: measures for probes, None without a probe.
         steps: position in the run.
     """
 
     observer: Observer
     chart: ChartObserver
-    positive: PositivePrompt | None = None
+    prompts: PromptRows = field(default_factory=PromptRows)
     unguarded_compile: UnguardedCompile | None = None
     model_calls: int = 0
     in_range: Counter[Guidance] = field(default_factory=Counter)
@@ -64,13 +66,11 @@ class Run:
     no_positive_rows: Counter[Guidance] = field(default_factory=Counter)
     guided: dict[Guidance, Counter[Layer]] = field(default_factory=dict)
     sigmas: dict[Guidance, tuple[float, float]] = field(default_factory=dict)
-    token_groups: dict[Any, list[RowGroup]] = field(default_factory=dict)
+    unknown_rows: Counter[Guidance] = field(default_factory=Counter)
+    other_text: dict[Guidance, set[Layer]] = field(default_factory=dict)
+    modules: dict[Layer, tuple[Any, str]] = field(default_factory=dict)
     recording: Recording | None = None
     steps: Steps = field(default_factory=Steps)
-
-    def kinds(self, options: dict[str, Any]) -> list[int]:
-        """Return the prompt of each part of a model call's batch, 0 the positive one."""
-        return prompt_kinds(options, self.positive)
 
     def count_call(self, guidance: Guidance, reached: list[Layer]) -> None:
         """Count a model call that has ended, and the layers that were guided in it.
@@ -78,7 +78,7 @@ class Run:
         Counting during the call would not do: torch.compile recompiles code that reads growing counts, and the calls of
         several devices overlap.
         """
-        self.guided.setdefault(guidance, Counter()).update(reached)
+        self.guided.setdefault(guidance, Counter()).update(set(reached))
 
     def report(self, guidance: Guidance) -> None:
         """Send the outcome of the run to the node, and to the log if it matters there.
@@ -94,6 +94,10 @@ class Run:
         text = f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls."
         if self.overruled[guidance]:
             text += f" In {self.overruled[guidance]} a later GAG node acted."
+        if others := len(self.other_text.get(guidance, ())):
+            text += f" In {others} attentions another node reads other text."
+        if self.unknown_rows[guidance]:
+            text += f" In {self.unknown_rows[guidance]} some rows were left alone: their prompt cannot be told."
         self.observer.send_text(text, guidance.node_id)
         self.observer.send_report(guidance.node_id, layers, len(guidance.order), text)
         if guidance.verbose:
@@ -127,10 +131,24 @@ class Run:
         if self.no_positive_rows[guidance] == in_range:
             reason = 'apply_to is "positive" and no model call had a positive prompt'
             return NothingGuided("why_no_positive", "no positive prompt", reason)
+        if self.unknown_rows[guidance]:
+            return NothingGuided(
+                "why_unknown_rows",
+                "the prompts cannot be told apart",
+                'apply_to is "positive" and another node changed the batch so that its rows cannot be told apart; set '
+                "apply_to to both",
+            )
+        if self.other_text.get(guidance):
+            return NothingGuided(
+                "why_other_text",
+                "another node reads other text",
+                "another node replaces the chosen attentions and reads other text in them than the prompts",
+            )
         return NothingGuided(
             "why_not_run",
             "none of its attentions ran",
-            "none of the chosen attentions ran; another node may replace the model's blocks or its attention",
+            "none of the chosen attentions ran where GAG can reach them; another node may replace the model's blocks "
+            "or its attention, or run them without ComfyUI's options",
         )
 
     def _why_never_in_range(self, guidance: Guidance) -> NothingGuided:

@@ -19,9 +19,9 @@ _SAMPLERS_ON_STEPS = {
     *("gradient_estimation", "gradient_estimation_cfg_pp"),
 }
 _SAMPLER_MODULES = ("comfy.k_diffusion.sampling", "comfy.extra_samplers.uni_pc")
-# A level that a sampler computes may miss the step's own level by a rounding error. Relative.
+# Allowed relative difference of a level that a sampler computes from the step's own level: a rounding error.
 _SAME_LEVEL = 1e-5
-# The models' fp32 levels miss the levels of their percents by up to 3e-7. Relative.
+# Allowed relative difference of a model's fp32 levels from the levels of their percents; up to 3e-7 were found.
 _ROUNDING = 1e-6
 _BISECTIONS = 20
 
@@ -57,7 +57,7 @@ class Steps:
 
         Args:
             t: noise level of each row, ``[B]``.
-            model_sampling: the model's.
+            model_sampling: the model's ModelSampling object, which maps percents to noise levels.
         """
         # The count is copied because other devices' threads may come to the end of a step sooner.
         step, last = self.done, self.count - 1

@@ -11,6 +11,7 @@ watched modules.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,8 +19,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import ModuleList
 
-from .attention_call import OVERRIDE, AttentionCall, TextLayers, host_attention
+from .attention_call import AttentionCall, TextLayers
 from .families import Layer, readers
+from .host_attention import OVERRIDE, HostAttention, offered
+from .prompt_rows import RowGroup, shifted
 
 BlockArgs = dict[str, Any]
 Block = Callable[[BlockArgs, dict[str, Any]], dict[str, Any]]
@@ -28,18 +31,25 @@ Block = Callable[[BlockArgs, dict[str, Any]], dict[str, Any]]
 class GuidedTransformer:
     """Hooks of one model call of a transformer; made for it and dropped after it."""
 
-    def __init__(self, text: TextLayers, options: dict[str, Any]) -> None:
+    def __init__(self, text: TextLayers, modules: dict[Layer, tuple[Any, str]], options: dict[str, Any]) -> None:
         self.text = text
+        self.modules = modules
+        # True if another node put other modules in the place of the blocks for this model call.
+        self.are_blocks_replaced = False
         self.family = text.guidance.family
         self.is_cross = self.family.attention == "cross"
         self.is_wrapped = self.family.is_wrapped
-        self.previous = options.get(OVERRIDE)
+        self.options = options
+        self.host = HostAttention(options)
         self.context_tokens = text.context_shape[1]
         self.text_first = self.family.text_first
         # The layer whose block or module runs, and how many attention calls it makes before the one that reads the
         # text.
         self.layer: Layer | None = None
         self.calls_before = 0
+        # Inputs of the running module, and the text that it projected to keys last.
+        self.inputs: tuple[Any, ...] = ()
+        self.key_text: Tensor | None = None
         # Number of tokens that left each measured module, by the module's name.
         self.sizes: dict[str, int] = {}
         # Number of tokens that enter a wrapped block: of its text stream, and in all. A block with joined streams does
@@ -49,28 +59,42 @@ class GuidedTransformer:
 
     def install(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return the transformer options with the hooks."""
+        options = self._with_override(options)
         if not self.is_wrapped:
-            return {**options, OVERRIDE: self._override}
+            return options
         replacements = options.get("patches_replace", {})
         blocks = dict(replacements.get("dit", {}))
         for layer in self.text.guidance.order:
             key = (layer.part, layer.block)
             blocks[key] = self._wrap(layer, blocks.get(key))
-        return {**options, "patches_replace": {**replacements, "dit": blocks}, OVERRIDE: self._override}
+        return {**options, "patches_replace": {**replacements, "dit": blocks}}
+
+    def _with_override(self, options: dict[str, Any]) -> dict[str, Any]:
+        override = offered(self._override, self.host.previous, lambda: self.layer is not None)
+        return {**options, OVERRIDE: override}
 
     @contextmanager
     def watch(self, diffusion_model: Any) -> Iterator[None]:
         """Watch the model's modules while its call runs."""
         modules = readers(self.family, diffusion_model)
+        if self.modules and modules.keys() != self.modules.keys():
+            # A block cache, for instance, runs the host's own blocks inside a module of its own.
+            modules, self.are_blocks_replaced = self.modules, True
         # Older hosts put HunyuanVideo's image first, and its blocks say so. Newer hosts do not.
-        if any(getattr(module, "flipped_img_txt", False) for module in modules.values()):
+        if any(getattr(module, "flipped_img_txt", False) for module, _ in modules.values()):
             self.text_first = False
-        with ExitStack() as hooks:  # removes the hooks that are in place, whatever error occurs
+        with (
+            self.host.watch(diffusion_model),
+            ExitStack() as hooks,
+        ):  # removes the hooks that are in place, whatever error occurs
             for name in filter(None, (self.family.text_size, self.family.image_size, self.family.picture)):
                 self._measure(diffusion_model, name, hooks)
-            if not self.is_wrapped:
-                for layer in self.text.caught:
-                    self._follow(modules[layer], layer, hooks)
+            if not self.is_wrapped or self.are_blocks_replaced:
+                for layer in self.text.caught & modules.keys():
+                    self._follow(*modules[layer], layer, hooks)
+            if _is_run_by_others(diffusion_model):
+                for layer, (module, _) in self.modules.items():
+                    self._pass_options(module, layer, hooks)
             yield
 
     def _measure(self, diffusion_model: Any, name: str, hooks: ExitStack) -> None:
@@ -87,29 +111,60 @@ class GuidedTransformer:
 
         hooks.enter_context(module.register_forward_hook(measure))
 
-    def _follow(self, module: Any, layer: Layer, hooks: ExitStack) -> None:
-        """Set ``self.layer`` while the module runs that reads the text of a layer."""
+    def _follow(self, module: Any, keys: str, layer: Layer, hooks: ExitStack) -> None:
+        """Set ``self.layer`` while the module runs that reads the text of a layer, and note each text that it reads."""
         # Wan's image-to-video first attends to an embedded picture, with separate keys.
         calls_before = 1 if hasattr(module, "k_img") else 0
 
-        def enter(*_: Any) -> None:
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.layer, self.calls_before = layer, calls_before
+            self.inputs, self.key_text = (*args, *kwargs.values()), None
+
+        def project(_: Any, args: tuple[Any, ...]) -> None:
+            # A forward of another node may read the text in several calls, each with keys of its own.
+            self.calls_before, self.key_text = calls_before, args[0]
+
+        def leave(*_: Any) -> None:
+            self.layer, self.inputs, self.key_text = None, (), None
+
+        hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.enter_context(module.register_forward_hook(leave))
+        if keys:
+            hooks.enter_context(module.get_submodule(keys).register_forward_pre_hook(project))
+
+    def _pass_options(self, module: Any, layer: Layer, hooks: ExitStack) -> None:
+        """Pass the transformer options to a layer's module that a forward of another node runs without them."""
+
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+            if kwargs.get("transformer_options") or not _takes_options(module):
+                return None
+            if self.is_wrapped and self.layer is None and layer in self.text.caught:
+                self._measure_streams(kwargs)
+                self.layer = layer
+            return args, {**kwargs, "transformer_options": self._with_override(self.options)}
 
         def leave(*_: Any) -> None:
             self.layer = None
 
-        hooks.enter_context(module.register_forward_pre_hook(enter))
+        hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         hooks.enter_context(module.register_forward_hook(leave))
+
+    def _measure_streams(self, args: dict[str, Any]) -> None:
+        """Count the tokens that enter a block, by its streams ``img`` and ``txt``."""
+        if "img" not in args:
+            return
+        self.all_tokens = args["img"].shape[1]
+        if "txt" in args:
+            self.stream_tokens = args["txt"].shape[1]
+            self.all_tokens += self.stream_tokens
 
     def _wrap(self, layer: Layer, replacement: Block | None) -> Block:
         """Return a block's wrapper, around the wrapper of another node if there is one."""
 
         def guided_block(args: BlockArgs, extra: dict[str, Any]) -> dict[str, Any]:
-            self.all_tokens = args["img"].shape[1]
-            if "txt" in args:
-                self.stream_tokens = args["txt"].shape[1]
-                self.all_tokens += self.stream_tokens
-            self.layer = layer if layer in self.text.caught else None
+            self._measure_streams(args)
+            if not self.are_blocks_replaced:
+                self.layer = layer if layer in self.text.caught else None
             try:
                 return extra["original_block"](args) if replacement is None else replacement(args, extra)
             finally:
@@ -120,13 +175,33 @@ class GuidedTransformer:
     def _override(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
         if layer is None:
-            return host_attention(function, self.previous, *args, **kwargs)
-        call = AttentionCall(function, self.previous, args, kwargs)
+            return self.host(function, *args, **kwargs)
+        call = AttentionCall(function, self.host, args, kwargs)
         if not self._reads_text(call):
             return call.host_output()
         if self.is_cross:
-            return self.text.cross(call, layer)
+            return self.text.cross(call, layer, self._groups_of_part(call.q.shape[0]))
         return self.text.joint(call, layer, self._text_slice(call.k.shape[2]))
+
+    def _groups_of_part(self, batch: int) -> list[RowGroup] | None:
+        """Return the rows of an attention call that reads a part of the batch; None if it reads all rows.
+
+        The part is known by its place in the text that entered the module: they share their memory.
+        """
+        rows = self.text.groups[-1].rows.stop
+        part = self.key_text
+        if batch == rows or part is None:
+            return None
+        for entered in self.inputs:
+            if (
+                isinstance(entered, Tensor)
+                and entered.shape[1:] == part.shape[1:]
+                and entered.stride() == part.stride()
+                and entered.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+            ):
+                first = (part.storage_offset() - entered.storage_offset()) // max(entered.stride(0), 1)
+                return shifted(self.text.groups, slice(first, first + batch)) or None
+        return None
 
     def _reads_text(self, call: AttentionCall) -> bool:
         """Return True for the call of the running layer that reads the text. Must be asked once per attention call."""
@@ -156,3 +231,13 @@ class GuidedTransformer:
             tokens, in_front = self.stream_tokens, max(0, self.stream_tokens - self.context_tokens)
         start = 0 if self.text_first else all_tokens - tokens
         return slice(start + in_front, start + tokens)
+
+
+def _is_run_by_others(diffusion_model: Any) -> bool:
+    """Return True if another node gave the diffusion model a forward of its own, which calls the host's blocks."""
+    return any(name in vars(diffusion_model) for name in ("forward", "_forward", "forward_orig"))
+
+
+def _takes_options(module: Any) -> bool:
+    """Return True if a module's forward has a parameter for the transformer options."""
+    return "transformer_options" in inspect.signature(module.forward).parameters

@@ -633,14 +633,14 @@ def test_the_predicted_residual_falls_with_depth(depth: int) -> None:
         assert left[1] <= left[0] * (1 + 1e-9) and left[0] < one.residual.norm()
 
 
-# --- the gauge ----------------------------------------------------------------------------------------------------
+# --- the choice of units ------------------------------------------------------------------------------------------
 
 
 def rotation(dim: int, seed: int) -> Tensor:
     return torch.linalg.qr(cases.random(dim, dim, seed=seed, dtype=torch.float64)).Q
 
 
-GAUGES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, float]]] = {
+UNIT_CHANGES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, float]]] = {
     "longer queries, shorter keys": lambda q, k: (7.0 * q, k / 7.0, 1.0),
     "shorter queries, longer keys": lambda q, k: (q / 30.0, k * 30.0, 1.0),
     "the scale in the queries": lambda q, k: (q * 0.25, k, 4.0),
@@ -651,10 +651,10 @@ GAUGES: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, float]]] = {
 
 
 @depths
-@pytest.mark.parametrize("gauge", GAUGES)
-def test_changes_that_attention_does_not_see_change_nothing(gauge: str, depth: int) -> None:
+@pytest.mark.parametrize("change", UNIT_CHANGES)
+def test_changes_that_attention_does_not_see_change_nothing(change: str, depth: int) -> None:
     q, k, v = cases.qkv(SMALL, dtype=torch.float64)
-    q_changed, k_changed, factor = GAUGES[gauge](q, k)
+    q_changed, k_changed, factor = UNIT_CHANGES[change](q, k)
     assert not (torch.equal(q, q_changed) and torch.equal(k, k_changed))
     torch.testing.assert_close(
         sparse_dense_attention(q_changed, k_changed, v, scale=0.25 * factor),

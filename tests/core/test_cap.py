@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The shape of the cap is defined in one place: another cap there, and in its twins, and all results follow."""
+"""The shape of the cap is one function in gag_core: with another function there and in the reference, all agree."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def soft_cap(length: Tensor, limit: Tensor) -> Tensor:
-    """A cap that is reached at infinity; the sign of the length is kept."""
+    """Cap a length smoothly: the result approaches the limit for long vectors, and keeps the sign of the length."""
     return length / torch.sqrt(1.0 + (length / limit) ** 2)
 
 
 @pytest.fixture
 def soft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the cap in gag_core and in the reference."""
+    """Replace the cap in gag_core and in the reference by the soft one."""
     monkeypatch.setattr(geometry, "cap", soft_cap)
     monkeypatch.setattr(reference, "cap", soft_cap)
 
@@ -91,8 +91,8 @@ def test_a_soft_cap_is_measured_as_such(config: GuidanceConfig) -> None:
     assert (capped == (1.0 if has_cap else 0.0)).all(), "a soft cap shortens every vector"
 
 
-def test_the_soft_cap_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests above would also pass if nothing used the cap."""
+def test_a_soft_cap_changes_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the tests above would also pass if nothing used the cap."""
     for name, config in CONFIGS.items():
         hard = results(config)
         with monkeypatch.context() as patch:
@@ -106,7 +106,7 @@ def test_the_soft_cap_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["absolute", "relative", "orthogonal", "orthogonal-large"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_soft_cap_in_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their cap is one function too."""
+    """The kernels have the same function once more; replaced in it and in the reference, both agree."""
     import triton.language as tl
 
     from gag_core.triton import kernels, launch

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/**/*.md")])
+FOLDERS = (".", "docs", "web/docs", "training")
+PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
+DEVELOPING = ROOT / "docs" / "developing.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 # Files with messages for users. Messages of other files of gag_core are for callers of the library.
 CORE = ROOT / "gag_core"
@@ -83,6 +85,40 @@ def test_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
         assert isinstance(out, torch.Tensor) and out.shape == (1, 2, 5, 8) and bool(out.isfinite().all())
 
 
+def test_files_that_the_page_for_developers_names_exist() -> None:
+    text = DEVELOPING.read_text(encoding="utf-8")
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    files = [path for folder in folders for path in folder.rglob("*")] + [*ROOT.glob("*")]
+    paths = [f"/{path.relative_to(ROOT).as_posix()}" for path in files]
+    names = set(re.findall(r"(?<![\w./*-])(?:[\w-]+/)*[\w-]+\.(?:py|md|js|json|css|sha256)\b", text)) - {"Node.js"}
+    assert len(names) > 40
+    assert [name for name in sorted(names) if not any(path.endswith(f"/{name}") for path in paths)] == []
+    named_folders = set(re.findall(r"(?<![\w./*-])((?:[\w-]+/)+)(?![\w*])", text)) - {"custom_nodes/"}
+    assert [name for name in sorted(named_folders) if not any(f"{path}/".endswith(f"/{name}") for path in paths)] == []
+
+
+@pytest.mark.parametrize("folder", ["gag_core", "gag_core/triton", "nodes/patching", "nodes/panel", "nodes/demo"])
+def test_the_page_for_developers_names_every_file(folder: str) -> None:
+    text = DEVELOPING.read_text(encoding="utf-8")
+    names = [path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
+    assert [name for name in names if name not in text] == []
+
+
+def test_a_reason_has_the_same_words_on_the_node_and_in_the_panel() -> None:
+    """``NothingGuided`` in run.py has the words on the node, and web/texts.js those in the panel, by the same name."""
+    panel = dict(re.findall(r'^  (why_\w+): "(.*)",$', (ROOT / "web" / "texts.js").read_text("utf-8"), re.MULTILINE))
+    on_node: dict[str, str] = {}
+    for node in ast.walk(ast.parse((ROOT / "nodes" / "patching" / "run.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "NothingGuided":
+            name, words_on_node = node.args[:2]
+            assert isinstance(name, ast.Constant) and isinstance(name.value, str)
+            on_node[name.value] = template_of(words_on_node, {})
+    # The range is one value on the node and two in the panel. A strength of 0 makes no run.
+    on_node["why_range"] = on_node["why_range"].replace(ANYTHING, f"{ANYTHING} to {ANYTHING}")
+    assert panel.pop("why_off")
+    assert {name: re.sub(r"\{\w+\}", ANYTHING, text) for name, text in panel.items()} == on_node
+
+
 def test_every_message_is_in_troubleshooting() -> None:
     page = plain(TROUBLESHOOTING.read_text(encoding="utf-8"))
     missing = [message for message in sorted(messages()) if plain(message) not in page]
@@ -116,8 +152,8 @@ def messages() -> set[str]:
         for node in nodes:
             if isinstance(node, ast.Call) and (called := ast.unparse(node.func)).endswith((*MESSAGE_CALLS, "Error")):
                 expressions += node.args if called.endswith("Error") else node.args[:1]
-            elif isinstance(node, ast.Call) and called == "NothingGuided":
-                # The few words on the node, and the end of the sentence in the log.
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "NothingGuided":
+                # After the reason's name: the few words on the node, and the end of the sentence in the log.
                 expressions += node.args[1:]
             elif isinstance(node, ast.FunctionDef) and node.name == "sentence":
                 expressions += [one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value]

@@ -43,7 +43,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     merge=st.booleans(),
     rule=st.sampled_from(["gag", "pladis"]),
 )
-def test_1_alpha_one_is_the_identity(
+def test_alpha_one_is_the_identity(
     shape: Shape, seed: int, scale: float, eta: float, zeta: float, mode: str, merge: bool, rule: str
 ) -> None:
     """alpha = 1 gives S = D, and nothing is guided whatever the other settings."""
@@ -62,7 +62,7 @@ def test_1_alpha_one_is_the_identity(
 
 @PROPERTY
 @hypothesis.given(shape=SHAPES, seed=SEEDS, scale=LAMBDAS, alpha=ALPHAS, mode=MODES, merge=st.booleans())
-def test_2_all_of_the_discrepancy_uncapped_is_pladis(
+def test_all_of_the_discrepancy_uncapped_is_pladis(
     shape: Shape, seed: int, scale: float, alpha: float, mode: str, merge: bool
 ) -> None:
     """zeta = 1, eta = inf: D + (1 + lambda) (S - D)."""
@@ -83,7 +83,7 @@ def test_2_all_of_the_discrepancy_uncapped_is_pladis(
 
 @PROPERTY
 @hypothesis.given(shape=SHAPES, seed=SEEDS, alpha=ALPHAS, eta=ETAS, zeta=ZETAS, merge=st.booleans())
-def test_3_lambda_zero_is_plain_sparse_attention(
+def test_lambda_zero_is_plain_sparse_attention(
     shape: Shape, seed: int, alpha: float, eta: float, zeta: float, merge: bool
 ) -> None:
     q, k, v = cases.qkv(shape, seed=seed)
@@ -93,7 +93,7 @@ def test_3_lambda_zero_is_plain_sparse_attention(
     close(guided_attention(q, k, v, config), sparse_dense_attention(q, k, v, alpha=alpha)[0], 1e-5)
 
 
-def test_3_plain_sparse_attention_is_not_vanilla() -> None:
+def test_plain_sparse_attention_is_not_vanilla() -> None:
     q, k, v = cases.qkv(Shape(1, 2, 20, 77, 16))
     sparse = guided_attention(q, k, v, GuidanceConfig(guidance_scale=0.0))
     assert (sparse - softmax_attention(q, k, v)).abs().max() > 0.05
@@ -103,7 +103,7 @@ def test_3_plain_sparse_attention_is_not_vanilla() -> None:
 @hypothesis.given(
     shape=SHAPES, seed=SEEDS, scale=LAMBDAS, eta=ETAS, mode=MODES, merge=st.booleans(), strength=st.floats(0, 1)
 )
-def test_4_without_the_orthogonal_part_guidance_is_a_gain(
+def test_without_the_orthogonal_part_guidance_is_a_gain(
     shape: Shape, seed: int, scale: float, eta: float, mode: str, merge: bool, strength: float
 ) -> None:
     """out = S (1 + lambda c cap(x) / x), x = |c| ||S||, c = 1 - <D, S> / ||S||^2, per head or over all heads."""
@@ -123,12 +123,12 @@ def test_4_without_the_orthogonal_part_guidance_is_a_gain(
     close(out, dense + strength * (gained - dense), 1e-3)
 
 
-# Fact 5, the bracket of tau, is test_entmax.test_optimality_conditions.
+# The bracket of the threshold tau is tested in test_entmax.test_optimality_conditions.
 
 
 @PROPERTY
 @hypothesis.given(seed=SEEDS, alpha=ALPHAS, std=st.sampled_from([0.3, 1.0, 3.0]), keys=st.integers(2, 80))
-def test_6_sparse_weights_favour_large_logits(seed: int, alpha: float, std: float, keys: int) -> None:
+def test_sparse_weights_favour_large_logits(seed: int, alpha: float, std: float, keys: int) -> None:
     """q / p grows in z on the support, so that <q - p, f(z)> >= 0 for every increasing f."""
     z = cases.random(8, keys, seed=seed, std=std, dtype=torch.float64).sort(-1).values
     q, p = entmax(z, alpha), torch.softmax(z, -1)
@@ -142,7 +142,7 @@ def test_6_sparse_weights_favour_large_logits(seed: int, alpha: float, std: floa
 
 @PROPERTY
 @hypothesis.given(shape=SHAPES, seed=SEEDS, alpha=ALPHAS, beta=st.sampled_from([0.05, 0.25, 1.0]))
-def test_6_sparse_retrieval_moves_towards_the_query(shape: Shape, seed: int, alpha: float, beta: float) -> None:
+def test_sparse_retrieval_moves_towards_the_query(shape: Shape, seed: int, alpha: float, beta: float) -> None:
     """With K = V = X and z = beta X xi: <T_sparse(xi) - T_dense(xi), xi> >= 0, always."""
     xi, x, _ = cases.qkv(shape, seed=seed)
     sparse, dense = sparse_dense_attention(xi, x, x, alpha=alpha, scale=beta)
@@ -151,7 +151,7 @@ def test_6_sparse_retrieval_moves_towards_the_query(shape: Shape, seed: int, alp
     assert (along >= -1e-5 * reach).all()
 
 
-def test_6_the_retrieval_property_is_not_vacuous() -> None:
+def test_sparse_retrieval_moves_far_towards_most_queries_if_keys_are_values() -> None:
     xi, x, v = cases.qkv(Shape(1, 2, 200, 77, 16))
     sparse, dense = sparse_dense_attention(xi, x, x)
     assert (((sparse - dense) * xi).sum(-1) > 0.01).double().mean() > 0.9

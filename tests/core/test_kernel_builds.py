@@ -2,9 +2,9 @@
 """The Triton kernels compile for all supported cards, fit on them, and execute few instructions.
 
 These tests need no card, because Triton's compilers need none. The kernels are launched as usual up to the driver. A
-stand-in takes the place of the driver: it names the card, states the shared memory of a program, and runs nothing. The
-listing of NVIDIA's compiler shows how wide memory is read, how many instructions a warp executes (those in loops are
-counted once for each Newton step), and how many of these are spills.
+stand-in replaces the driver: it names the card, states the shared memory of a program, and runs nothing. The
+disassembly of NVIDIA's programs shows how many bytes each instruction reads, how many instructions a warp executes
+(those in loops count once for each Newton step), and how many of them spill registers to memory.
 """
 
 from __future__ import annotations
@@ -36,24 +36,26 @@ built = []
 dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 case = {}
 
-def listed(binary, *what):
+def disassembled(binary, *options):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        return subprocess.run([dump, *what, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([dump, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 def executed(binary):
     '''Count instructions by name; those in loops count once for each Newton step.'''
-    found = re.findall(r"/[*]([0-9a-f]{4,})[*]/ +(?:@!?U?P[T0-9]+ +)?([A-Z0-9_.]+)([^;]*);", listed(binary, "-sass"))
-    program = [(int(place, 16), name, rest) for place, name, rest in found if name != "NOP"]
-    back = [(int(to[1], 16), place) for place, name, rest in program
-            if name == "BRA" and (to := re.search("0x([0-9a-f]+)", rest))]
-    loops = [(first, last) for first, last in back if first < last]
-    numbers = {}
-    for place, name, _ in program:
-        times = case["steps"] ** sum(first <= place <= last for first, last in loops)
-        numbers[name] = numbers.get(name, 0) + times
-    return numbers
+    instruction = r"/[*]([0-9a-f]{4,})[*]/ +(?:@!?U?P[T0-9]+ +)?([A-Z0-9_.]+)([^;]*);"
+    found = re.findall(instruction, disassembled(binary, "-sass"))
+    program = [(int(address, 16), name, operands) for address, name, operands in found if name != "NOP"]
+    branches = [(int(target[1], 16), address) for address, name, operands in program
+                if name == "BRA" and (target := re.search("0x([0-9a-f]+)", operands))]
+    # A branch to an earlier address closes a loop.
+    loops = [(first, last) for first, last in branches if first < last]
+    counts = {}
+    for address, name, _ in program:
+        times = case["steps"] ** sum(first <= address <= last for first, last in loops)
+        counts[name] = counts.get(name, 0) + times
+    return counts
 
 class Driver:
     def __init__(self, number, target):
@@ -68,7 +70,7 @@ class Driver:
         return {"max_shared_mem": int(sys.argv[1]), "warpSize": self.target.warp_size}
     def load_binary(self, name, binary, shared, device):
         on_nvidia = self.target.backend == "cuda"
-        stack = int(re.search(r"REG:\\d+ STACK:(\\d+)", listed(binary, "-res-usage"))[1]) if on_nvidia else 0
+        stack = int(re.search(r"REG:\\d+ STACK:(\\d+)", disassembled(binary, "-res-usage"))[1]) if on_nvidia else 0
         built.append({**case, "kernel": name, "shared": shared, "size": len(binary), "stack": stack,
                       "executed": executed(binary) if on_nvidia else {}})
         return 0, 0, 0, 0, 1024
@@ -128,7 +130,7 @@ def on_nvidia(built: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [program for program in built if program["executed"]]
 
 
-def test_every_card_gets_a_program(built: list[dict[str, Any]]) -> None:
+def test_a_program_is_built_for_every_card(built: list[dict[str, Any]]) -> None:
     assert {program["target"] for program in built} == {"80", "90", "120", "gfx1100"}
     assert {program["kernel"] for program in built} == {"guided_attention_kernel", "guided_attention_long_kernel"}
     assert all(program["size"] > 1000 for program in built)
@@ -141,21 +143,21 @@ def test_shared_memory_of_a_consumer_card_is_enough(built: list[dict[str, Any]])
 
 
 def test_registers_are_enough(built: list[dict[str, Any]]) -> None:
-    """Except for a few bytes per thread: numbers that do not fit go through memory again and again."""
+    """A few bytes per thread may spill. More would cost time, as spilled numbers go through memory again and again."""
     for program in built:
         assert program["stack"] <= 100, named(program)
     for program in on_nvidia(built):
         assert count(program, "STL", "LDL") <= 0.05 * count(program, ""), named(program)
 
 
-def test_memory_is_read_and_written_as_widely_as_it_lies_there(built: list[dict[str, Any]]) -> None:
-    """16 bytes are read at once, except for the last few keys."""
+def test_memory_is_read_and_written_16_bytes_at_once(built: list[dict[str, Any]]) -> None:
+    """The last few keys are an exception, and so are masks, whose elements are bytes."""
     for program in on_nvidia(built):
-        if program["dtype"] == "torch.float32" or program["alpha"] != 1.5:  # with a mask, whose numbers are bytes
+        if program["dtype"] == "torch.float32" or program["alpha"] != 1.5:  # with a mask
             continue
         assert count(program, "LDG.E.U", "LDG.E.S", "STG.E.U", "STG.E.S") == 0, named(program)
         assert count(program, "LDG.E.128") >= 0.6 * count(program, "LDG"), named(program)
-        if program["keys"] != 231:  # a block of 16 queries has fewer numbers than that for each thread
+        if program["keys"] != 231:  # a block of 16 queries has fewer bytes than 16 for each thread
             assert count(program, "STG.E.128") == count(program, "STG"), named(program)
 
 
@@ -164,7 +166,7 @@ def test_memory_is_read_and_written_as_widely_as_it_lies_there(built: list[dict[
     [(77, 40, 2300), (77, 64, 2300), (77, 160, 3300), (231, 160, 3900), (256, 128, 5500), (512, 128, 5400)],
 )
 def test_few_instructions(built: list[dict[str, Any]], keys: int, dim: int, most: int) -> None:
-    """Count the instructions of a warp for its share of a block of queries, to notice a change for the worse."""
+    """A warp's share of a block of queries takes no more instructions than when the limit was set."""
     found = [one for one in on_nvidia(built) if (one["keys"], one["dim"], one["alpha"]) == (keys, dim, 1.5)]
     found = [one for one in found if one["dtype"] != "torch.float32"]
     assert len(found) == 3

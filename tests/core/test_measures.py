@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The measures of a probe against plain fp64 twins, and finite results for all finite inputs."""
+"""The measures of a probe against plain an fp64 reference, and finite results for all finite inputs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What docs/security.md promises about the code of the pack, as users download it."""
+"""Promises of docs/security.md about the code of the pack, as users download it."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +22,21 @@ def host_in_the_results(record_property: Any) -> None:
     Each test records it, because only properties of tests reach the report from other processes.
     """
     record_property("host", host.VERSION)
+
+
+@pytest.fixture
+def node_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Texts that the pack's nodes show during the test, in order."""
+    texts: list[str] = []
+    browser = host.pack_module("nodes.panel.browser").BROWSER
+    monkeypatch.setattr(browser, "send_text", lambda text, _: texts.append(text))
+    return texts
+
+
+@pytest.fixture
+def log_messages(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """Function that returns the messages that the pack has logged so far, one a line."""
+    return lambda: "\n".join(record.message for record in caplog.records if record.name == "comfyui-gag")
 
 
 @pytest.fixture

@@ -22,10 +22,12 @@ PACK = (ROOT / "nodes", ROOT / "gag_core")
 MAX_FILES = 7
 MAX_STRETCHES = 3
 # Files in the order of the calls, without the repeats of consecutive calls into one file.
-ATTENTION = ["attention", "eager", "numerics", "eager", "numerics", "entmax", "geometry", "numerics", "attention_call"]
+CROSS = ["attention", "eager", "numerics", "eager", "numerics", "entmax", "geometry", "numerics", "attention_call"]
+# Before the guided part the core computes the joint attention, and its logsumexp.
+JOINT = ["attention", "eager", *CROSS]
 PATHS = {
-    "sd15": ["unet", "attention_call", *ATTENTION],
-    "flux": ["transformer", "attention_call", "transformer", "attention_call", *ATTENTION],
+    "sd15": ["unet", "attention_call", *CROSS],
+    "flux": ["transformer", "attention_call", "transformer", "attention_call", *JOINT],
 }
 OVERRIDES: dict[str, CodeType] = {
     "sd15": host.pack_module("nodes.patching.unet").GuidedUNet._override.__code__,
@@ -83,6 +85,12 @@ def test_a_guided_attention_call_passes_through_few_files(name: str) -> None:
     assert path == PATHS[name]
     assert len(set(path)) <= MAX_FILES
     assert max(Counter(path).values()) <= MAX_STRETCHES
+
+
+def test_the_page_for_developers_shows_the_paths() -> None:
+    page = " ".join((ROOT / "docs" / "developing.md").read_text(encoding="utf-8").split())
+    for path in PATHS.values():
+        assert f" {' > '.join(path)} " in page
 
 
 @pytest.mark.parametrize(("name", "other"), [("sd15", "transformer"), ("flux", "unet")])

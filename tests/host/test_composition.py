@@ -94,16 +94,6 @@ def companion_alone(companion: Companion) -> Tensor:
     return companions.sample(companion.patched(companions.build(companion.model)), companion.model, **companion.run())
 
 
-@pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Texts that nodes show during the test."""
-    texts: list[str] = []
-    monkeypatch.setattr(
-        host.pack_module("nodes.panel.browser").BROWSER, "send_text", lambda text, _: texts.append(text)
-    )
-    return texts
-
-
 def is_guided(name: str, call: Call) -> bool:
     """Return True for a call that is guided by default. A ControlNet has none."""
     if call.module.startswith("ControlNet."):
@@ -149,7 +139,7 @@ def check_every_call(name: str, calls: list[Call]) -> int:
 
 
 @each_row
-def test_every_attention_is_right(companion: Companion, order: str, reports: list[str]) -> None:
+def test_every_attention_is_right(companion: Companion, order: str, node_texts: list[str]) -> None:
     """Attention is guided where it reads the text and nowhere else, both nodes act, and the node's text is right."""
     assert companion.patched is not None
     name, run = companion.model, companion.run()
@@ -158,7 +148,7 @@ def test_every_attention_is_right(companion: Companion, order: str, reports: lis
     with record_calls(model, *nets) as calls:
         out = companions.sample(model, name, **run)
     assert all(any(call.module.startswith(type(net).__name__) for call in calls) for net in nets)
-    report = reports[0]
+    report = node_texts[0]
     assert torch.isfinite(out).all()
     assert not torch.equal(out, companion_alone(companion))
     assert out.shape != guidance_alone(name).shape or not torch.equal(out, guidance_alone(name))
@@ -531,7 +521,7 @@ def build_shallow(name: str) -> Any:
         for name, order in (("flux", FIRST), ("wan-t2v", FIRST), ("sd15", LAST))
     ],
 )
-def test_a_compiled_model_gives_the_same_picture(name: str, order: str, reports: list[str]) -> None:
+def test_a_compiled_model_gives_the_same_picture(name: str, order: str, node_texts: list[str]) -> None:
     """Guidance acts in the first step only. The second run compiles nothing.
 
     The backend only traces the model. Other backends compile the traced graphs further, which takes minutes.
@@ -546,8 +536,8 @@ def test_a_compiled_model_gives_the_same_picture(name: str, order: str, reports:
     assert count > 0
     assert torch.equal(companions.sample(model, name), expected)
     assert graph_count() == count, "compiled anew in the second run"
-    assert len(set(reports)) == 1
-    assert reports[0].endswith(" in 1 of 2 calls.")
+    assert len(set(node_texts)) == 1
+    assert node_texts[0].endswith(" in 1 of 2 calls.")
 
 
 @pytest.mark.usefixtures("traceable_attention")
@@ -702,9 +692,9 @@ def test_batches_split_for_lack_of_memory_give_the_same_picture(
 
 @rows("GAG twice")
 def test_each_of_two_gag_nodes_acts_in_its_range(
-    order: str, reports: list[str], caplog: pytest.LogCaptureFixture
+    order: str, node_texts: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the ranges overlap the later node acts, and both nodes and the log say so."""
+    """In the overlap of two ranges the later node acts, and both nodes and the log say so."""
     model = host.build_model("sd15")
     caplog.set_level("INFO", logger="comfyui-gag")
     early = guided(model, end_percent=0.6)
@@ -719,6 +709,6 @@ def test_each_of_two_gag_nodes_acts_in_its_range(
         own = steps.setdefault(name, {})
         host.sample(patched, "sd15", steps=10, callback=lambda i, x0, *_, own=own: own.update({i: x0.clone()}))
     assert torch.equal(steps["both"][0], steps["early"][0])
-    first, second = reports[:2]
+    first, second = node_texts[:2]
     assert first == "Guided 6 of 6 attentions in 4 of 10 calls. In 2 a later GAG node acted."
     assert second == "Guided 6 of 6 attentions in 6 of 10 calls."

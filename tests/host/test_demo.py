@@ -131,7 +131,7 @@ def test_weights_that_do_not_fit_the_hosts_class_are_refused(name: str, change: 
 
 def test_unknown_words_are_refused_and_named() -> None:
     _, encoder, _ = host.run_node("GAGDemoLoader")
-    with pytest.raises(ValueError, match=r"does not know 'pink', 'dog'; it knows , \. a above") as raised:
+    with pytest.raises(ValueError, match=r"does not know 'pink', 'dog'; it knows these words: , \. a above") as raised:
         host.run_node("GAGDemoPrompt", text_encoder=encoder, text="A pink circle above a dog, a pink one")
     assert all(word in str(raised.value) for word in ("purple", "white", "crosses", "three"))
 

@@ -3,29 +3,38 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+
 import pytest
 
 import host_process as host
+from comfy_host import ROOT
 from transformers_of_host import TRANSFORMERS
 
-# All models of release 0.3.75, in which tests run unless another release is named.
-OF_0_3_75 = {
-    *("flux", "flux-kontext", "flux-fill", "flux2", "chroma", "chroma-radiance", "sd3", "sd3.5-medium", "auraflow"),
-    *("qwen-image", "qwen-image-edit", "hunyuan-video", "hunyuan-video-1.5", "hunyuan-image", "mochi", "hidream"),
-    *("omnigen2", "omnigen2-edit", "wan-t2v", "wan-i2v", "wan-2.2-5b", "wan-vace", "wan-camera", "wan-humo"),
-    *("wan-animate", "cosmos", "cosmos-predict2", "ltx-video", "lumina2", "z-image"),
-}
-NOT_IN_0_3_60 = {"flux2", "z-image", "hunyuan-video-1.5", "wan-humo"}
+# Releases of ComfyUI in which each model passed, by "family/model": `python dev.py docs` records them.
+TESTED: dict[str, list[str]] = json.loads((ROOT / "docs" / "tested.json").read_text(encoding="utf-8"))["models"]
 
 
-def test_every_model_of_the_host_is_tested() -> None:
+def test_no_model_that_passed_in_this_release_or_before_is_missing() -> None:
     version = host.version_of(host.VERSION)
-    if version == (0, 3, 75):
-        assert set(TRANSFORMERS) == OF_0_3_75
-    elif version < (0, 3, 75):
-        assert set(TRANSFORMERS) >= OF_0_3_75 - NOT_IN_0_3_60
-    else:
-        assert set(TRANSFORMERS) >= OF_0_3_75
+    passed = {row for row, releases in TESTED.items() if any(host.version_of(one) <= version for one in releases)}
+    transformers = {row for row in passed if not row.startswith("unet/")}
+    assert len(transformers) > 20
+    assert transformers - {f"{tiny.family}/{name}" for name, tiny in TRANSFORMERS.items()} == set()
+
+
+def test_every_family_of_this_release_has_a_model() -> None:
+    def exists(model_class: str) -> bool:
+        module, _, name = model_class.rpartition(".")
+        try:
+            return hasattr(importlib.import_module(module), name)
+        except ModuleNotFoundError:
+            return False
+
+    families = host.pack_module("nodes.patching.families").FAMILIES
+    here = {family.name for family in families if exists(family.model_class)}
+    assert here - {tiny.family for tiny in TRANSFORMERS.values()} == {"unet"}
 
 
 @pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced"])

@@ -332,16 +332,12 @@ def test_only_the_measures_of_a_run_outlive_it() -> None:
     assert sum(t.numel() * t.element_size() for t in (result.values, result.guided)) < 4096
 
 
-def test_the_node_says_how_much_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts: list[str] = []
-    monkeypatch.setattr(
-        host.pack_module("nodes.panel.browser").BROWSER, "send_text", lambda text, _: texts.append(text)
-    )
+def test_the_node_says_how_much_it_measured(node_texts: list[str]) -> None:
     model, probe = probed(host.build_model("sd15"))
     host.sample(model, "sd15", steps=3)
     empty = host.conditioning("sd15", 10, tokens=0)
     host.sample(model, "sd15", positive=empty, negative=empty)
-    assert texts == ["Measured 7 attentions in 3 model calls.", "Nothing measured: no text attention ran."]
+    assert node_texts == ["Measured 7 attentions in 3 model calls.", "Nothing measured: no text attention ran."]
     assert probe.result.layers == ()
 
 

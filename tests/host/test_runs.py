@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
@@ -133,7 +134,7 @@ def test_models_patched_differently_in_one_graph_do_not_affect_each_other() -> N
 
 
 def test_each_of_two_nodes_acts_in_its_own_range() -> None:
-    """Where the ranges of two nodes on one model overlap, the later node acts."""
+    """In the overlap of the ranges of two nodes on one model, the later node acts."""
     model = host.build_model("sd15")
     early = guided(model, preset="paper", end_percent=0.5)
     both = guided(early, preset="gentle", start_percent=0.4)
@@ -202,27 +203,34 @@ def test_an_error_in_the_middle_of_a_model_call_leaves_nothing_behind(name: str,
     assert torch.equal(companions.sample(patched, name), fresh)
 
 
-def test_no_hook_is_left_if_one_cannot_be_set() -> None:
-    """In this run another node has removed a guided block."""
+def test_no_hook_is_left_if_one_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     patched = guided(companions.build("wan-t2v"))
-    network = patched.model.diffusion_model
-    network.blocks = network.blocks[:1]
-    with pytest.raises(KeyError):
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no hook here")
+
+    monkeypatch.setattr(patched.model.diffusion_model.blocks[1].cross_attn, "register_forward_hook", refuse)
+    with pytest.raises(RuntimeError, match="no hook here"):
         companions.sample(patched, "wan-t2v")
     assert hook_count(patched) == 0
 
 
+def test_a_block_that_another_node_removed_is_not_counted(node_texts: list[str]) -> None:
+    patched = guided(companions.build("wan-t2v"))
+    network = patched.model.diffusion_model
+    network.blocks = network.blocks[:1]
+    companions.sample(patched, "wan-t2v")
+    assert node_texts == ["Guided 1 of 2 attentions in 2 of 2 calls."]
+    assert hook_count(patched) == 0
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_two_copies_of_a_model_run_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_copies_of_a_model_run_at_once(name: str, node_texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's multi-GPU sampling sends the prompts of a step to copies of the model, each in its own thread."""
     model, other = guided(companions.build(name), schedule=[1.5, 0.5]), companions.build(name)
     other.wrappers, other.model_options, other.model.current_patcher = model.wrappers, model.model_options, other
     run = TRANSFORMERS[name].sample if name in TRANSFORMERS else partial(host.sample, name=name)
     both_started = Barrier(2, timeout=60)
-    texts: list[str] = []
-    monkeypatch.setattr(
-        host.pack_module("nodes.panel.browser").BROWSER, "send_text", lambda text, _: texts.append(text)
-    )
 
     def by_prompt(apply_model: Any, args: dict[str, Any]) -> Tensor:
         assert len(args["cond_or_uncond"]) == 2
@@ -249,8 +257,8 @@ def test_two_copies_of_a_model_run_at_once(name: str, monkeypatch: pytest.Monkey
     out = run(model=spread, cfg=4.0)
     monkeypatch.setattr(model.model, "memory_required", lambda *_, **__: 2**60)  # one prompt at a time
     assert torch.equal(out, run(model=model, cfg=4.0))
-    assert texts[0] == texts[1]
-    assert texts[0].endswith(" in 4 of 4 calls.")
+    assert node_texts[0] == node_texts[1]
+    assert node_texts[0].endswith(" in 4 of 4 calls.")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -269,40 +277,31 @@ def test_no_object_of_a_run_outlives_it(name: str) -> None:
     assert host.pack_module("nodes.patching.patch").KEY not in patched.model_options.get("transformer_options", {})
 
 
-def messages(caplog: pytest.LogCaptureFixture) -> str:
-    """Return the messages that the pack has logged."""
-    return "\n".join(record.message for record in caplog.records if record.name == "comfyui-gag")
-
-
-def test_the_log_says_that_no_step_lies_within_the_range(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_no_step_lies_within_the_range(log_messages: Callable[[], str]) -> None:
     host.sample(guided(host.build_model("sd15"), start_percent=1.0), "sd15")
-    assert "GAG guided nothing in this run: no step lies within its start_percent and end_percent" in messages(caplog)
-    assert ", 1 to 1; where a run has so few steps, set start_percent to 0." in messages(caplog)
+    assert "GAG guided nothing in this run: no step lies within its start_percent and end_percent" in log_messages()
+    assert ", 1 to 1; where a run has so few steps, set start_percent to 0." in log_messages()
 
 
 @pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"])
 def test_the_default_range_leaves_the_first_steps_alone_and_a_run_of_one_step_says_so(
-    node_id: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    node_id: str, log_messages: Callable[[], str], node_texts: list[str]
 ) -> None:
-    texts: list[str] = []
-    monkeypatch.setattr(
-        host.pack_module("nodes.panel.browser").BROWSER, "send_text", lambda text, _: texts.append(text)
-    )
     inputs = {i.id: i for i in host.NODES[node_id].GET_SCHEMA().inputs}
     plain = host.build_model("sd15")
     (model,) = host.run_node(node_id, model=plain, start_percent=inputs["start_percent"].default)
     host.sample(model, "sd15", steps=10)
     assert torch.equal(host.sample(model, "sd15", steps=1), host.sample(plain, "sd15", steps=1))
-    assert texts == ["Guided 6 of 6 attentions in 7 of 10 calls.", "Nothing guided: no step within 0.3 to 1."]
-    assert ", 0.3 to 1; where a run has so few steps, set start_percent to 0." in messages(caplog)
+    assert node_texts == ["Guided 6 of 6 attentions in 7 of 10 calls.", "Nothing guided: no step within 0.3 to 1."]
+    assert ", 0.3 to 1; where a run has so few steps, set start_percent to 0." in log_messages()
 
 
-def test_the_log_says_that_a_later_node_acts(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_a_later_node_acts(log_messages: Callable[[], str]) -> None:
     host.sample(guided(guided(host.build_model("sd15"))), "sd15")
-    assert "a later GAG node on the same model acts in all steps of its range" in messages(caplog)
+    assert "a later GAG node on the same model acts in all steps of its range" in log_messages()
 
 
-def test_the_log_says_that_no_model_call_had_a_positive_prompt(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_no_model_call_had_a_positive_prompt(log_messages: Callable[[], str]) -> None:
     (model,) = host.run_advanced(model=host.build_model("sd15"), apply_to="positive")
 
     def only_negative(args: dict[str, Any]) -> Tensor:
@@ -310,33 +309,25 @@ def test_the_log_says_that_no_model_call_had_a_positive_prompt(caplog: pytest.Lo
         return args["apply"](args["input"], args["timestep"], **args["c"])
 
     model.set_model_unet_function_wrapper(lambda apply, args: only_negative({**args, "apply": apply}))
-    host.sample(model, "sd15")
-    assert "no model call had a positive prompt" in messages(caplog)
+    # Both prompts have one text, so that the host's list decides.
+    host.sample(model, "sd15", positive=host.conditioning("sd15", 10), negative=host.conditioning("sd15", 10))
+    assert "no model call had a positive prompt" in log_messages()
 
 
-def test_the_log_says_that_no_chosen_attention_ran(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_no_chosen_attention_ran(log_messages: Callable[[], str]) -> None:
     """Another node replaces the blocks with functions that have no attention."""
     model = guided(host.build_model("flux"))
     for part, count in (("double_block", 2), ("single_block", 3)):
         for index in range(count):
             model.set_model_patch_replace(lambda args, _: args, "dit", part, index)
     host.sample(model, "flux", cfg=1.0)
-    assert "none of the chosen attentions ran" in messages(caplog)
+    assert "none of the chosen attentions ran" in log_messages()
 
 
-def test_the_log_says_that_the_prompts_have_no_tokens(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_the_prompts_have_no_tokens(log_messages: Callable[[], str]) -> None:
     prompt = host.conditioning("sd15", 10, tokens=0)
     host.sample(guided(host.build_model("sd15")), "sd15", positive=prompt, negative=prompt)
-    assert "GAG guided nothing in this run: no model call had a single token of text." in messages(caplog)
-
-
-@pytest.fixture
-def node_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Texts that nodes show during the test."""
-    texts: list[str] = []
-    browser = host.pack_module("nodes.panel.browser").BROWSER
-    monkeypatch.setattr(browser, "send_text", lambda text, _: texts.append(text))
-    return texts
+    assert "GAG guided nothing in this run: no model call had a single token of text." in log_messages()
 
 
 def test_the_node_says_that_the_prompts_are_empty(node_texts: list[str]) -> None:
@@ -346,7 +337,7 @@ def test_the_node_says_that_the_prompts_are_empty(node_texts: list[str]) -> None
 
 
 def test_text_that_does_not_come_in_c_crossattn_is_not_called_empty(
-    node_texts: list[str], caplog: pytest.LogCaptureFixture
+    node_texts: list[str], log_messages: Callable[[], str]
 ) -> None:
     """Some models get their text by other inputs of a model call. Two wrappers around GAG's make a model behave so."""
     contexts: list[Tensor] = []
@@ -369,20 +360,20 @@ def test_text_that_does_not_come_in_c_crossattn_is_not_called_empty(
     assert torch.equal(host.sample(patched, "sd15"), plain)
     assert not contexts
     assert node_texts == ["Nothing guided: its text comes another way."]
-    assert "GAG guided nothing in this run: no model call had the input c_crossattn" in messages(caplog)
-    assert "empty" not in messages(caplog) and "a single token" not in messages(caplog)
+    assert "GAG guided nothing in this run: no model call had the input c_crossattn" in log_messages()
+    assert "empty" not in log_messages() and "a single token" not in log_messages()
 
 
-def test_the_log_says_that_strength_0_is_off(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_strength_0_is_off(caplog: pytest.LogCaptureFixture, log_messages: Callable[[], str]) -> None:
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         guided(host.build_model("sd15"), strength=0.0)
-    assert "GAG is off: strength is 0" in messages(caplog)
+    assert "GAG is off: strength is 0" in log_messages()
 
 
-def test_verbose_lists_the_guided_attentions(caplog: pytest.LogCaptureFixture) -> None:
+def test_verbose_lists_the_guided_attentions(caplog: pytest.LogCaptureFixture, log_messages: Callable[[], str]) -> None:
     (model,) = host.run_advanced(model=host.build_model("sd15"), verbose=True, blocks="d1,m")
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         host.sample(model, "sd15", steps=3)
-    text = messages(caplog)
+    text = log_messages()
     assert "Guided 2 of 2 attentions in 3 of 3 calls." in text
     assert "input.3.0: 3, middle.0.0: 3" in text

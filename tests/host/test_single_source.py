@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import texts
 
 import host_process as host
 from comfy_host import ROOT
+from generate import texts
 
 FAMILIES = host.pack_module("nodes.patching.families").FAMILIES
 MEASURES = host.pack_module("gag_core.measures").MEASURES

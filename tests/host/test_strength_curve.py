@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Schedules: their mathematics against a plain twin, and the factor of every step in real runs."""
+"""Schedules: their mathematics against a plain reference, and the factor of every step in real runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SHARES = st.floats(0.0, 1.0)
 # --- the mathematics ----------------------------------------------------------------------------------------------
 
 
-def twin(kind: str, start_value: float, end_value: float, start: float, end: float, at: float) -> float:
+def reference_factor(kind: str, start_value: float, end_value: float, start: float, end: float, at: float) -> float:
     """Compute the factor as docs and tooltips describe it; ``at`` grows during a run, as ``start`` and ``end`` do."""
     if kind == "constant":
         return end_value
@@ -70,12 +70,12 @@ def test_every_kind_follows_its_formula_over_steps_and_over_sigma(
     start, end = sorted(data.draw(st.tuples(SHARES, SHARES)))
     at = data.draw(SHARES | st.sampled_from([0.0, 1.0, start, end]))
     curve = Curve(kind, *values, start, end)
-    expected = twin(kind, *values, start, end, at)
+    expected = reference_factor(kind, *values, start, end, at)
     assert curve.factor(at, math.nan) == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING)
     # Noise falls during a run, so the same curve over noise is its mirror image.
     mirrored = Curve(kind, *values, 15.0 * (1.0 - start), 15.0 * (1.0 - end), "sigma")
     level = 15.0 * (1.0 - at)
-    expected = twin(kind, *values, -mirrored.start, -mirrored.end, -level)
+    expected = reference_factor(kind, *values, -mirrored.start, -mirrored.end, -level)
     assert mirrored.factor(math.nan, level) == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING)
 
 
@@ -321,9 +321,11 @@ def test_each_step_has_the_factor_of_its_position(name: str) -> None:
     assert len(calls) == steps
     for step, (level, strength) in enumerate(calls):
         if curve.over == "steps":
-            factor = twin(curve.kind, curve.start_value, curve.end_value, curve.start, curve.end, step / (steps - 1))
+            factor = reference_factor(
+                curve.kind, curve.start_value, curve.end_value, curve.start, curve.end, step / (steps - 1)
+            )
         else:
-            factor = twin(curve.kind, curve.start_value, curve.end_value, -curve.start, -curve.end, -level)
+            factor = reference_factor(curve.kind, curve.start_value, curve.end_value, -curve.start, -curve.end, -level)
         if factor == 0.0:
             assert strength is None
         else:
@@ -610,21 +612,6 @@ def noise_levels(model: Any) -> list[float]:
     return [level for level, _ in calls]
 
 
-@pytest.fixture
-def node_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Texts that nodes show during the test."""
-    texts: list[str] = []
-    monkeypatch.setattr(
-        host.pack_module("nodes.panel.browser").BROWSER, "send_text", lambda text, _: texts.append(text)
-    )
-    return texts
-
-
-def messages(caplog: pytest.LogCaptureFixture) -> str:
-    """Return the messages that the pack has logged."""
-    return "\n".join(record.message for record in caplog.records if record.name == "comfyui-gag")
-
-
 def test_the_counts_leave_out_steps_with_factor_0(node_texts: list[str]) -> None:
     run(guided(demo(), Curve("interval", 0.0, 1.0, 0.0, 0.5)))
     assert node_texts == ["Guided 4 of 4 attentions in 3 of 6 calls."]
@@ -634,26 +621,28 @@ def test_the_counts_leave_out_steps_with_factor_0(node_texts: list[str]) -> None
     ("settings", "stretch"), [({}, "of the run"), ({"start_percent": 0.2, "end_percent": 0.9}, "from 0.2 to 0.9")]
 )
 def test_the_node_and_the_log_say_that_the_schedule_is_0(
-    settings: dict[str, Any], stretch: str, node_texts: list[str], caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], stretch: str, node_texts: list[str], log_messages: Callable[[], str]
 ) -> None:
     run(guided(demo(), [0.0], **settings))
     assert node_texts == ["Nothing guided: its schedule is 0."]
-    assert f"GAG guided nothing in this run: its schedule is 0 in all steps {stretch}." in messages(caplog)
+    assert f"GAG guided nothing in this run: its schedule is 0 in all steps {stretch}." in log_messages()
 
 
-def test_the_log_says_that_a_later_node_acts_except_where_its_schedule_is_0(node_texts: list[str], caplog: Any) -> None:
+def test_the_log_says_that_a_later_node_acts_except_where_its_schedule_is_0(
+    node_texts: list[str], caplog: pytest.LogCaptureFixture, log_messages: Callable[[], str]
+) -> None:
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         run(guided(guided(demo(), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]), [1.0]))
     assert node_texts == ["Nothing guided: a later GAG node acts.", "Guided 4 of 4 attentions in 6 of 6 calls."]
-    assert "acts in all steps of its range in which its schedule is not 0." in messages(caplog)
-    assert "from 0 to 1 of the run the later one acts, except where its schedule is 0." in messages(caplog)
+    assert "acts in all steps of its range in which its schedule is not 0." in log_messages()
+    assert "from 0 to 1 of the run the later one acts, except where its schedule is 0." in log_messages()
 
 
-def test_verbose_logs_the_schedule(caplog: pytest.LogCaptureFixture) -> None:
+def test_verbose_logs_the_schedule(caplog: pytest.LogCaptureFixture, log_messages: Callable[[], str]) -> None:
     (model,) = host.run_advanced(model=demo(), verbose=True, schedule=Curve("bump"))
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         run(model)
-    assert "Schedule: Curve(kind='bump'" in messages(caplog)
+    assert "Schedule: Curve(kind='bump'" in log_messages()
 
 
 # --- compiled models ----------------------------------------------------------------------------------------------

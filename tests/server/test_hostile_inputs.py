@@ -444,7 +444,7 @@ def test_any_saved_workflow(server: ComfyServer, nodes: Nodes) -> None:
 
 def test_long_ids_of_workflows_are_not_kept(server: ComfyServer, nodes: Nodes) -> None:
     cases = []
-    for index in range(120):
+    for index in range(250):
         prompt = nodes.prompt("GAGuidance", strength=0.5 + index / 1000.0)
         cases.append(Case(str(index), prompt, {"extra_pnginfo": {"workflow": {"id": f"{index} {LONG}"}}}))
     with stays_healthy(server, nodes):

@@ -189,6 +189,31 @@ def test_a_closed_chart_gets_no_measures(server: ComfyServer) -> None:
     assert of_type(run(server, graph(next(_seeds)), open_and_close), "gag.chart") == []
 
 
+def test_a_tab_gets_its_token_over_its_own_connection(server: ComfyServer) -> None:
+    """The page asks for it without a refusal, which the browser would write into its console."""
+
+    async def go() -> None:
+        async with open_tab(server) as tab, open_tab(server) as other:
+            assert (await tab.post("/gag/token"))[0] == 204
+            # Asked for by a stranger it goes to its owner all the same.
+            assert (await other.post("/gag/token", client=tab.client))[0] == 204
+            for _ in range(2):
+                while (message := json.loads((await asyncio.wait_for(tab.connection.receive(), 20)).data))["type"] != (
+                    "gag.token"
+                ):
+                    pass
+                tab.token = message["data"]["token"]
+            assert (await tab.post("/gag/listen", nodes=[NODE]))[0] == 204
+            assert (await other.post("/gag/token", client="nobody"))[0] == 204
+            wrong: list[Any] = [None, 1, [], {}]
+            for client in wrong:
+                status, text = await other.post("/gag/token", client=client)
+                assert status == 400
+                assert text == 'GAG: expected {"client": text}.'
+
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
 def test_a_closed_or_unknown_tab_cannot_listen(server: ComfyServer) -> None:
     async def go() -> None:
         async with open_tab(server) as gone:

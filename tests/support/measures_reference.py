@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Plain fp64 twins of ``gag_core.measures``: one head and one query at a time, nothing shared with it."""
+"""Plain fp64 reference of ``gag_core.measures``: one head and one query at a time, nothing shared with it."""
 
 from __future__ import annotations
 

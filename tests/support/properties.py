@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Settings and strategies of the property tests. The examples are the same in every run."""
+"""Settings and strategies of the property tests. Hypothesis draws the same examples in every run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROPERTY = settings(
 
 
 def examples(count: int) -> settings:
-    """Return the same settings with another number of examples."""
+    """Return PROPERTY with another number of examples."""
     return settings(PROPERTY, max_examples=count)
 
 
@@ -63,7 +63,7 @@ def _one_hot(x: Tensor, _: float) -> Tensor:
     return (x == x.amax(-1, keepdim=True)).to(x.dtype) * 100
 
 
-# Functions from normal numbers and the end of the range to the numbers of a tensor.
+# Each function makes a tensor's numbers from normally distributed numbers and the largest number to use.
 VALUES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "normal": _normal,
     "large": lambda x, end: (x * 1e4).clamp(-min(end, 6e4), min(end, 6e4)),
@@ -74,6 +74,7 @@ VALUES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "any size": _any_size,
     "largest": _largest,
 }
+# Numbers whose products and sums stay far from the ends of every dtype's range.
 TAME = ("normal", "zeros", "ties")
 
 
@@ -83,12 +84,15 @@ def end_of(dtype: torch.dtype) -> float:
 
 
 def end_of_factors(dtype: torch.dtype) -> float:
-    """Return the largest query and key whose logits, sums of up to 32 products, torch's own attention can compute."""
+    """Return the largest element of queries and keys whose logits torch's own attention can compute.
+
+    A logit is a sum of up to 32 products.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return min(end_of(dtype), end_of(wide) ** 0.5 / 16)
 
 
-# Along an expanded axis all numbers share one place in memory: a write to one would show in all.
+# Elements along an expanded axis share one place in memory. If a function wrote to one of them, all would change.
 FUZZ_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     **cases.LAYOUTS,
     "expanded-batch": lambda x: x[:1].expand_as(x),
@@ -102,7 +106,7 @@ def _all_masked(s: cases.Shape) -> Tensor:
 
 
 def _additive_largest(s: cases.Shape) -> Tensor:
-    """Make a mask with half of either end of the range of fp32 for True and False, so that logits still fit."""
+    """Make a mask of half the largest fp32 number, and half the most negative, so that sums with logits stay finite."""
     end = end_of(torch.float32) / 2
     return torch.where(cases.bool_full(s), end, -end)
 
@@ -114,7 +118,7 @@ FUZZ_MASKS: dict[str, Callable[[cases.Shape], Tensor]] = {
     "additive-one-number": lambda s: torch.tensor(3.0),
     "additive-largest": _additive_largest,
 }
-# Added to numbers at the ends of the range, logits in half precision are lost sooner than those of the reference.
+# All but "additive-largest": its large numbers round away logits, in half precision sooner than in the reference.
 TAME_MASKS = tuple(mask for mask in FUZZ_MASKS if mask != "additive-largest")
 
 
@@ -148,9 +152,9 @@ def calls(
 ) -> Call:
     """Draw an attention call of finite numbers.
 
-    With ``joint`` there are as many queries as keys. ``queries`` is the least number of queries. All numbers go to the
-    ends of their dtype. One exception are joint calls: torch's own attention, which gives the joint output, overflows
-    with large logits, and adds values up before it divides.
+    With ``joint`` there are as many queries as keys. ``queries`` is the smallest number of queries. Elements reach the
+    largest number of their dtype, except in joint calls: torch's own attention, which computes the joint output,
+    overflows with large logits, and adds values up before it divides.
     """
     tokens = draw(st.integers(2 if joint else 1, 12))
     shape = cases.Shape(
@@ -170,7 +174,6 @@ def calls(
         return FUZZ_LAYOUTS[draw(st.sampled_from(list(FUZZ_LAYOUTS)))](made) if tokens else made
 
     mask = draw(st.none() | st.sampled_from(masks))
-    # torch itself computes the joint attention, and overflows where numbers are too large for it.
     end = end_of(dtype)
     factors = end_of_factors(dtype) if joint else end
     return Call(

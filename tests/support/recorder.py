@@ -15,14 +15,6 @@ from torch import Tensor
 import reference
 from tolerances import assert_close
 
-# A call gets the name of the innermost module of these classes that was entered.
-_CALLERS = {
-    *("CrossAttention", "DoubleStreamBlock", "SingleStreamBlock", "ChromaDoubleStreamBlock", "ChromaSingleStreamBlock"),
-    *("JointBlock", "MMDiTBlock", "DiTBlock", "QwenImageTransformerBlock", "TokenRefinerBlock"),
-    *("WanSelfAttention", "WanT2VCrossAttention", "WanI2VCrossAttention", "JointTransformerBlock", "Attention"),
-    *("AsymmetricAttention", "HiDreamAttention", "VideoAttn", "SelfAttention", "BooguJointAttention", "JointAttention"),
-}
-
 
 @dataclass
 class Call:
@@ -53,17 +45,21 @@ def record_calls(*models: Any) -> Iterator[list[Call]]:
         models: ModelPatchers or modules.
     """
     calls: list[Call] = []
-    current_module = ["?"]
+    # Paths of the modules that are running, the innermost last. It names the call.
+    running = ["?"]
     handles = []
     for model in models:
         root = model.model.diffusion_model if hasattr(model, "model") else model
         for name, module in root.named_modules():
-            if type(module).__name__ in _CALLERS:
 
-                def enter(*_: Any, name: str = f"{type(root).__name__}.{name}") -> None:
-                    current_module[0] = name
+            def enter(*_: Any, name: str = f"{type(root).__name__}.{name}") -> None:
+                running.append(name)
 
-                handles.append(module.register_forward_pre_hook(enter))
+            def leave(*_: Any) -> None:
+                running.pop()
+
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
 
     def recorded(original: Any) -> Any:
         def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -73,7 +69,7 @@ def record_calls(*models: Any) -> Iterator[list[Call]]:
             if kwargs.get("enable_gqa", False):
                 k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
             out_by_head = out if kwargs.get("skip_output_reshape", False) else _split_heads(out, heads)
-            calls.append(Call(current_module[0], q, k, v, mask, out_by_head.clone()))
+            calls.append(Call(running[-1], q, k, v, mask, out_by_head.clone()))
             return out
 
         return attention

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Plain fp64 twins of ``gag_core``: the formulas of the paper, nothing fused, chunked or in place.
+"""Plain fp64 reference of ``gag_core``: the formulas of the paper, nothing fused, chunked or in place.
 
 The paper is arXiv 2603.02531 v2, *Geometry-Aware Attention Guidance for Diffusion Models via Modern Hopfield
 Dynamics*. ``S`` and ``D`` are the sparse and the dense read-out, and the extrapolation is its eq. 12-13. The
@@ -151,22 +151,25 @@ def sparse_dense_attention(
     return torch.matmul(entmax(z, alpha), v.double()), torch.matmul(softmax(z), v.double())
 
 
-def extrapolate(sparse: Tensor, dense: Tensor, config: Config, signal: Tensor | None = None) -> Tensor:
+def extrapolate(sparse: Tensor, dense: Tensor, config: Config, anderson_vector: Tensor | None = None) -> Tensor:
     """Compute the guided read-out before the blend, ``[B, H, N, D]`` (v2, eq. 12-13; PLADIS: D + scale (S - D)).
 
-    ``signal`` takes the place of S - D for rule "anderson".
+    ``anderson_vector`` takes the place of S - D for rule "anderson".
     """
     sparse, dense = sparse.double(), dense.double()
     if config.rule == "pladis":
         return dense + config.guidance_scale * (sparse - dense)
-    r = sparse - dense if signal is None else signal
+    r = sparse - dense if anderson_vector is None else anderson_vector
     if config.merge_heads:
         return _split(_gag(_merge(sparse), _merge(r), config), like=sparse)
     return _gag(sparse, r, config)
 
 
 def cap(length: Tensor, limit: Tensor) -> Tensor:
-    """Compute the length of the guidance vector after the cap, as ``gag_core.geometry.cap`` does."""
+    """Compute the length of the guidance vector after the cap, for lengths of at least 0.
+
+    This is the same function as ``gag_core.geometry.cap``.
+    """
     return torch.minimum(length, limit)
 
 
@@ -218,9 +221,11 @@ def guided_attention(
 ) -> Tensor:
     """Compute guided cross-attention ``[B, H, Nq, D]``; ``base`` is the host's own output in the place of D."""
     sparse, dense = sparse_dense_attention(q, k, v, alpha=config.alpha, mask=mask, scale=scale)
-    signal = anderson_signal(q, k, v, config, mask=mask, scale=scale) if config.rule == "anderson" else None
+    anderson_vector = (
+        solve_anderson_vector(q, k, v, config, mask=mask, scale=scale) if config.rule == "anderson" else None
+    )
     start = dense if base is None else base.double()
-    return start + config.strength * (extrapolate(sparse, dense, config, signal) - dense)
+    return start + config.strength * (extrapolate(sparse, dense, config, anderson_vector) - dense)
 
 
 def text_mass(q: Tensor, k: Tensor, text: slice, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -249,11 +254,13 @@ def guided_joint_attention(
     sparse = torch.matmul(entmax(z_text, config.alpha), v_text)
     dense = torch.matmul(softmax(z_text), v_text)
     mass = softmax(z)[..., text].sum(-1, keepdim=True)
-    signal = None
+    anderson_vector = None
     if config.rule == "anderson":
         text_mask = None if mask is None else mask.expand(z.shape)[..., text]
-        signal = anderson_signal(q, k[..., text, :], v[..., text, :], config, mask=text_mask, scale=scale)
-    guided = joint + config.strength * mass * (extrapolate(sparse, dense, config, signal) - dense)
+        anderson_vector = solve_anderson_vector(
+            q, k[..., text, :], v[..., text, :], config, mask=text_mask, scale=scale
+        )
+    guided = joint + config.strength * mass * (extrapolate(sparse, dense, config, anderson_vector) - dense)
     is_text = torch.zeros(q.shape[-2], 1, dtype=torch.bool)
     is_text[text] = True
     return torch.where(is_text, joint, guided)
@@ -265,15 +272,15 @@ def guided_joint_attention(
 # around d whose radius is the distance of the keys from d (root mean square, weighted by the softmax).
 
 
-def anderson_signal(
+def solve_anderson_vector(
     q: Tensor, k: Tensor, v: Tensor, config: Config, *, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Compute ``(out - S) / guidance_scale`` before the geometry, ``[B, H, Nq, D]``; 0 at alpha 1."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = attention_logits(torch.zeros_like(q), k, mask, 1.0)
-    signal = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
+    anderson_vector = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
     if config.alpha == 1.0:
-        return signal
+        return anderson_vector
     for b, h, n in itertools.product(*map(range, q.shape[:3])):
         problem = anderson_problem(
             scale * q[b, h, n].double(), k[b, h].double(), v[b, h].double(), bias[b, h, n], config
@@ -281,8 +288,8 @@ def anderson_signal(
         gamma = tikhonov(problem.residual, problem.differences, config.anderson_regularization)
         total = float(gamma.abs().sum())
         if total > 0.0:
-            signal[b, h, n] = -(gamma @ problem.read_outs) / max(config.guidance_scale, total)
-    return signal
+            anderson_vector[b, h, n] = -(gamma @ problem.read_outs) / max(config.guidance_scale, total)
+    return anderson_vector
 
 
 class AndersonProblem(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Allowed errors of a result against its fp64 twin, per dtype, in one place.
+"""Allowed errors of a result against the fp64 reference, per dtype, in one place.
 
 ``gag_core`` computes in fp32 and rounds once, to the dtype of its inputs. So the error of a result is at most that one
 rounding, relative to the result, plus an fp32 error relative to the inputs. A computation that rounds logits or weights

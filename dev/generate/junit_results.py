@@ -55,10 +55,10 @@ def recorded_versions(page: str) -> Versions:
     return dict(_recorded_pages().get(page, {}))
 
 
-def record(page: str, host: str, right: Iterable[str]) -> None:
+def record(page: str, host: str, passed: Iterable[str]) -> None:
     """Record the rows that passed in a version of ComfyUI, in place of the recorded rows of that version."""
     versions = {row: set(versions) - {host} for row, versions in recorded_versions(page).items()}
-    for row in right:
+    for row in passed:
         versions.setdefault(row, set()).add(host)
     pages = _recorded_pages()
     pages[page] = {row: sorted(found, key=_release) for row, found in sorted(versions.items()) if found}
