@@ -282,7 +282,7 @@ async def _queue(
     server: ComfyServer, session: aiohttp.ClientSession, client: str, cases: Sequence[Case], waiting: dict[str, Case]
 ) -> None:
     for case in cases:
-        prompt_id = uuid.uuid4().hex
+        prompt_id = str(uuid.uuid4())  # in the form that newer hosts demand
         body = {"prompt": case.prompt, "client_id": client, "prompt_id": prompt_id, "extra_data": case.extra_data}
         waiting[prompt_id] = case
         async with session.post(server.url + "/prompt", data=json.dumps(body).encode()) as answer:
