@@ -393,14 +393,12 @@ def readers(family: Family, diffusion_model: Any) -> dict[Layer, tuple[Any, str]
 
 def text_attentions(diffusion_model: Any, family: Family) -> dict[Layer, Any]:
     """Return the ``attn2`` module of each layer of a UNet."""
-    found = {}
-    for part in family.parts:
-        modules = _modules(diffusion_model, part)
-        for block, sequence in enumerate([modules] if part.host_name == "middle" else modules):
-            for index, transformer in enumerate(_transformers(sequence)):
-                if _has_text_attention(transformer):
-                    found[Layer(part.host_name, block, index)] = transformer.attn2
-    return found
+    return {
+        layer: attention
+        for part in family.parts
+        for block in _attn2_of(part, diffusion_model)
+        for layer, attention in block.items()
+    }
 
 
 def _submodule(module: Any, path: str) -> Any:
@@ -414,13 +412,18 @@ def _blocks_of(family: Family, part: Part, diffusion_model: Any) -> list[list[La
     modules = _modules(diffusion_model, part)
     if family.attention != "attn2":
         return [[Layer(part.host_name, index)] for index in range(len(modules))]
+    return [list(block) for block in _attn2_of(part, diffusion_model) if block]
+
+
+def _attn2_of(part: Part, diffusion_model: Any) -> list[dict[Layer, Any]]:
+    """Return the layers of each block of a UNet's part, with their ``attn2`` modules."""
+    modules = _modules(diffusion_model, part)
     # A UNet's middle is a single block, a sequence of modules like each block of the other parts.
     sequences = [modules] if part.host_name == "middle" else modules
     found = []
     for block, sequence in enumerate(sequences):
-        count = sum(_has_text_attention(transformer) for transformer in _transformers(sequence))
-        if count:
-            found.append([Layer(part.host_name, block, index) for index in range(count)])
+        attentions = [transformer.attn2 for transformer in _transformers(sequence) if _has_text_attention(transformer)]
+        found.append({Layer(part.host_name, block, index): one for index, one in enumerate(attentions)})
     return found
 
 

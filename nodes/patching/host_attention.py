@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 OVERRIDE = "optimized_attention_override"
 # ComfyUI's attention functions that compute exact softmax attention (sage attention quantises it).
@@ -28,6 +29,18 @@ _INSIDE = "_inside_attn_wrapper"
 
 AttentionFunction = Callable[..., Tensor]
 Override = Callable[..., Tensor]
+
+
+# Modules with a stored attention, and that attention.
+StoredAttentions = list[tuple[Module, AttentionFunction]]
+
+
+def stored_attentions(diffusion_model: Module) -> StoredAttentions:
+    """Return the modules of a model for which its checkpoint stores an attention."""
+    functions = (
+        (one, getattr(getattr(one, "comfy_attention", None), "function", None)) for one in diffusion_model.modules()
+    )
+    return [(module, function) for module, function in functions if function is not None]
 
 
 class HostAttention:
@@ -52,13 +65,11 @@ class HostAttention:
         return function(*args, **kwargs)
 
     @contextmanager
-    def watch(self, diffusion_model: Any) -> Iterator[None]:
+    def watch(self, stored: StoredAttentions) -> Iterator[None]:
         """Watch the modules with a stored attention while the model call runs. Most models have none."""
         with ExitStack() as hooks:
-            for module in diffusion_model.modules():
-                stored = getattr(getattr(module, "comfy_attention", None), "function", None)
-                if stored is not None:
-                    self._follow(module, stored, hooks)
+            for module, function in stored:
+                self._follow(module, function, hooks)
             yield
 
     def _follow(self, module: Any, stored: AttentionFunction, hooks: ExitStack) -> None:

@@ -200,10 +200,11 @@ def _install(
 ) -> dict[str, Any]:
     """Return the transformer options with the hooks of one model call; ``stack`` removes what must be removed."""
     hooks: GuidedUNet | GuidedTransformer
+    stored = run.stored_attentions(host_model.diffusion_model)
     if layers.guidance.family.attention == "attn2":
-        hooks = GuidedUNet(layers, run.prompts, options)
+        hooks = GuidedUNet(layers, run.prompts, stored, options)
     else:
-        hooks = GuidedTransformer(layers, run.modules, options)
+        hooks = GuidedTransformer(layers, run.modules, stored, options)
     stack.enter_context(hooks.watch(host_model.diffusion_model))
     options = hooks.install(options)
     if run.unguarded_compile is not None:

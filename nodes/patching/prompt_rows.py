@@ -166,7 +166,9 @@ class PromptRows:
         """Compare each row with the run's prompts. This waits for the device once."""
         batch, tokens, width = text.shape
         prompts = [
-            prompt for prompt in self._prompts() if prompt.text.shape[2] == width and tokens % prompt.text.shape[1] == 0
+            prompt
+            for prompt in self._prompts()
+            if prompt.text.shape[2] == width and prompt.text.shape[1] and tokens % prompt.text.shape[1] == 0
         ]
         both = text if value is None else torch.cat((text, value), dim=-1)
         periods = [period for period in range(1, tokens) if tokens % period == 0]

@@ -153,29 +153,18 @@ class CallRecording:
         scale: float | None = None,
     ) -> None:
         """Sample an attention ``[B, H, N, D]`` to the text alone, in the rows of ``groups``."""
-        if self.only is None or layer in self.only:
-            with _paused() as self._must_copy:
-                self._cross(layer, q, k, v, groups, mask, scale)
-
-    def _cross(
-        self,
-        layer: Layer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        groups: list[RowGroup],
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> None:
-        indices = self._query_indices(q, slice(q.shape[2], q.shape[2]))
-        for same in _by_tokens(groups):
-            rows, tokens = slice(same[0].rows.start, same[-1].rows.stop), same[0].tokens
-            keys, values = k[rows, :, :tokens], v[rows, :, :tokens]
-            part = mask_part(mask, rows=rows, keys=slice(tokens))
-            own = shifted(same, rows)
-            if self.words:
-                self._add_maps(q[rows], keys, own, slice(0, q.shape[2]), part, scale)
-            self._add_sample(layer, own, q[rows], keys, values, part, scale, indices, None)
+        if not self._samples(layer):
+            return
+        with _paused() as self._must_copy:
+            indices = self._query_indices(q, slice(q.shape[2], q.shape[2]))
+            for same in _by_tokens(groups):
+                rows, tokens = slice(same[0].rows.start, same[-1].rows.stop), same[0].tokens
+                keys, values = k[rows, :, :tokens], v[rows, :, :tokens]
+                part = mask_part(mask, rows=rows, keys=slice(tokens))
+                own = shifted(same, rows)
+                if self.words:
+                    self._add_maps(q[rows], keys, own, slice(0, q.shape[2]), part, scale)
+                self._add_sample(layer, own, q[rows], keys, values, part, scale, indices, None)
 
     def joint(
         self,
@@ -189,33 +178,23 @@ class CallRecording:
         scale: float | None,
     ) -> None:
         """Sample an attention ``[B, H, N, D]`` over text and image tokens; ``text`` is the position of the text."""
-        is_all_text = text.stop - text.start == q.shape[2]
-        if (self.only is None or layer in self.only) and not is_all_text:
-            with _paused() as self._must_copy:
-                self._joint(layer, q, k, v, text, groups, mask, scale)
+        if not self._samples(layer) or text.stop - text.start == q.shape[2]:
+            return
+        with _paused() as self._must_copy:
+            indices = self._query_indices(q, text)
+            queries = q.index_select(2, indices)
+            factor = q.shape[3] ** -0.5 if scale is None else scale
+            _, lse = attention_with_logsumexp(queries, k, v, mask_part(mask, queries=indices), factor)
+            # Copies: views would keep the image's keys and values in memory too.
+            keys, values = k[:, :, text].clone(), v[:, :, text].clone()
+            text_mask = mask_part(mask, keys=text)
+            if self.words:
+                image = max(slice(0, text.start), slice(text.stop, q.shape[2]), key=lambda part: part.stop - part.start)
+                self._add_maps(q, keys, groups, image, text_mask, scale)
+            self._add_sample(layer, groups, q, keys, values, text_mask, scale, indices, lse)
 
-    def _joint(
-        self,
-        layer: Layer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        text: slice,
-        groups: list[RowGroup],
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> None:
-        indices = self._query_indices(q, text)
-        queries = q.index_select(2, indices)
-        factor = q.shape[3] ** -0.5 if scale is None else scale
-        _, lse = attention_with_logsumexp(queries, k, v, mask_part(mask, queries=indices), factor)
-        # Copies: views would keep the image's keys and values in memory too.
-        keys, values = k[:, :, text].clone(), v[:, :, text].clone()
-        text_mask = mask_part(mask, keys=text)
-        if self.words:
-            image = max(slice(0, text.start), slice(text.stop, q.shape[2]), key=lambda part: part.stop - part.start)
-            self._add_maps(q, keys, groups, image, text_mask, scale)
-        self._add_sample(layer, groups, q, keys, values, text_mask, scale, indices, lse)
+    def _samples(self, layer: Layer) -> bool:
+        return self.only is None or layer in self.only
 
     def finish(self) -> list[Measured]:
         """Measure the samples that still wait for others, and return everything measured. Nothing is read back."""

@@ -28,7 +28,7 @@ class ReadTokens(TorchFunctionMode):
     def __init__(self, keys: Tensor) -> None:
         super().__init__()
         batch, self._tokens, width = keys.shape
-        self._storage = keys.untyped_storage().data_ptr()
+        self._memory = memory_of(keys)
         self._first, self._row, self._token = keys.storage_offset(), keys.stride(0), keys.stride(1)
         self._numbers = batch * width
         self._read: list[slice] = []
@@ -39,8 +39,10 @@ class ReadTokens(TorchFunctionMode):
         """Ranges of tokens that were read, in their order.
 
         Attention of other packs may take a view of the keys to a kernel of its own, which is no operation of torch. So
-        a view of all tokens counts if nothing else was read.
+        a view of all tokens counts if nothing else was read. Keys without memory cannot be watched, and count as read.
         """
+        if self._memory is None:
+            return [slice(0, self._tokens)]
         return self._read or [part for part in self._viewed if part == slice(0, self._tokens)][:1]
 
     def __torch_function__(
@@ -59,7 +61,7 @@ class ReadTokens(TorchFunctionMode):
         return out
 
     def _is_part(self, tensor: Tensor) -> bool:
-        return tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() == self._storage
+        return self._memory is not None and tensor.layout == torch.strided and memory_of(tensor) == self._memory
 
     def _record(self, part: Tensor, ranges: list[slice]) -> None:
         offset = part.storage_offset() - self._first
@@ -68,6 +70,14 @@ class ReadTokens(TorchFunctionMode):
         tokens = slice(first, first + count)
         if count > 0 and tokens not in ranges:
             ranges.append(tokens)
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """Return the address of a tensor's memory; None for a tensor without one, as in a transform of torch.func."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

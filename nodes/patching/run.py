@@ -7,11 +7,15 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch.nn import Module
 
 from ...gag_core.echo import echo
 from .compile import UnguardedCompile
 from .families import Layer
 from .guidance import Guidance
+from .host_attention import StoredAttentions, stored_attentions
 from .observer import ChartObserver, Observer
 from .prompt_rows import PromptRows
 from .recorder import Recording
@@ -49,6 +53,7 @@ class Run:
         unknown_rows: model calls with rows that were left alone because their prompt cannot be told.
         other_text: layers in which another node reads another text than the one that was handed to it.
         modules: modules of a transformer's layers as they were before the run, when no node had replaced blocks.
+        stored: stored attentions of each copy of the model; several devices have a copy each.
         recording: measures for probes, None without a probe.
         steps: position in the run.
     """
@@ -69,8 +74,15 @@ class Run:
     unknown_rows: Counter[Guidance] = field(default_factory=Counter)
     other_text: dict[Guidance, set[Layer]] = field(default_factory=dict)
     modules: dict[Layer, tuple[Any, str]] = field(default_factory=dict)
+    stored: WeakKeyDictionary[Module, StoredAttentions] = field(default_factory=WeakKeyDictionary)
     recording: Recording | None = None
     steps: Steps = field(default_factory=Steps)
+
+    def stored_attentions(self, diffusion_model: Module) -> StoredAttentions:
+        """Return the stored attentions of a copy of the model; its modules are searched once per run."""
+        if diffusion_model not in self.stored:
+            self.stored[diffusion_model] = stored_attentions(diffusion_model)
+        return self.stored[diffusion_model]
 
     def count_call(self, guidance: Guidance, reached: list[Layer]) -> None:
         """Count a model call that has ended, and the layers that were guided in it.

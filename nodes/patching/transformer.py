@@ -21,8 +21,9 @@ from torch.nn import ModuleList
 
 from .attention_call import AttentionCall, TextLayers
 from .families import Layer, readers
-from .host_attention import OVERRIDE, HostAttention, offered
+from .host_attention import OVERRIDE, HostAttention, StoredAttentions, offered
 from .prompt_rows import RowGroup, shifted
+from .replacement import memory_of
 
 BlockArgs = dict[str, Any]
 Block = Callable[[BlockArgs, dict[str, Any]], dict[str, Any]]
@@ -31,9 +32,16 @@ Block = Callable[[BlockArgs, dict[str, Any]], dict[str, Any]]
 class GuidedTransformer:
     """Hooks of one model call of a transformer; made for it and dropped after it."""
 
-    def __init__(self, text: TextLayers, modules: dict[Layer, tuple[Any, str]], options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        text: TextLayers,
+        modules: dict[Layer, tuple[Any, str]],
+        stored: StoredAttentions,
+        options: dict[str, Any],
+    ) -> None:
         self.text = text
         self.modules = modules
+        self.stored = stored
         # True if another node put other modules in the place of the blocks for this model call.
         self.are_blocks_replaced = False
         self.family = text.guidance.family
@@ -83,10 +91,9 @@ class GuidedTransformer:
         # Older hosts put HunyuanVideo's image first, and its blocks say so. Newer hosts do not.
         if any(getattr(module, "flipped_img_txt", False) for module, _ in modules.values()):
             self.text_first = False
-        with (
-            self.host.watch(diffusion_model),
-            ExitStack() as hooks,
-        ):  # removes the hooks that are in place, whatever error occurs
+        # The stack removes the hooks that are in place, whatever error occurs.
+        with ExitStack() as hooks:
+            hooks.enter_context(self.host.watch(self.stored))
             for name in filter(None, (self.family.text_size, self.family.image_size, self.family.picture)):
                 self._measure(diffusion_model, name, hooks)
             if not self.is_wrapped or self.are_blocks_replaced:
@@ -197,7 +204,7 @@ class GuidedTransformer:
                 isinstance(entered, Tensor)
                 and entered.shape[1:] == part.shape[1:]
                 and entered.stride() == part.stride()
-                and entered.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+                and memory_of(entered) == memory_of(part) is not None
             ):
                 first = (part.storage_offset() - entered.storage_offset()) // max(entered.stride(0), 1)
                 return shifted(self.text.groups, slice(first, first + batch)) or None
@@ -235,7 +242,9 @@ class GuidedTransformer:
 
 def _is_run_by_others(diffusion_model: Any) -> bool:
     """Return True if another node gave the diffusion model a forward of its own, which calls the host's blocks."""
-    return any(name in vars(diffusion_model) for name in ("forward", "_forward", "forward_orig"))
+    # torch.compile wraps the model in a module that has a forward of its own.
+    original = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    return any(name in vars(original) for name in ("forward", "_forward", "forward_orig"))
 
 
 def _takes_options(module: Any) -> bool:

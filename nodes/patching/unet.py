@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention_call import AttentionCall, TextLayers
 from .families import Layer, text_attentions
-from .host_attention import OVERRIDE, HostAttention, offered
+from .host_attention import OVERRIDE, HostAttention, StoredAttentions, offered
 from .prompt_rows import PromptRows, RowGroup, by_batch
 from .replacement import ReadTokens
 
@@ -24,9 +24,12 @@ from .replacement import ReadTokens
 class GuidedUNet:
     """Hooks of one model call of a UNet; made for it and dropped after it."""
 
-    def __init__(self, text: TextLayers, prompts: PromptRows, options: dict[str, Any]) -> None:
+    def __init__(
+        self, text: TextLayers, prompts: PromptRows, stored: StoredAttentions, options: dict[str, Any]
+    ) -> None:
         self.text = text
         self.prompts = prompts
+        self.stored = stored
         self.options = options
         self.host = HostAttention(options)
         # The text attention whose call comes next, None before a self-attention; and the rows of its text.
@@ -60,7 +63,7 @@ class GuidedUNet:
         Such a forward may run ComfyUI's attention without the transformer options, so that no override is called. The
         projections of the attention show its queries, keys and values, and its output.
         """
-        with self.host.watch(diffusion_model), ExitStack() as hooks:
+        with self.host.watch(self.stored), ExitStack() as hooks:
             for layer, attention in text_attentions(diffusion_model, self.text.guidance.family).items():
                 if layer in self.text.caught and "forward" in vars(attention):
                     self._follow(attention, layer, hooks)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.ldm.modules.attention as host_attention
+import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -239,6 +241,19 @@ def test_keys_of_rank_4_are_read_as_the_host_reads_them(apply_to: str, one_batch
     assert all(bool(torch.isfinite(out).all()) for out in seen)
 
 
+def test_an_empty_prompt_is_no_text_that_rows_can_have() -> None:
+    """ComfyUI runs a prompt without a token alone; a patch of another node changes the text of the other prompt."""
+    model = host.build_model("sd15").clone()
+    model.set_model_attn2_patch(
+        lambda q, k, v, _: (q, k.repeat(1, 2, 1), v.repeat(1, 2, 1)) if k.shape[1] else (q, k, v)
+    )
+    model = guided(model, "positive")
+    with record_calls(model) as calls:
+        host.sample(model, "sd15", steps=1, negative=[[torch.zeros(1, 0, 64), {}]])
+    text_calls = [call for call in calls if is_text_attention(call) and call.k.shape[2]]
+    check_rows(text_calls, [("positive", 77)], "positive")
+
+
 def with_replacements(model: Any, make: Callable[[Any], Callable[..., Tensor]]) -> Any:
     """Replace every attn2 of a UNet."""
     model = model.clone()
@@ -283,6 +298,32 @@ def test_text_that_a_replacement_does_not_read_adds_nothing(reports: list[str]) 
     assert torch.equal(first, second)
     assert torch.equal(first, pictures_of_two_prompts(model, 77)[0])
     assert reports[0] == "Nothing guided: another node reads other text."
+
+
+def test_a_replacement_is_guided_in_forward_mode() -> None:
+    """Tensors of a transform of ``torch.func`` have no memory by which reading could be watched."""
+
+    def reads_all(_: Any) -> Callable[..., Tensor]:
+        return lambda q, k, v, options: host_attention.attention_basic(q, k, v, options["n_heads"])
+
+    model = guided(with_replacements(host.build_model("sd15"), reads_all))
+
+    @torch.no_grad()
+    def taylor(denoise: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
+        def at(x: Tensor, sigma: Tensor) -> Any:
+            return denoise(x, sigma * x.new_ones([x.shape[0]]), **(extra_args or {}))
+
+        jvp: Any = torch.func.jvp
+        denoised, slope = jvp(at, (x, sigmas[0]), (torch.zeros_like(x), torch.ones_like(sigmas[0])))
+        return denoised + 0.0 * slope
+
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    latent = torch.zeros(1, 4, 8, 8)
+    prompts = host.conditioning("sd15", 10), host.conditioning("sd15", 11)
+    noise, sampler = comfy.sample.prepare_noise(latent, 1), comfy.samplers.KSAMPLER(taylor)
+    settings: dict[str, Any] = {"disable_pbar": True, "seed": 1}
+    out = comfy.sample.sample_custom(model, noise, 3.0, sampler, sigmas, *prompts, latent, **settings)
+    assert torch.isfinite(out).all()
 
 
 def test_words_that_a_replacement_leaves_out_add_nothing(reports: list[str]) -> None:
