@@ -37,10 +37,12 @@ StoredAttentions = list[tuple[Module, AttentionFunction]]
 
 def stored_attentions(diffusion_model: Module) -> StoredAttentions:
     """Return the modules of a model for which its checkpoint stores an attention."""
-    functions = (
-        (one, getattr(getattr(one, "comfy_attention", None), "function", None)) for one in diffusion_model.modules()
-    )
-    return [(module, function) for module, function in functions if function is not None]
+    found = []
+    for module in diffusion_model.modules():
+        function = getattr(getattr(module, "comfy_attention", None), "function", None)
+        if function is not None:
+            found.append((module, function))
+    return found
 
 
 class HostAttention:

@@ -8,7 +8,8 @@ code is here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.sample
@@ -24,6 +25,7 @@ from tolerances import assert_close
 from transformers_of_host import TRANSFORMERS
 
 PAPER = host.pack_module("nodes.presets").PRESETS["paper"]
+prompt_rows = host.pack_module("nodes.patching.prompt_rows")
 # Text of one row of an attention call, and the number of its tokens that are its own.
 Rows = list[tuple[str, int]]
 
@@ -242,16 +244,21 @@ def test_keys_of_rank_4_are_read_as_the_host_reads_them(apply_to: str, one_batch
 
 
 def test_an_empty_prompt_is_no_text_that_rows_can_have() -> None:
-    """ComfyUI runs a prompt without a token alone; a patch of another node changes the text of the other prompt."""
-    model = host.build_model("sd15").clone()
-    model.set_model_attn2_patch(
-        lambda q, k, v, _: (q, k.repeat(1, 2, 1), v.repeat(1, 2, 1)) if k.shape[1] else (q, k, v)
-    )
-    model = guided(model, "positive")
-    with record_calls(model) as calls:
-        host.sample(model, "sd15", steps=1, negative=[[torch.zeros(1, 0, 64), {}]])
-    text_calls = [call for call in calls if is_text_attention(call) and call.k.shape[2]]
-    check_rows(text_calls, [("positive", 77)], "positive")
+    """ComfyUI cannot batch a prompt without a token, but the run has it all the same."""
+    text = host.conditioning("sd15", 10)[0][0]
+
+    class Guider:
+        original_conds: ClassVar[dict[str, Any]] = {}
+        conds: ClassVar[dict[str, Any]] = {
+            name: [{"model_conds": {"c_crossattn": SimpleNamespace(cond=own)}}]
+            for name, own in (("positive", text), ("negative", text[:, :0]))
+        }
+
+    guider = Guider()
+    rows = prompt_rows.PromptRows.of_run(guider, 1)
+    options = {"cond_or_uncond": [0]}
+    own = rows.groups(text, options)
+    assert rows.arrived_groups(text.repeat(1, 2, 1), None, options, "layer", own) == [(slice(0, 1), 77, True)]
 
 
 def with_replacements(model: Any, make: Callable[[Any], Callable[..., Tensor]]) -> Any:
