@@ -20,6 +20,7 @@ from .guidance import Guidance
 from .host_attention import EXACT_ATTENTIONS, AttentionFunction, HostAttention
 from .prompt_rows import RowGroup, are_told_apart, select, with_tokens
 from .recorder import CallRecording
+from .replacement import Read
 
 # Positional parameters of ComfyUI's attention functions. Models differ in which of them they pass by name.
 _ATTENTION_PARAMETERS = (
@@ -187,7 +188,7 @@ class TextLayers:
         heads: int,
         layer: Layer,
         groups: list[RowGroup] | None,
-        ranges: list[slice],
+        reads: list[Read],
     ) -> Tensor:
         """Return ``out`` ``[B, N, H * D]``, which another node computed of these tensors, with guidance added.
 
@@ -197,7 +198,7 @@ class TextLayers:
             heads: number of heads.
             layer: the layer.
             groups: rows of the text that arrived; None if it is the model call's own text.
-            ranges: tokens that the other node read, one range for each reading.
+            reads: tokens that the other node read, and its masks.
         """
         batch = q.shape[0]
         head_dim = q.shape[-1] // heads
@@ -205,17 +206,17 @@ class TextLayers:
         own = self._of_call(self.groups if groups is None else groups, batch, key.shape[2])
         if self.recording is not None:
             self.recording.cross(layer, query, key, value, own)
-        if layer in self.guidance.layers and not ranges:
+        if layer in self.guidance.layers and not reads:
             self.other_text.add(layer)
             return out
         guided = self._select(layer, own)
         if not guided:
             return out
-        for tokens in ranges:
+        for tokens, mask in reads:
             part_keys, part_values = key[:, :, tokens], value[:, :, tokens]
             # A part of the text has no repeated tokens to leave out.
             part = guided if part_keys.shape[2] == key.shape[2] else with_tokens(guided, part_keys.shape[2])
-            base = add_guidance(base, query, part_keys, part_values, part, self.guidance.config)
+            base = add_guidance(base, query, part_keys, part_values, part, self.guidance.config, mask=mask)
         return merge_heads(base).to(out.dtype)
 
     def _select(self, layer: Layer, groups: list[RowGroup]) -> list[RowGroup]:

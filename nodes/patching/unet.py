@@ -18,7 +18,7 @@ from .attention_call import AttentionCall, TextLayers
 from .families import Layer, text_attentions
 from .host_attention import OVERRIDE, HostAttention, StoredAttentions, offered
 from .prompt_rows import PromptRows, RowGroup, by_batch
-from .replacement import ReadTokens
+from .replacement import Read, ReadTokens
 
 
 class GuidedUNet:
@@ -83,7 +83,7 @@ class GuidedUNet:
                 return None  # the override or a replacement has seen this attention
             self.expected = None
             q, k, v = (projected.pop(name) for name in ("q", "k", "v"))
-            out = self.text.replaced(args[0], q, k, v, attention.heads, layer, self.groups, [slice(None)])
+            out = self.text.replaced(args[0], q, k, v, attention.heads, layer, self.groups, [Read(slice(None))])
             return (out, *args[1:])
 
         for name in ("q", "k", "v"):
@@ -129,11 +129,11 @@ class GuidedUNet:
             layer, self.expected = self.expected, None
             if layer is None:
                 return replacement(query, key, value, options)
-            read = ReadTokens(by_batch(key, query.shape[0]))
+            read = ReadTokens(by_batch(key, query.shape[0]), query.shape[1])
             # torch.compile traces no such mode: there the replacement is taken to read all of the text.
             with nullcontext() if torch.compiler.is_compiling() else read:
                 out = replacement(query, key, value, options)
-            ranges = [slice(None)] if torch.compiler.is_compiling() else read.ranges
-            return self.text.replaced(out, query, key, value, options["n_heads"], layer, self.groups, ranges)
+            reads = [Read(slice(None))] if torch.compiler.is_compiling() else read.reads
+            return self.text.replaced(out, query, key, value, options["n_heads"], layer, self.groups, reads)
 
         return guided_replacement

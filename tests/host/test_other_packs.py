@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Guidance beside packs that change rows, texts and blocks: each row is guided by its own words, and no other row.
 
-The packs are represented by stand-ins with the same hooks, the same order of rows and the same shapes. None of their
-code is here.
+The packs are represented by stand-ins, which are listed as PACKS in companions.py.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,15 +20,23 @@ import torch
 from torch import Tensor, nn
 
 import host_process as host
+import packs
 import reference
+from companions import FIRST, PACKS, Pack
+from packs import Prompts, Rows
 from recorder import Call, record_calls
 from tolerances import assert_close
 from transformers_of_host import TRANSFORMERS
 
 PAPER = host.pack_module("nodes.presets").PRESETS["paper"]
 prompt_rows = host.pack_module("nodes.patching.prompt_rows")
-# Text of one row of an attention call, and the number of its tokens that are its own.
-Rows = list[tuple[str, int]]
+recorder_of_pack = host.pack_module("nodes.patching.recorder")
+
+GUIDED = [pack for pack in PACKS if pack.calls is not None]
+LEFT_ALONE = [pack for pack in PACKS if pack.says]
+SD15 = Pack("no pack", "")
+# Each number of pictures with each kind of guidance, and in turn with each pair of lengths.
+CASES = [("both", 2), ("positive", 1), ("positive", 2), ("both", 1)]
 
 
 def guided(model: Any, apply_to: str = "both", **settings: Any) -> Any:
@@ -35,13 +44,25 @@ def guided(model: Any, apply_to: str = "both", **settings: Any) -> Any:
     return out
 
 
-@pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Texts that nodes show during the test."""
-    texts: list[str] = []
-    browser = host.pack_module("nodes.panel.browser").BROWSER
-    monkeypatch.setattr(browser, "send_text", lambda text, _: texts.append(text))
-    return texts
+def in_order(order: str, pack: Pack, guide: Callable[[Any], Any]) -> Any:
+    """Return the pack's model with the pack and another node."""
+    assert pack.patched is not None
+    return pack.patched(guide(pack.build())) if order == FIRST else guide(pack.patched(pack.build()))
+
+
+def each_order(chosen: list[Pack]) -> pytest.MarkDecorator:
+    """Parametrise a test by packs and orders. The ids are those of their rows in the table."""
+    rows = [
+        pytest.param(pack, order, id=label)
+        for pack in chosen
+        for order, label in zip(pack.orders, pack.labels, strict=True)
+    ]
+    return pytest.mark.parametrize(("pack", "order"), rows)
+
+
+def rows_of(name: str) -> pytest.MarkDecorator:
+    """Parametrise a test by the orders of one pack."""
+    return each_order([pack for pack in PACKS if pack.name == name])
 
 
 @pytest.fixture
@@ -55,143 +76,177 @@ def one_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
     return patched
 
 
-def is_text_attention(call: Call) -> bool:
-    return call.module.endswith("attn2") and ".middle_block" not in call.module
+@pytest.fixture
+def groups_of_probes(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """Groups of rows that GAG Probe gets with each text attention, in order."""
+    found: list[list[Any]] = []
+    for name, index in (("cross", 4), ("joint", 5)):
+        original = getattr(recorder_of_pack.CallRecording, name)
+
+        def spy(self: Any, *args: Any, original: Any = original, index: int = index) -> Any:
+            found.append(args[index])
+            return original(self, *args)
+
+        monkeypatch.setattr(recorder_of_pack.CallRecording, name, spy)
+    return found
 
 
-def check_rows(calls: list[Call], rows: Rows, apply_to: str) -> None:
+def reads_text(pack: Pack, call: Call) -> bool:
+    """Return True for a call that reads the text, judged by shapes and module and not by the patch under test."""
+    if pack.model not in TRANSFORMERS:
+        return call.module.endswith("attn2")
+    tiny = TRANSFORMERS[pack.model]
+    if tiny.text_first is None:
+        return re.search(f"{tiny.text_modules}$", call.module) is not None
+    return "refiner" not in call.module and call.k.shape[2] > tiny.image_tokens()
+
+
+def expected_output(pack: Pack, call: Call, rows: Rows, apply_to: str) -> Tensor:
+    """Compute in fp64 the output of a text attention whose rows have these texts."""
+    assert call.q.shape[0] == len(rows)
+    outs = []
+    for index, row in enumerate(rows):
+        q, k, v = (tensor[index : index + 1] for tensor in (call.q, call.k, call.v))
+        mask = call.mask
+        if mask is not None:
+            mask = (mask.unsqueeze(1) if mask.ndim == 3 else mask).expand(len(rows), -1, -1, -1)[index : index + 1]
+        tiny = TRANSFORMERS.get(pack.model)
+        if ".middle_block" in call.module or (apply_to == "positive" and row.prompt not in ("positive", "region")):
+            outs.append(reference.sparse_dense_attention(q, k, v, mask=mask)[1])
+        elif tiny is not None and tiny.text_first is not None:
+            text = tiny.text(k.shape[2], row.tokens)
+            outs.append(reference.guided_joint_attention(q, k, v, text, PAPER, mask=mask))
+        else:
+            read = None if mask is None else mask[..., : row.tokens]
+            own_k, own_v = k[:, :, : row.tokens], v[:, :, : row.tokens]
+            outs.append(reference.guided_attention(q, own_k, own_v, PAPER, mask=read))
+    return torch.cat(outs)
+
+
+def check_rows(pack: Pack, calls: list[Call], expected: list[Rows], apply_to: str) -> None:
     """Assert that each row of each text attention is guided by its own tokens, or plain if its prompt is not guided."""
-    text_calls = [call for call in calls if is_text_attention(call)]
-    assert text_calls
-    for call in text_calls:
-        assert call.q.shape[0] == len(rows)
-        for row, (prompt, tokens) in enumerate(rows):
-            q, k, v, out = (tensor[row : row + 1] for tensor in (call.q, call.k, call.v, call.out))
-            is_guided = apply_to == "both" or prompt != "negative"
-            if is_guided:
-                expected = reference.guided_attention(q, k[:, :, :tokens], v[:, :, :tokens], PAPER)
-            else:
-                expected = reference.sparse_dense_attention(q, k, v)[1]
-            error = 3e-5 * float(v.abs().max()) * (1.0 + PAPER.guidance_scale * is_guided)
-            assert_close(out, expected, error=error)
+    seen: Counter[str] = Counter()
+    for call in calls:
+        if reads_text(pack, call):
+            rows = expected[seen[call.module] % len(expected)]
+            seen[call.module] += 1
+            call.check(expected_output(pack, call, rows, apply_to), PAPER.guidance_scale)
+    assert seen
+    assert set(seen.values()) == {len(expected)}
 
 
-def with_regions(model: Any, regions: int, batch: int, added_tokens: int = 77) -> Any:
-    """Add a row for each further region behind each positive row, and blend them (packs for attention coupling)."""
-    model = model.clone()
-    texts = [host.conditioning("sd15", 30 + i, added_tokens)[0][0] for i in range(regions - 1)]
-
-    def add_rows(q: Tensor, k: Tensor, _: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        kinds = options["cond_or_uncond"]
-        tokens = max(k.shape[1], added_tokens)
-        queries, keys = [], []
-        for kind, a, b in zip(kinds, q.chunk(len(kinds)), k.chunk(len(kinds)), strict=True):
-            queries.append(a)
-            keys.append(b.repeat(1, tokens // b.shape[1], 1))
-            for text in texts if kind == 0 else ():
-                queries.append(a)
-                keys.append(text.repeat(batch, tokens // added_tokens, 1))
-        return torch.cat(queries), torch.cat(keys), torch.cat(keys)
-
-    def blend(out: Tensor, options: dict[str, Any]) -> Tensor:
-        kinds = options["cond_or_uncond"]
-        parts = iter(out.split(batch))
-        blended = []
-        for kind in kinds:
-            own = [next(parts) for _ in range(regions if kind == 0 else 1)]
-            blended.append(torch.stack(own).mean(0))
-        return torch.cat(blended)
-
-    model.set_model_attn2_patch(add_rows)
-    model.set_model_attn2_output_patch(blend)
-    return model
+def check_groups(pack: Pack, found: list[list[Any]], expected: list[Rows]) -> None:
+    """Assert that GAG Probe got the kind and the number of own tokens of each row."""
+    kinds = {"negative": False, "positive": True, "region": True, "unknown": None}
+    tiny = TRANSFORMERS.get(pack.model)
+    is_joint = tiny is not None and tiny.text_first is not None
+    wanted = {tuple((kinds[row.prompt], 0 if is_joint else row.tokens) for row in rows) for rows in expected}
+    got = {
+        tuple(
+            (group.is_positive, 0 if is_joint else group.tokens)
+            for group in groups
+            for _ in range(group.rows.start, group.rows.stop)
+        )
+        for groups in found
+    }
+    assert got == wanted
 
 
-@pytest.mark.parametrize("apply_to", ["both", "positive"])
-@pytest.mark.parametrize("regions", [2, 3])
+@each_order(GUIDED)
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{apply_to}, batch {batch}" for apply_to, batch in CASES])
+def test_every_row_is_guided_by_its_own_words(
+    pack: Pack, order: str, case: int, node_texts: list[str], groups_of_probes: list[list[Any]]
+) -> None:
+    """GAG Probe beside the pack gets the same rows."""
+    assert pack.calls is not None
+    apply_to, batch = CASES[case]
+    if batch not in pack.batches:
+        pytest.skip("the pack cannot sample several pictures at once")
+    prompts = Prompts(batch, *pack.prompts[case % len(pack.prompts)])
+    (model, _) = host.run_node("GAGProbe", model=in_order(order, pack, lambda model: guided(model, apply_to)))
+    with record_calls(model) as calls:
+        pack.sample(model, prompts)
+    check_rows(pack, calls, pack.calls(prompts), apply_to)
+    check_groups(pack, groups_of_probes, pack.calls(prompts))
+    layers = len({call.module for call in calls if reads_text(pack, call) and ".middle_block" not in call.module})
+    assert node_texts[0].startswith(f"Guided {layers} of {layers} attentions in ")
+
+
+@each_order(GUIDED)
+def test_off_and_a_probe_leave_the_packs_own_picture(pack: Pack, order: str) -> None:
+    assert pack.patched is not None
+    prompts = Prompts(pack.batches[-1], *pack.prompts[-1])
+    alone = pack.sample(pack.patched(pack.build()), prompts)
+    for node in (lambda model: guided(model, strength=0.0), lambda model: host.run_node("GAGProbe", model=model)[0]):
+        assert torch.equal(pack.sample(in_order(order, pack, node), prompts), alone)
+
+
+@pytest.mark.parametrize(
+    "pack", [pytest.param(pack, id="-".join(pack.labels)) for pack in GUIDED if len(pack.orders) == 2]
+)
+def test_both_orders_give_the_same_picture(pack: Pack) -> None:
+    prompts = Prompts(pack.batches[-1], *pack.prompts[-1])
+    assert torch.equal(*(pack.sample(in_order(order, pack, guided), prompts) for order in pack.orders))
+
+
+@each_order(LEFT_ALONE)
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("order", ["GAG first", "GAG last"])
-def test_regions_belong_to_the_prompt_before_them(
-    order: str, batch: int, regions: int, apply_to: str, reports: list[str], one_batch: Callable[[Any], Any]
+def test_what_cannot_be_guided_is_left_alone_and_the_node_says_so(
+    pack: Pack, order: str, batch: int, node_texts: list[str]
 ) -> None:
-    model = one_batch(host.build_model("sd15"))
-    if order == "GAG first":
-        model = with_regions(guided(model, apply_to), regions, batch)
-    else:
-        model = guided(with_regions(model, regions, batch), apply_to)
-    with record_calls(model) as calls:
-        host.sample(model, "sd15", steps=1, batch=batch)
-    # ComfyUI puts the negative prompt first.
-    rows = [("negative", 77)] * batch + [("positive", 77)] * batch * regions
-    check_rows(calls, rows, apply_to)
-    assert reports == ["Guided 6 of 6 attentions in 1 of 1 calls."]
+    assert pack.patched is not None
+    if batch not in pack.batches:
+        pytest.skip("the pack cannot sample several pictures at once")
+    prompts = Prompts(batch, *pack.prompts[0])
+    alone = pack.sample(pack.patched(pack.build()), prompts)
+    assert not torch.equal(alone, pack.sample(guided(pack.build()), prompts))
+    out = pack.sample(in_order(order, pack, lambda model: guided(model, "positive")), prompts)
+    assert torch.equal(out, alone)
+    assert node_texts[-1] == pack.says
 
 
-def test_shorter_texts_of_regions_are_read_without_their_copies(one_batch: Callable[[Any], Any]) -> None:
-    model = guided(with_regions(one_batch(host.build_model("sd15")), 2, 1, added_tokens=231), "positive")
-    with record_calls(model) as calls:
-        host.sample(model, "sd15", steps=1)
-    check_rows(calls, [("negative", 77), ("positive", 77), ("positive", 231)], "positive")
-
-
-def test_a_prompt_that_a_pack_scales_is_still_known(one_batch: Callable[[Any], Any]) -> None:
-    """Packs for regions multiply the base prompt by its strength, so that no row equals the prompt's text."""
-    model = one_batch(host.build_model("sd15")).clone()
-    text = host.conditioning("sd15", 60)[0][0]
-
-    def add_row(q: Tensor, k: Tensor, _: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        assert options["cond_or_uncond"] == [1, 0]
-        keys = torch.cat((k[:1], 0.6 * k[1:], text))
-        return torch.cat((q, q[1:])), keys, keys
-
-    model.set_model_attn2_patch(add_row)
-    model.set_model_attn2_output_patch(lambda out, _: torch.cat((out[:1], out[1:2] + out[2:])))
-    model = guided(model, "positive")
-    with record_calls(model) as calls:
-        host.sample(model, "sd15", steps=1)
-    check_rows(calls, [("negative", 77), ("positive", 77), ("positive", 77)], "positive")
-
-
-def in_tiles(model: Any, at_once: int) -> Any:
-    """Cut the latent into two tiles and run several at once: tile 1 of all prompts, then tile 2 of all prompts."""
-    model = model.clone()
-
-    def wrapper(apply: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        x, t, c = args["input"], args["timestep"], args["c"]
-        out = torch.zeros_like(x)
-        tiles = [slice(0, 8), slice(8, 16)]
-        for group in [tiles] if at_once == 2 else [[tile] for tile in tiles]:
-            repeated = {
-                key: value.repeat(len(group), *[1] * (value.ndim - 1)) if torch.is_tensor(value) else value
-                for key, value in c.items()
-            }
-            parts = apply(torch.cat([x[..., tile] for tile in group]), t.repeat(len(group)), **repeated)
-            for tile, part in zip(group, parts.chunk(len(group)), strict=True):
-                out[..., tile] = part
-        return out
-
-    model.set_model_unet_function_wrapper(wrapper)
-    return model
-
-
+@rows_of("DenseDiffusion")
 @pytest.mark.parametrize("apply_to", ["both", "positive"])
-@pytest.mark.parametrize("tokens", [77, 154])
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_rows_of_interleaved_tiles_are_told_by_their_texts(
-    at_once: int, tokens: int, apply_to: str, one_batch: Callable[[Any], Any]
-) -> None:
-    model = guided(in_tiles(one_batch(host.build_model("sd15")), at_once), apply_to)
-    negative = host.conditioning("sd15", 11, tokens)
-    with record_calls(model) as calls:
-        host.sample(model, "sd15", steps=1, size=(8, 16), negative=negative)
-    check_rows(calls, [("negative", tokens), ("positive", 77)] * at_once, apply_to)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_words_of_other_regions_add_nothing(pack: Pack, order: str, batch: int, apply_to: str) -> None:
+    """In positive rows the replacement masks the words of other regions by itself."""
+    dense = packs.DenseRegions()
+    model = pack.build()
+
+    def with_regions(model: Any) -> Any:
+        return packs.with_replacements(model, lambda _: dense)
+
+    model = with_regions(guided(model, apply_to)) if order == FIRST else guided(with_regions(model), apply_to)
+    results: list[Tensor] = []
+    handles = [
+        module.to_out.register_forward_pre_hook(lambda _, args: results.append(args[0].clone()))
+        for (part, _), module in packs.attn2_of(model).items()
+        if part != "middle"
+    ]
+    middle = packs.attn2_of(model)["middle", 0]
+    in_middle: list[int] = []
+    handles.append(middle.to_out.register_forward_pre_hook(lambda *_: in_middle.append(len(dense.calls) - 1)))
+    try:
+        pack.sample(model, Prompts(batch, 154, 154))
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls = [call for index, call in enumerate(dense.calls) if index not in in_middle]
+    assert len(calls) == len(results) == 6
+    for (q, k, v, mask, out), result in zip(calls, results, strict=True):
+        change = reference.guided_attention(q, k, v, PAPER, mask=mask)
+        change -= reference.sparse_dense_attention(q, k, v, mask=mask)[1]
+        if apply_to == "positive":
+            change[:batch] = 0.0
+        merged = change.transpose(1, 2).flatten(2)
+        assert_close(result, out.double() + merged, error=3e-4 * float(v.abs().max()))
 
 
 def test_the_probe_sorts_rows_of_tiles_by_their_texts(one_batch: Callable[[Any], Any]) -> None:
     """The measures of a branch are the same for one tile at once and for two."""
     found = []
     for at_once in (1, 2):
-        model, probe = host.run_node("GAGProbe", model=in_tiles(one_batch(host.build_model("sd15")), at_once))
+        model, probe = host.run_node("GAGProbe", model=packs.in_tiles(one_batch(host.build_model("sd15")), at_once, 2))
         host.sample(model, "sd15", steps=1, size=(8, 16), negative=host.conditioning("sd15", 11, 154))
         found.append(probe.result.values)
     torch.testing.assert_close(*found, rtol=1e-3, atol=0.01, equal_nan=True)
@@ -205,7 +260,7 @@ def test_any_number_of_copies_of_a_text_is_read_once(copies: int, one_batch: Cal
     model = guided(model)
     with record_calls(model) as calls:
         host.sample(model, "sd15", steps=1)
-    check_rows(calls, [("negative", 77), ("positive", 77)], "both")
+    check_rows(SD15, calls, [Prompts().rows()], "both")
 
 
 @pytest.mark.parametrize("apply_to", ["both", "positive"])
@@ -215,32 +270,7 @@ def test_a_prompt_that_repeats_itself_keeps_all_of_its_tokens(apply_to: str, one
     text = host.conditioning("sd15", 10)[0][0]
     with record_calls(model) as calls:
         host.sample(model, "sd15", steps=1, positive=[[torch.cat((text, text), dim=1), {}]])
-    check_rows(calls, [("negative", 77), ("positive", 154)], apply_to)
-
-
-@pytest.mark.parametrize("apply_to", ["both", "positive"])
-def test_keys_of_rank_4_are_read_as_the_host_reads_them(apply_to: str, one_batch: Callable[[Any], Any]) -> None:
-    """A pack for prompt injection passes ``[2, batch, N, C]``, which ComfyUI reshapes by the batch of the queries."""
-    model = one_batch(host.build_model("sd15")).clone()
-    injected = host.conditioning("sd15", 40)[0][0]
-
-    def inject(q: Tensor, k: Tensor, _: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        batch = len(q) // len(options["cond_or_uncond"])
-        stacked = torch.stack((k[:1], injected)).repeat(1, batch, 1, 1)
-        return q, stacked, stacked
-
-    model.set_model_attn2_patch(inject)
-    model = guided(model, apply_to)
-    attention = model.model.diffusion_model.get_submodule("input_blocks.1.1.transformer_blocks.0.attn2")
-    seen: list[Tensor] = []
-    handle = attention.to_out.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    try:
-        host.sample(model, "sd15", steps=1)
-        host.sample(guided(model, strength=0.0), "sd15", steps=1)
-    finally:
-        handle.remove()
-    assert len(seen) >= 1
-    assert all(bool(torch.isfinite(out).all()) for out in seen)
+    check_rows(SD15, calls, [Prompts(positive=154).rows()], apply_to)
 
 
 def test_an_empty_prompt_is_no_text_that_rows_can_have() -> None:
@@ -261,27 +291,6 @@ def test_an_empty_prompt_is_no_text_that_rows_can_have() -> None:
     assert rows.arrived_groups(text.repeat(1, 2, 1), None, options, "layer", own) == [(slice(0, 1), 77, True)]
 
 
-def with_replacements(model: Any, make: Callable[[Any], Callable[..., Tensor]]) -> Any:
-    """Replace every attn2 of a UNet."""
-    model = model.clone()
-    parts = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}
-    for name, module in model.model.diffusion_model.named_modules():
-        if name.endswith("attn2"):
-            part, block = name.split(".")[:2]
-            model.set_model_attn2_replace(make(module), parts[part], int(block) if part != "middle_block" else 0)
-    return model
-
-
-def reads_own_text(module: Any) -> Callable[..., Tensor]:
-    text = host.conditioning("sd15", 50)[0][0]
-
-    def replacement(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        own = text.expand(q.shape[0], -1, -1)
-        return host_attention.optimized_attention(q, module.to_k(own), module.to_v(own), options["n_heads"])
-
-    return replacement
-
-
 def reads_first_half(_: Any) -> Callable[..., Tensor]:
     def replacement(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         return host_attention.optimized_attention(q, k[:, :77], v[:, :77], options["n_heads"])
@@ -299,21 +308,13 @@ def pictures_of_two_prompts(model: Any, tokens: int) -> list[Tensor]:
     return [host.sample(model, "sd15", positive=[[prompt, {}]], negative=negative) for prompt in prompts]
 
 
-def test_text_that_a_replacement_does_not_read_adds_nothing(reports: list[str]) -> None:
-    model = with_replacements(host.build_model("sd15"), reads_own_text)
-    first, second = pictures_of_two_prompts(guided(model), 77)
-    assert torch.equal(first, second)
-    assert torch.equal(first, pictures_of_two_prompts(model, 77)[0])
-    assert reports[0] == "Nothing guided: another node reads other text."
-
-
 def test_a_replacement_is_guided_in_forward_mode() -> None:
     """Tensors of a transform of ``torch.func`` have no memory by which reading could be watched."""
 
     def reads_all(_: Any) -> Callable[..., Tensor]:
         return lambda q, k, v, options: host_attention.attention_basic(q, k, v, options["n_heads"])
 
-    model = guided(with_replacements(host.build_model("sd15"), reads_all))
+    model = guided(packs.with_replacements(host.build_model("sd15"), reads_all))
 
     @torch.no_grad()
     def taylor(denoise: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
@@ -333,82 +334,22 @@ def test_a_replacement_is_guided_in_forward_mode() -> None:
     assert torch.isfinite(out).all()
 
 
-def test_words_that_a_replacement_leaves_out_add_nothing(reports: list[str]) -> None:
-    model = with_replacements(host.build_model("sd15"), reads_first_half)
+def test_words_that_a_replacement_leaves_out_add_nothing(node_texts: list[str]) -> None:
+    model = packs.with_replacements(host.build_model("sd15"), reads_first_half)
     first, second = pictures_of_two_prompts(guided(model), 154)
     assert torch.equal(first, second)
     assert not torch.equal(first, pictures_of_two_prompts(model, 154)[0]), "the words that are read are not guided"
-    assert reports[0] == "Guided 6 of 6 attentions in 2 of 2 calls."
+    assert node_texts[0] == "Guided 6 of 6 attentions in 2 of 2 calls."
 
 
-class OneModule(nn.Module):
-    """One module in the place of a transformer's blocks, as block caches have; nothing is skipped here."""
-
-    def __init__(self, run: Callable[..., Any], *blocks: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.run = run
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
-
-
-def run_ltx(net: Any) -> OneModule:
-    def run(x: Tensor, **kwargs: Any) -> Tensor:
-        for block in blocks:
-            x = block(x, **kwargs)
-        return x
-
-    blocks = net.transformer_blocks
-    return OneModule(run, blocks)
-
-
-def run_sd3(net: Any) -> OneModule:
-    def run(context: Tensor, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        for block in blocks:
-            context, x = block(context, x, **kwargs)
-        return context, x
-
-    blocks = net.joint_blocks
-    return OneModule(run, blocks)
-
-
-CACHES = {"ltx-video": ("transformer_blocks", run_ltx), "sd3": ("joint_blocks", run_sd3)}
-
-
-def with_block_cache(model: Any, name: str) -> Any:
-    model = model.clone()
-    net = model.model.diffusion_model
-    attribute, make = CACHES[name]
-    one = make(net)
-
-    def wrapper(apply: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(net._modules, attribute, nn.ModuleList([one]))
-            return apply(args["input"], args["timestep"], **args["c"])
-
-    model.set_model_unet_function_wrapper(wrapper)
-    return model
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_blocks_inside_another_module_are_guided_as_they_are_without_it(name: str, reports: list[str]) -> None:
-    tiny = TRANSFORMERS[name]
-    assert torch.equal(tiny.sample(with_block_cache(tiny.build(), name)), tiny.sample(tiny.build()))
-    alone = tiny.sample(guided(tiny.build()))
-    beside = tiny.sample(guided(with_block_cache(tiny.build(), name)))
-    assert torch.equal(beside, alone)
-    assert reports[0] == reports[1]
-
-
-def test_one_block_inside_another_module_can_be_chosen(reports: list[str]) -> None:
+def test_one_block_inside_another_module_can_be_chosen(node_texts: list[str]) -> None:
     tiny = TRANSFORMERS["sd3"]
     alone = tiny.sample(guided(tiny.build(), blocks="double 1"))
-    assert torch.equal(tiny.sample(guided(with_block_cache(tiny.build(), "sd3"), blocks="double 1")), alone)
-    assert reports == ["Guided 1 of 1 attentions in 2 of 2 calls."] * 2
+    assert torch.equal(tiny.sample(guided(packs.with_block_cache(tiny.build(), "sd3"), blocks="double 1")), alone)
+    assert node_texts == ["Guided 1 of 1 attentions in 2 of 2 calls."] * 2
 
 
-def test_attn2_that_is_run_without_options_is_guided(reports: list[str]) -> None:
+def test_attn2_that_is_run_without_options_is_guided(node_texts: list[str]) -> None:
     """Its projections show the queries, keys and values, and its output."""
     model = host.build_model("sd15").clone()
     for name, module in model.model.diffusion_model.named_modules():
@@ -431,43 +372,11 @@ def test_attn2_that_is_run_without_options_is_guided(reports: list[str]) -> None
         handle.remove()
         outputs.append(seen[0])
     assert_close(outputs[0], outputs[1].double(), error=1e-5 * float(outputs[1].abs().max()))
-    assert reports == ["Guided 6 of 6 attentions in 2 of 2 calls."] * 2
-
-
-def test_blocks_that_another_forward_runs_without_options_are_guided(reports: list[str]) -> None:
-    """A step cache replaces ``forward_orig`` of Flux during model calls, and calls the blocks without options."""
-    model = host.build_model("flux").clone()
-    net = model.model.diffusion_model
-    original = net.forward_orig
-
-    def without_options(*args: Any, **kwargs: Any) -> Tensor:
-        def strip(module: nn.Module) -> Any:
-            return module.register_forward_pre_hook(
-                lambda _, a, kw: (a, {key: value for key, value in kw.items() if key != "transformer_options"}),
-                with_kwargs=True,
-                prepend=True,
-            )
-
-        handles = [strip(block) for block in (*net.double_blocks, *net.single_blocks)]
-        try:
-            out: Tensor = original(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return out
-
-    def wrapper(apply: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(net, "forward_orig", without_options, raising=False)
-            return apply(args["input"], args["timestep"], **args["c"])
-
-    model.set_model_unet_function_wrapper(wrapper)
-    assert torch.equal(host.sample(guided(model), "flux"), host.sample(guided(host.build_model("flux")), "flux"))
-    assert reports[0] == reports[1]
+    assert node_texts == ["Guided 6 of 6 attentions in 2 of 2 calls."] * 2
 
 
 @pytest.mark.parametrize("apply_to", ["both", "positive"])
-def test_a_reader_of_one_prompt_at_a_time_is_guided_in_every_call(apply_to: str, reports: list[str]) -> None:
+def test_a_reader_of_one_prompt_at_a_time_is_guided_in_every_call(apply_to: str, node_texts: list[str]) -> None:
     tiny = TRANSFORMERS["wan-t2v"]
     model = tiny.build().clone()
     for index, block in enumerate(model.model.diffusion_model.blocks):
@@ -481,7 +390,7 @@ def test_a_reader_of_one_prompt_at_a_time_is_guided_in_every_call(apply_to: str,
     beside = tiny.sample(guided(model, apply_to), cfg=3.0)
     alone = tiny.sample(guided(tiny.build(), apply_to), cfg=3.0)
     assert_close(beside, alone.double(), error=1e-4 * float(alone.abs().max()))
-    assert reports == ["Guided 2 of 2 attentions in 2 of 2 calls."] * 2
+    assert node_texts == ["Guided 2 of 2 attentions in 2 of 2 calls."] * 2
 
 
 def test_a_model_whose_class_is_exchanged_while_it_is_loaded_gets_the_same_answer() -> None:
@@ -497,7 +406,7 @@ def test_a_model_whose_class_is_exchanged_while_it_is_loaded_gets_the_same_answe
 
 
 def test_rows_that_cannot_be_told_apart_are_left_alone_and_the_node_says_so(
-    reports: list[str], one_batch: Callable[[Any], Any]
+    node_texts: list[str], one_batch: Callable[[Any], Any]
 ) -> None:
     """A pack puts a row with a text of its own in front of all others."""
     model = one_batch(host.build_model("sd15")).clone()
@@ -508,4 +417,43 @@ def test_rows_that_cannot_be_told_apart_are_left_alone_and_the_node_says_so(
     model.set_model_attn2_output_patch(lambda out, _: out[1:])
     plain = host.sample(model, "sd15", steps=1)
     assert torch.equal(host.sample(guided(model, "positive"), "sd15", steps=1), plain)
-    assert reports == ["Nothing guided: the prompts cannot be told apart."]
+    assert node_texts == ["Nothing guided: the prompts cannot be told apart."]
+
+
+def masked_fill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    return torch.softmax(logits, dim=-1) @ v
+
+
+def masked_fill_by_rank_3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    q, k, v, mask = (t.flatten(0, 1) for t in (q, k.contiguous(), v, mask.expand(*q.shape[:2], -1, -1)))
+    logits = torch.einsum("b i d, b j d -> b i j", q, k) * q.shape[-1] ** -0.5
+    logits.masked_fill_(~mask, -torch.inf)
+    return torch.einsum("b i j, b j d -> b i d", logits.softmax(dim=-1), v).unflatten(0, (2, -1))
+
+
+def torchs_own(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+
+def torchs_own_added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=added)
+
+
+@pytest.mark.parametrize("attend", [masked_fill, masked_fill_by_rank_3, torchs_own, torchs_own_added])
+def test_the_mask_of_a_replacement_holds_for_guidance(attend: Callable[..., Tensor]) -> None:
+    read_tokens = host.pack_module("nodes.patching.replacement").ReadTokens
+    generator = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(2, 6, 3 * 4, generator=generator) for _ in range(2))
+    mask = torch.rand(2, 1, 5, 6, generator=generator) > 0.3
+    q = torch.randn(2, 3, 5, 4, generator=generator)
+    with read_tokens(keys, 5) as read:
+        k, v = (t.view(2, 6, 3, 4).transpose(1, 2) for t in (keys, values))
+        first = attend(q, k, v, mask)
+        attend(q, k, v, mask.roll(1, 3))  # another reading of the same words
+    assert_close(first, reference.sparse_dense_attention(q, k, v, mask=mask)[1])
+    ((tokens, found),) = read.reads
+    assert tokens == slice(0, 6)
+    found = found.logical_not() if found.dtype == torch.bool else found != 0
+    assert torch.equal(found.expand(2, 3, 5, 6), ~mask.expand(2, 3, 5, 6))

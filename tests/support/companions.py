@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """List of the nodes that users put beside guidance, each applied as the node applies itself, and their right results.
 
-The nodes are the host's own. Third-party packs are represented by stand-ins with the same hooks; none of their code is
-here. The rows of ``docs/composition.md`` are made from this list and from the test results.
+COMPANIONS are the host's own nodes, and stand-ins for nodes that every pack could have. PACKS are stand-ins for single
+packs, which packs.py defines. The rows of ``docs/composition.md`` are made from both lists and from the test results.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import comfy.cldm.cldm
@@ -18,6 +18,7 @@ import comfy.controlnet
 import comfy.ldm.modules.attention as host_attention
 import comfy.lora
 import comfy.ops
+import comfy.sample
 import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -25,6 +26,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from torch import Tensor
 
 import host_process as host
+import packs
+from packs import Prompts, Row, Rows
 from transformers_of_host import TRANSFORMERS
 
 FIRST, LAST = "GAG first", "GAG last"
@@ -61,6 +64,59 @@ class Companion:
     def labels(self) -> tuple[str, ...]:
         """Ids of the companion's rows."""
         return tuple(f"{self.name}, {order}" for order in self.orders)
+
+
+@dataclass(frozen=True)
+class Pack(Companion):
+    """Another pack, represented by a stand-in.
+
+    Attributes:
+        source: packs and their commits, by which the stand-in was made.
+        calls: function that returns the rows of the successive calls of each text attention in one step; None if GAG
+            cannot reach the attention.
+        says: text of the GAG node, for a pack whose attention it cannot reach.
+        prompts: numbers of tokens that the positive and the negative prompt can have.
+        batches: numbers of pictures that the pack can sample at once.
+        prompt: function that makes a prompt from a seed and a number of tokens; None for the model's own.
+        size: height and width of the latent; None for the tiny model's own.
+        changes_positive: function that changes the positive prompt.
+    """
+
+    source: str = ""
+    calls: Callable[[Prompts], list[Rows]] | None = None
+    says: str = ""
+    prompts: tuple[tuple[int, int], ...] = ((77, 77), (154, 77), (77, 154))
+    batches: tuple[int, ...] = (1, 2)
+    prompt: Callable[[int, int], list[Any]] | None = None
+    size: tuple[int, int] | None = None
+    changes_positive: Callable[[list[Any]], list[Any]] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def build(self) -> Model:
+        """Return the tiny model without the pack. ComfyUI runs all of its prompts in one batch if it can."""
+        model = build(self.model)
+        model.model.memory_required = lambda *_, **__: 0
+        return model
+
+    def sample(self, model: Model, prompts: Prompts, steps: int = 1) -> Tensor:
+        """Run the host's sampler on a model, with the pack or without it."""
+        prompt = self.prompt or (
+            TRANSFORMERS[self.model].prompt if self.model in TRANSFORMERS else partial(host.conditioning, self.model)
+        )
+        shape = TRANSFORMERS[self.model].latent if self.model in TRANSFORMERS else host.LATENTS[self.model]
+        shape = (*shape[:-2], *(self.size or shape[-2:]))
+        latent = torch.zeros(prompts.batch, *shape)
+        positive, negative = prompt(10, prompts.positive), prompt(11, prompts.negative)
+        if self.changes_positive is not None:
+            positive = self.changes_positive(positive)
+        noise = comfy.sample.prepare_noise(latent, 1)
+        settings: dict[str, Any] = {"disable_pbar": True, "seed": 1}
+        out: Tensor = comfy.sample.sample(
+            model, noise, steps, 3.0, "euler", "simple", positive, negative, latent, **settings
+        )
+        return out
 
 
 def build(name: str) -> Model:
@@ -498,6 +554,12 @@ COMPANIONS = (
         orders=EITHER,
     ),
     Companion(
+        "MultiGPU CFG Split",
+        "Each device guides the prompts that it runs. Tested with two copies of a model on one processor.",
+        orders=EITHER,
+        since="comfy.multigpu",
+    ),
+    Companion(
         "attention override (sage, flash) set on the model",
         "It computes the host's part of every attention; guidance is added to its output. Tested with a stand-in.",
     ),
@@ -539,5 +601,158 @@ COMPANIONS = (
         "GAG twice",
         "Each node acts in its range. Where ranges overlap the later node acts; the log and the earlier node say so.",
         orders=("two ranges",),
+    ),
+)
+
+_OWN_WORDS = "Each row is guided by the words of its own text"
+_OF_REGIONS = f"{_OWN_WORDS}. The rows of regions count as the positive prompt's."
+_ALL_BLOCKS = "All blocks are guided, as without it."
+_SHORT = ((12, 12),)
+_NOT_RUN = "Nothing guided: none of its attentions ran."
+
+
+def _tiles(prompts: Prompts) -> list[Rows]:
+    """Return the rows of three tiles of which two run at once."""
+    return [prompts.rows(copies=2), prompts.rows()]
+
+
+def _injected(prompts: Prompts) -> list[Rows]:
+    """Return the rows of an injected prompt: the negative prompt's text, and the injected one with zeros behind it."""
+    longest = max(prompts.positive, prompts.negative)
+    return [[Row("negative", prompts.negative)] * prompts.batch + [Row("region", longest)] * prompts.batch]
+
+
+PACKS = (
+    Pack(
+        "attention couple: ComfyUI-ppm",
+        f"{_OF_REGIONS}",
+        partial(packs.coupled, regions=(77, 154), strength=0.6),
+        source="ComfyUI-ppm 200f4609",
+        calls=lambda prompts: [prompts.rows(77, 154)],
+    ),
+    Pack(
+        "attention couple: cgem156",
+        f"{_OF_REGIONS}",
+        packs.coupled,
+        source="cgem156-ComfyUI 884563c0",
+        calls=lambda prompts: [prompts.rows(77)],
+    ),
+    Pack(
+        "attention couple: prompt control",
+        f"{_OF_REGIONS} ComfyUI runs the positive prompt in a call of its own, because a hook brings the regions.",
+        unchanged,
+        source="comfyui-prompt-control b24d93b7",
+        orders=EITHER,
+        changes_positive=partial(packs.with_couple_hook, regions=(77, 154)),
+        calls=lambda prompts: [prompts.rows(77, 154)[prompts.batch :], prompts.rows()[: prompts.batch]],
+    ),
+    Pack(
+        "Tiled Diffusion",
+        f"{_OWN_WORDS}, in every tile.",
+        partial(packs.in_tiles, at_once=2),
+        source="ComfyUI-TiledDiffusion a155b1ba",
+        size=(8, 24),
+        calls=_tiles,
+    ),
+    Pack(
+        "NegPip on UNets",
+        "The keys and values that it makes are guided; each word counts once.",
+        packs.with_paired_texts,
+        source="ComfyUI-ppm 200f4609, cd-tuner_negpip-ComfyUI 938b8385",
+        prompt=packs.paired_text,
+        calls=lambda prompts: [prompts.rows()],
+    ),
+    Pack(
+        "prompt injection",
+        "Its text is guided in the rows that read it.",
+        packs.with_injected_prompt,
+        source="prompt_injection ff8c1765",
+        calls=_injected,
+    ),
+    *(
+        Pack(
+            f"block cache of WaveSpeed on {title}",
+            _ALL_BLOCKS,
+            partial(packs.with_block_cache, name=name),
+            model=name,
+            source="Comfy-WaveSpeed 82537451",
+            prompts=_SHORT,
+            calls=lambda prompts: [prompts.rows()],
+        )
+        for name, title in (("ltx-video", "LTX"), ("sd3", "SD3"), ("hunyuan-video", "HunyuanVideo"))
+    ),
+    *(
+        Pack(
+            f"step cache on {title} (TeaCache, WaveSpeed)" if name == "flux" else f"step cache on {title} (TeaCache)",
+            _ALL_BLOCKS,
+            partial(packs.with_forward_of_its_own, name=name),
+            model=name,
+            source="ComfyUI-TeaCache 91dff8e3" + (", Comfy-WaveSpeed 82537451" if name == "flux" else ""),
+            prompts=_SHORT,
+            calls=lambda prompts: [prompts.rows()],
+        )
+        for name, title in (("flux", "Flux"), ("wan-t2v", "Wan"), ("ltx-video", "LTX"), ("lumina2", "Lumina 2"))
+    ),
+    Pack(
+        "WanVideoNAG (KJNodes)",
+        'The prompts are guided, with apply_to "both" its own text too. With apply_to "positive" its own text is left '
+        "alone, because nothing tells to which prompt it belongs; the node says so.",
+        packs.with_nag,
+        model="wan-t2v",
+        source="ComfyUI-KJNodes 3f200542",
+        prompts=_SHORT,
+        batches=(1,),
+        calls=lambda prompts: [[Row("negative", 12)], [Row("unknown", 12)], [Row("positive", 12)]],
+    ),
+    Pack(
+        "DenseDiffusion",
+        "Each image token is guided by the words of its own region.",
+        source="ComfyUI_densediffusion 1b2e54d4",
+    ),
+    Pack(
+        "attention couple: laksjdjf, ComfyCouple",
+        "Nothing is guided, because it reads texts of its own; the node says so.",
+        partial(packs.with_replacements, make=packs.reads_own_texts),
+        source="attention-couple-ComfyUI 87304616, ComfyUI-ComfyCouple faa73a92",
+        says="Nothing guided: another node reads other text.",
+    ),
+    Pack(
+        "attention couple: ComfyUI-ppm on Anima",
+        'Nothing is guided with apply_to "positive", because it adds rows inside the attention; the node says so.',
+        packs.with_wider_cross_attention,
+        model="cosmos-predict2",
+        source="ComfyUI-ppm 200f4609",
+        prompts=_SHORT,
+        says="Nothing guided: the prompts cannot be told apart.",
+    ),
+    Pack(
+        "RES4LYF's Re...Patcher",
+        "Nothing is guided, because it computes the attention by itself; the node says so.",
+        packs.with_classes_exchanged,
+        source="RES4LYF 022c873c",
+        batches=(1,),
+        says=_NOT_RUN,
+    ),
+    Pack(
+        "Fluxtapoz",
+        "Nothing is guided, because its blocks do not pass ComfyUI's options to the attention; the node says so.",
+        packs.with_blocks_of_its_own_class,
+        model="flux",
+        source="ComfyUI-Fluxtapoz 17c71bea",
+        says=_NOT_RUN,
+    ),
+    Pack(
+        "IPAdapter-Flux",
+        "Nothing is guided, because it puts other blocks in the place of ComfyUI's; the node says so.",
+        packs.with_other_blocks,
+        model="flux",
+        source="ComfyUI-IPAdapter-Flux eef22b68",
+        says=_NOT_RUN,
+    ),
+    Pack(
+        "samplers of Extra Samplers that differentiate the model (ttm)",
+        "The derivative is that of the guided model.",
+        source="ComfyUI-Extra-Samplers 52eac1b7",
+        orders=EITHER,
     ),
 )

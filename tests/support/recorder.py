@@ -67,10 +67,11 @@ def record_calls(*models: Any) -> Iterator[list[Call]]:
             tensors = [t.peek() if hasattr(t, "peek") else t for t in (q, k, v)]
             out = original(q, k, v, heads, mask=mask, **kwargs)
             heads_are_split = kwargs.get("skip_reshape", False)
-            q, k, v = (t.clone() if heads_are_split else _split_heads(t, heads).clone() for t in tensors)
+            batch = tensors[0].shape[0]
+            q, k, v = (t.clone() if heads_are_split else _split_heads(t, heads, batch).clone() for t in tensors)
             if kwargs.get("enable_gqa", False):
                 k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-            out_by_head = out if kwargs.get("skip_output_reshape", False) else _split_heads(out, heads)
+            out_by_head = out if kwargs.get("skip_output_reshape", False) else _split_heads(out, heads, batch)
             calls.append(Call(running[-1], q, k, v, mask, out_by_head.clone()))
             return out
 
@@ -95,7 +96,8 @@ def record_calls(*models: Any) -> Iterator[list[Call]]:
             handle.remove()
 
 
-def _split_heads(tensor: Tensor, heads: int) -> Tensor:
-    if tensor.ndim == 4:
+def _split_heads(tensor: Tensor, heads: int, batch: int) -> Tensor:
+    """Return ``[B, H, N, D]`` of a tensor of any rank, which ComfyUI's attention reshapes by the queries' batch."""
+    if tensor.ndim == 4 and tensor.shape[2] == heads:  # SD3's values
         return rearrange(tensor, "b n h d -> b h n d")
-    return rearrange(tensor, "b n (h d) -> b h n d", h=heads)
+    return rearrange(tensor.reshape(batch, -1, tensor.shape[-1]), "b n (h d) -> b h n d", h=heads)
