@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +25,8 @@ log = logging.getLogger("comfyui-gag")
 # Compiled forward passes, by model and by compile settings. They serve later runs too, whatever GAG's settings are
 # then: torch turns a number that changes into a variable, and does not compile for each value anew.
 _compiled_forwards: WeakKeyDictionary[Module, dict[str, Callable[..., Any]]] = WeakKeyDictionary()
+# Torch has one stance for all threads. So model calls that set it take turns where several devices run at once.
+_stance_lock = RLock()
 
 
 class UnguardedCompile:
@@ -55,16 +58,17 @@ class UnguardedCompile:
     @contextmanager
     def bypass_host_graph(self) -> Iterator[None]:
         """Run a model call without the host's compiled graph; only :meth:`install` compiles inside."""
-        before = self.compiled_calls
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        if self.compiled_calls == before and not self._has_warned:
-            self._has_warned = True
-            log.warning(
-                "GAG: this TorchCompileModel compiles without regard to patches, so the model calls in which %s run "
-                "uncompiled; the picture is right.",
-                self.active_nodes,
-            )
+        with _stance_lock:
+            before = self.compiled_calls
+            with torch.compiler.set_stance("force_eager"):
+                yield
+            if self.compiled_calls == before and not self._has_warned:
+                self._has_warned = True
+                log.warning(
+                    "GAG: this TorchCompileModel compiles without regard to patches, so the model calls in which %s "
+                    "run uncompiled; the picture is right.",
+                    self.active_nodes,
+                )
 
     def install(self, options: dict[str, Any], model: Any, key: str) -> dict[str, Any]:
         """Return transformer options with which the forward pass of the host's ``model`` is compiled apart.

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from .attention_call import TextLayers
 from .compile import UnguardedCompile
@@ -23,7 +24,7 @@ from .measurements import Probe
 from .observer import Observer
 from .prompt_rows import PromptRows, RowGroup, are_told_apart, has_positive
 from .recorder import CallRecording, Recording
-from .run import Run
+from .run import Run, uncompiled
 from .steps import follow_run, sigma_range
 from .strength_curve import Factors
 from .transformer import GuidedTransformer
@@ -89,7 +90,7 @@ class GAGPatch:
         """Run one model call: guided if a node acts in it, else unchanged; and measured for probes and charts."""
         options = {} if transformer_options is None else transformer_options
         run: Run = options.get(KEY) or Run(self.observer, self.observer.new_chart())
-        run.model_calls += 1
+        run.count_model_call()
         guidance, factor = self._active(run, t, executor.class_obj.model_sampling)
         text = None if c_crossattn is None or c_crossattn.shape[1] == 0 else c_crossattn
         groups = None if text is None else self._groups(run, guidance, text, options)
@@ -110,22 +111,25 @@ class GAGPatch:
             options = _install(run, layers, options, executor.class_obj, stack)
             out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if guidance is not None:
-            run.count_call(guidance, layers.reached)
-            run.unknown_rows[guidance] += layers.has_unknown_rows
-            run.other_text.setdefault(guidance, set()).update(layers.other_text)
+            run.count_layers(guidance, layers)
             if is_charted and recording is not None:
                 run.chart.add(guidance, recording, layers.reached, run.steps)
         if run.recording is not None and recording is not None:
             run.recording.add(recording, layers.reached, run.steps.done)
         return out
 
-    def _modules(self, guider: Any) -> dict[Layer, tuple[Any, str]]:
-        """Return the modules of the layers of a transformer, before other nodes replace blocks during model calls."""
+    def _modules(self, guider: Any) -> dict[Module, dict[Layer, tuple[Any, str]]]:
+        """Return the modules of the layers of a transformer, before other nodes replace blocks during model calls.
+
+        Several devices have a copy of the model each, with modules of its own.
+        """
         family = (*self.guidances, *(probe.watched for probe in self.probes))[0].family
         patcher = getattr(guider, "model_patcher", None)
         if family.attention == "attn2" or patcher is None:
             return {}
-        return readers(family, patcher.model.diffusion_model)
+        patchers = (patcher, *patcher.get_additional_models_with_key("multigpu"))
+        nets = [uncompiled(one.model.diffusion_model) for one in patchers]
+        return {net: readers(family, net) for net in nets}
 
     def _groups(
         self, run: Run, guidance: Guidance | None, text: Tensor, options: dict[str, Any]
@@ -166,13 +170,13 @@ class GAGPatch:
                 if guidance.schedule is not None:
                     factor = guidance.schedule.factor(percent, sigma)
                 if factor * guidance.config.strength == 0.0:
-                    run.unscheduled[guidance] += 1
+                    run.count(run.unscheduled, guidance)
                     continue
             if active is None:
                 active, active_factor = guidance, factor
-                run.in_range[guidance] += 1
+                run.count(run.in_range, guidance)
             else:
-                run.overruled[guidance] += 1
+                run.count(run.overruled, guidance)
         return active, active_factor
 
 
@@ -185,11 +189,11 @@ def _latent_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 def _has_guided_text(run: Run, guidance: Guidance, context: Tensor | None, groups: list[RowGroup] | None) -> bool:
     """Return True if a model call has text that the node guides; else count the reason."""
     if context is None:
-        run.no_context[guidance] += 1
+        run.count(run.no_context, guidance)
     elif groups is None:
-        run.no_text[guidance] += 1
+        run.count(run.no_text, guidance)
     elif guidance.apply_to != "both" and are_told_apart(groups) and not has_positive(groups):
-        run.no_positive_rows[guidance] += 1
+        run.count(run.no_positive_rows, guidance)
     else:
         return True
     return False
@@ -204,7 +208,7 @@ def _install(
     if layers.guidance.family.attention == "attn2":
         hooks = GuidedUNet(layers, run.prompts, stored, options)
     else:
-        hooks = GuidedTransformer(layers, run.modules, stored, options)
+        hooks = GuidedTransformer(layers, run.modules_of(host_model.diffusion_model), stored, options)
     stack.enter_context(hooks.watch(host_model.diffusion_model))
     options = hooks.install(options)
     if run.unguarded_compile is not None:

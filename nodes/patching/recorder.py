@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -264,20 +265,25 @@ class Recording:
     words: tuple[Word, ...] = ()
     calls: list[CallRecord] = field(default_factory=list)
     measured: list[Measured] = field(default_factory=list)
-    # By device, because the calls of several devices overlap.
+    # By device, and behind a lock, because the calls of several devices overlap.
     waiting: dict[torch.device, list[_Sample]] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def add(self, recorded: CallRecording, reached: list[Layer], done: int) -> None:
         """Add a model call that has ended, the layers guided in it, and the number of steps done."""
         call = recorded.call
         call.guided, call.done = frozenset(reached), done
-        self.calls.append(call)
-        self.measured += recorded.measured
-        waiting = [*self.waiting.pop(call.level.device, []), *recorded.waiting]
-        if _is_enough(waiting):
-            self.measured += _measure_together(waiting)
-        else:
-            self.waiting[call.level.device] = waiting
+        with self._lock:
+            self.calls.append(call)
+            self.measured += recorded.measured
+            waiting = [*self.waiting.pop(call.level.device, []), *recorded.waiting]
+            is_enough = _is_enough(waiting)
+            if not is_enough:
+                self.waiting[call.level.device] = waiting
+        if is_enough:
+            measured = _measure_together(waiting)
+            with self._lock:
+                self.measured += measured
 
     def result(self, probe: Probe, levels: list[float]) -> Result:
         """Return the measures for a probe. This is the only place that waits for the device.

@@ -6,12 +6,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch.nn import Module
 
 from ...gag_core.echo import echo
+from .attention_call import TextLayers
 from .compile import UnguardedCompile
 from .families import Layer
 from .guidance import Guidance
@@ -36,6 +38,9 @@ class NothingGuided(NamedTuple):
 class Run:
     """Counters of one sampling run, by node; and facts that are found once and hold for the whole run.
 
+    ComfyUI can send the prompts of a step to several devices, each with a copy of the model and a thread of its own.
+    So model calls overlap, and everything that they count is counted under a lock.
+
     Attributes:
         observer: receiver of the report.
         chart: receiver of the measures for open charts.
@@ -52,7 +57,8 @@ class Run:
         sigmas: highest and lowest noise level of the node's range.
         unknown_rows: model calls with rows that were left alone because their prompt cannot be told.
         other_text: layers in which another node reads another text than the one that was handed to it.
-        modules: modules of a transformer's layers as they were before the run, when no node had replaced blocks.
+        modules: modules of a transformer's layers as they were before the run, when no node had replaced blocks; by
+            copy of the diffusion model.
         stored: stored attentions of each copy of the model; several devices have a copy each.
         recording: measures for probes, None without a probe.
         steps: position in the run.
@@ -73,10 +79,19 @@ class Run:
     sigmas: dict[Guidance, tuple[float, float]] = field(default_factory=dict)
     unknown_rows: Counter[Guidance] = field(default_factory=Counter)
     other_text: dict[Guidance, set[Layer]] = field(default_factory=dict)
-    modules: dict[Layer, tuple[Any, str]] = field(default_factory=dict)
+    modules: dict[Module, dict[Layer, tuple[Any, str]]] = field(default_factory=dict)
     stored: WeakKeyDictionary[Module, StoredAttentions] = field(default_factory=WeakKeyDictionary)
     recording: Recording | None = None
     steps: Steps = field(default_factory=Steps)
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
+
+    def __deepcopy__(self, _: Any) -> Run:
+        """Return the run itself: nodes that copy the options of a model call still count in this run."""
+        return self
+
+    def modules_of(self, diffusion_model: Module) -> dict[Layer, tuple[Any, str]]:
+        """Return the modules of a copy of a transformer as they were before the run; none if it is not known."""
+        return self.modules.get(uncompiled(diffusion_model), {})
 
     def stored_attentions(self, diffusion_model: Module) -> StoredAttentions:
         """Return the stored attentions of a copy of the model; its modules are searched once per run."""
@@ -84,13 +99,25 @@ class Run:
             self.stored[diffusion_model] = stored_attentions(diffusion_model)
         return self.stored[diffusion_model]
 
-    def count_call(self, guidance: Guidance, reached: list[Layer]) -> None:
-        """Count a model call that has ended, and the layers that were guided in it.
+    def count_model_call(self) -> None:
+        """Count a model call that begins."""
+        with self._lock:
+            self.model_calls += 1
 
-        Counting during the call would not do: torch.compile recompiles code that reads growing counts, and the calls of
-        several devices overlap.
+    def count(self, counter: Counter[Guidance], guidance: Guidance) -> None:
+        """Add 1 to one of the run's counters of model calls."""
+        with self._lock:
+            counter[guidance] += 1
+
+    def count_layers(self, guidance: Guidance, layers: TextLayers) -> None:
+        """Count what happened to the text attentions of a model call that has ended.
+
+        Counting during the call would not do: torch.compile recompiles code that reads growing counts.
         """
-        self.guided.setdefault(guidance, Counter()).update(set(reached))
+        with self._lock:
+            self.guided.setdefault(guidance, Counter()).update(set(layers.reached))
+            self.unknown_rows[guidance] += layers.has_unknown_rows
+            self.other_text.setdefault(guidance, set()).update(layers.other_text)
 
     def report(self, guidance: Guidance) -> None:
         """Send the outcome of the run to the node, and to the log if it matters there.
@@ -176,3 +203,9 @@ class Run:
         if guidance.start_percent:
             reason += "; where a run has so few steps, set start_percent to 0"
         return NothingGuided("why_range", f"no step within {span}", reason)
+
+
+def uncompiled(diffusion_model: Module) -> Module:
+    """Return the module that torch.compile wrapped, or the module itself."""
+    original: Module = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    return original

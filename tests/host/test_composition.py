@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -14,6 +15,7 @@ import comfy.samplers
 import pytest
 import torch
 import torch._dynamo.utils
+from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from einops import rearrange
 from torch import Tensor
@@ -33,6 +35,7 @@ from companions import (
 )
 from recorder import Call, record_calls
 from tolerances import assert_close
+from transformers_of_host import TRANSFORMERS
 
 PAPER = host.pack_module("nodes.presets").PRESETS["paper"]
 TOKENS = 77
@@ -712,3 +715,39 @@ def test_each_of_two_gag_nodes_acts_in_its_range(
     first, second = node_texts[:2]
     assert first == "Guided 6 of 6 attentions in 4 of 10 calls. In 2 a later GAG node acted."
     assert second == "Guided 6 of 6 attentions in 6 of 10 calls."
+
+
+(SPLIT,) = (companion for companion in COMPANIONS if companion.name == "MultiGPU CFG Split")
+
+
+@pytest.mark.parametrize(
+    "order", [pytest.param(order, id=SPLIT.labels[0], marks=skip_if_missing(SPLIT)) for order in SPLIT.orders]
+)
+@pytest.mark.parametrize("name", ["sd15", "flux", "wan-t2v"])
+def test_a_step_that_the_host_splits_over_devices_is_guided(name: str, order: str, node_texts: list[str]) -> None:
+    """The host runs each prompt on a copy of the model, in a thread. The processor has two names of a device here."""
+    model, other = guided(companions.build(name)), companions.build(name)
+    run = (
+        partial(TRANSFORMERS[name].sample, cfg=4.0)
+        if name in TRANSFORMERS
+        else partial(host.sample, name=name, cfg=4.0)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.model, "memory_required", lambda *_, **__: 2**60)  # one prompt at a time
+        expected = run(model)
+    threads: set[int] = set()
+
+    def note_thread(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        threads.add(threading.get_ident())
+        return executor(*args, **kwargs)
+
+    split = model.clone()
+    split.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "threads", note_thread)
+    split.load_device, other.load_device = torch.device("cpu"), torch.device("cpu", 0)
+    other.is_multigpu_base_clone = True
+    split.set_additional_models("multigpu", [other])
+    assert torch.equal(run(split), expected)
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
+    assert node_texts[0] == node_texts[1]
+    assert node_texts[0].endswith(" in 4 of 4 calls.")

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -19,6 +22,7 @@ from torch import Tensor
 
 import companions
 import host_process as host
+import packs
 import reference
 from recorder import record_calls
 from tolerances import assert_close
@@ -259,6 +263,128 @@ def test_two_copies_of_a_model_run_at_once(name: str, node_texts: list[str], mon
     assert torch.equal(out, run(model=model, cfg=4.0))
     assert node_texts[0] == node_texts[1]
     assert node_texts[0].endswith(" in 4 of 4 calls.")
+
+
+THREADS, CALLS = 4, 200
+
+
+def in_threads(call: Callable[[], Any]) -> None:
+    """Run a function CALLS times in each of THREADS threads."""
+    all_started = Barrier(THREADS, timeout=60)
+
+    def repeat(_: int) -> None:
+        all_started.wait()
+        for _ in range(CALLS):
+            call()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(repeat, range(THREADS)))
+
+
+def interrupted(value: Any) -> Any:
+    """Return a value that was just read, after other threads have had a turn.
+
+    That can happen anywhere in a Python without a global lock, and in other Pythons wherever they run Python code.
+    """
+    time.sleep(1e-6)
+    return value
+
+
+class InterruptedCounter(Counter[Any]):
+    def __getitem__(self, key: Any) -> int:
+        return int(interrupted(super().__getitem__(key)))
+
+
+def test_no_count_is_lost_where_model_calls_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI can send the prompts of a step to several devices, whose threads share one run."""
+    model = guided(guided(host.build_model("sd15")))
+    patch = host.pack_module("nodes.patching.guided_model")._patch_of(model)
+    run_class = host.pack_module("nodes.patching.run").Run
+    run = run_class(patch.observer, patch.observer.new_chart())
+    for name, value in list(vars(run).items()):
+        if isinstance(value, Counter):
+            setattr(run, name, InterruptedCounter())
+    counts = {"model_calls": 0}
+    calls = property(lambda _: interrupted(counts["model_calls"]), lambda _, n: counts.update(model_calls=n))
+    monkeypatch.setattr(run_class, "model_calls", calls)
+    earlier, later = patch.guidances
+    run.guided[later] = InterruptedCounter()
+    layer = later.order[0]
+    layers = SimpleNamespace(reached=[layer], has_unknown_rows=True, other_text={layer})
+
+    class Executor:
+        class_obj = SimpleNamespace(model_sampling=model.model.model_sampling)
+
+        def __call__(self, *_: Any) -> None:
+            run.count_layers(later, layers)
+
+    noise = torch.zeros(1, 4, 8, 8), torch.ones(1)
+    in_threads(lambda: patch.apply_model(Executor(), *noise, transformer_options={"comfyui-gag": run}))
+    counts |= {
+        "in range": run.in_range[later],
+        "overruled": run.overruled[earlier],
+        "without text": run.no_context[later],
+        "guided": run.guided[later][layer],
+        "unknown rows": run.unknown_rows[later],
+    }
+    assert counts == dict.fromkeys(counts, THREADS * CALLS)
+    assert run.other_text == {later: {layer}}
+
+
+def test_no_sample_is_lost_where_model_calls_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sample:
+        nbytes = property(lambda _: interrupted(16 << 20))  # five of them are measured together
+
+    recorder = host.pack_module("nodes.patching.recorder")
+    monkeypatch.setattr(recorder, "_measure_together", list)
+    recording = recorder.Recording()
+
+    def add() -> None:
+        call = SimpleNamespace(level=torch.zeros(1))
+        recording.add(SimpleNamespace(call=call, measured=[], waiting=[Sample()]), [], 0)
+
+    in_threads(add)
+    assert len(recording.calls) == THREADS * CALLS
+    assert len(recording.measured) + sum(map(len, recording.waiting.values())) == THREADS * CALLS
+
+
+def test_model_calls_that_set_the_stance_of_torch_take_turns() -> None:
+    """Torch has one stance for all threads: without turns, one thread would end that of another."""
+    compiled = host.pack_module("nodes.patching.compile").UnguardedCompile({}, "GAG acts")
+
+    def stances(_: int) -> list[str]:
+        found = []
+        for _ in range(20):
+            with compiled.bypass_host_graph():
+                for _ in range(20):
+                    found.append(torch._dynamo.eval_frame._stance.stance)
+                    time.sleep(0)
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [stance for one in pool.map(stances, range(2)) for stance in one]
+    assert set(found) == {"force_eager"}
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_each_copy_of_a_model_is_hooked_in_its_own_blocks(node_texts: list[str]) -> None:
+    """ComfyUI has a copy of the model for each further device. A block cache replaces the blocks of all copies."""
+    model, other = guided(companions.build("sd3")), companions.build("sd3")
+    expected = companions.sample(model, "sd3")
+    other.model.current_patcher = other
+    model.set_additional_models("multigpu", [other])
+
+    def on_the_copy(_: Any, args: dict[str, Any]) -> Tensor:
+        with (
+            packs.blocks_in_one_module(model.model.diffusion_model, "sd3"),
+            packs.blocks_in_one_module(other.model.diffusion_model, "sd3"),
+        ):
+            out: Tensor = other.model.apply_model(args["input"], args["timestep"], **args["c"])
+        return out
+
+    model.set_model_unet_function_wrapper(on_the_copy)
+    assert torch.equal(companions.sample(model, "sd3"), expected)
+    assert node_texts[0] == node_texts[1]
 
 
 @pytest.mark.parametrize("name", MODELS)
