@@ -208,7 +208,7 @@ def _install(
     if layers.guidance.family.attention == "attn2":
         hooks = GuidedUNet(layers, run.prompts, stored, options)
     else:
-        hooks = GuidedTransformer(layers, run.modules_of(host_model.diffusion_model), stored, options)
+        hooks = GuidedTransformer(layers, run.prompts, run.modules_of(host_model.diffusion_model), stored, options)
     stack.enter_context(hooks.watch(host_model.diffusion_model))
     options = hooks.install(options)
     if run.unguarded_compile is not None:

@@ -12,6 +12,7 @@ watched modules.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn import ModuleList
 from .attention_call import AttentionCall, TextLayers
 from .families import Layer, readers
 from .host_attention import OVERRIDE, HostAttention, StoredAttentions, offered
-from .prompt_rows import RowGroup, shifted
+from .prompt_rows import PromptRows, RowGroup, by_batch, shifted
 from .replacement import memory_of
 
 BlockArgs = dict[str, Any]
@@ -35,11 +36,13 @@ class GuidedTransformer:
     def __init__(
         self,
         text: TextLayers,
+        prompts: PromptRows,
         modules: dict[Layer, tuple[Any, str]],
         stored: StoredAttentions,
         options: dict[str, Any],
     ) -> None:
         self.text = text
+        self.prompts = prompts
         self.modules = modules
         self.stored = stored
         # True if another node put other modules in the place of the blocks for this model call.
@@ -55,9 +58,11 @@ class GuidedTransformer:
         # text.
         self.layer: Layer | None = None
         self.calls_before = 0
-        # Inputs of the running module, and the text that it projected to keys last.
+        # Inputs of the running module, the text that it projected to keys last, and the number of texts that each
+        # layer projected.
         self.inputs: tuple[Any, ...] = ()
         self.key_text: Tensor | None = None
+        self.texts_read: Counter[Layer] = Counter()
         # Number of tokens that left each measured module, by the module's name.
         self.sizes: dict[str, int] = {}
         # Number of tokens that enter a wrapped block: of its text stream, and in all. A block with joined streams does
@@ -130,6 +135,7 @@ class GuidedTransformer:
         def project(_: Any, args: tuple[Any, ...]) -> None:
             # A forward of another node may read the text in several calls, each with keys of its own.
             self.calls_before, self.key_text = calls_before, args[0]
+            self.texts_read[layer] += 1
 
         def leave(*_: Any) -> None:
             self.layer, self.inputs, self.key_text = None, (), None
@@ -187,17 +193,17 @@ class GuidedTransformer:
         if not self._reads_text(call):
             return call.host_output()
         if self.is_cross:
-            return self.text.cross(call, layer, self._groups_of_part(call.q.shape[0]))
+            return self.text.cross(call, layer, self._arrived_groups(call.q.shape[0], layer))
         return self.text.joint(call, layer, self._text_slice(call.k.shape[2]))
 
-    def _groups_of_part(self, batch: int) -> list[RowGroup] | None:
-        """Return the rows of an attention call that reads a part of the batch; None if it reads all rows.
+    def _arrived_groups(self, batch: int, layer: Layer) -> list[RowGroup] | None:
+        """Return the rows of an attention call that does not read all rows of the model call; None if it does.
 
-        The part is known by its place in the text that entered the module: they share their memory.
+        A part of the rows is known by its place in the text that entered the module: they share their memory. Any other
+        text was made by another node, and is compared with the prompts.
         """
-        rows = self.text.groups[-1].rows.stop
         part = self.key_text
-        if batch == rows or part is None:
+        if batch == self.text.groups[-1].rows.stop or part is None:
             return None
         for entered in self.inputs:
             if (
@@ -208,7 +214,11 @@ class GuidedTransformer:
             ):
                 first = (part.storage_offset() - entered.storage_offset()) // max(entered.stride(0), 1)
                 return shifted(self.text.groups, slice(first, first + batch)) or None
-        return None
+        text = by_batch(part, batch)
+        if len(text) != batch:
+            return None
+        reading = layer, self.texts_read[layer]
+        return self.prompts.arrived_groups(text, None, self.options, reading, self.text.groups)
 
     def _reads_text(self, call: AttentionCall) -> bool:
         """Return True for the call of the running layer that reads the text. Must be asked once per attention call."""

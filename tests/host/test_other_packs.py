@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -308,30 +309,29 @@ def pictures_of_two_prompts(model: Any, tokens: int) -> list[Tensor]:
     return [host.sample(model, "sd15", positive=[[prompt, {}]], negative=negative) for prompt in prompts]
 
 
-def test_a_replacement_is_guided_in_forward_mode() -> None:
-    """Tensors of a transform of ``torch.func`` have no memory by which reading could be watched."""
+def reads_all(_: Any) -> Callable[..., Tensor]:
+    return lambda q, k, v, options: host_attention.attention_basic(q, k, v, options["n_heads"])
 
-    def reads_all(_: Any) -> Callable[..., Tensor]:
-        return lambda q, k, v, options: host_attention.attention_basic(q, k, v, options["n_heads"])
 
-    model = guided(packs.with_replacements(host.build_model("sd15"), reads_all))
-
-    @torch.no_grad()
-    def taylor(denoise: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, **_: Any) -> Tensor:
-        def at(x: Tensor, sigma: Tensor) -> Any:
-            return denoise(x, sigma * x.new_ones([x.shape[0]]), **(extra_args or {}))
-
-        jvp: Any = torch.func.jvp
-        denoised, slope = jvp(at, (x, sigmas[0]), (torch.zeros_like(x), torch.ones_like(sigmas[0])))
-        return denoised + 0.0 * slope
-
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
-    latent = torch.zeros(1, 4, 8, 8)
+@rows_of("samplers of Extra Samplers that differentiate the model (ttm)")
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["", "attn2 replaced"])
+def test_a_differentiated_model_is_guided(pack: Pack, order: str, is_replaced: bool) -> None:
+    """Tensors of a transform of ``torch.func`` have no memory by which a replacement's reading could be watched."""
+    build = pack.build
+    model = guided(packs.with_replacements(build(), reads_all) if is_replaced else build())
     prompts = host.conditioning("sd15", 10), host.conditioning("sd15", 11)
-    noise, sampler = comfy.sample.prepare_noise(latent, 1), comfy.samplers.KSAMPLER(taylor)
-    settings: dict[str, Any] = {"disable_pbar": True, "seed": 1}
-    out = comfy.sample.sample_custom(model, noise, 3.0, sampler, sigmas, *prompts, latent, **settings)
-    assert torch.isfinite(out).all()
+    noise, latent = comfy.sample.prepare_noise(torch.zeros(1, 4, 8, 8), 1), torch.zeros(1, 4, 8, 8)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+
+    def picture(model: Any, differentiates: bool) -> Tensor:
+        sampler = comfy.samplers.KSAMPLER(partial(packs.sample_taylor, differentiates=differentiates))
+        settings: dict[str, Any] = {"disable_pbar": True, "seed": 1}
+        out: Tensor = comfy.sample.sample_custom(model, noise, 3.0, sampler, sigmas, *prompts, latent, **settings)
+        return out
+
+    expected = picture(model, differentiates=False)
+    assert torch.equal(picture(model, differentiates=True), expected)
+    assert not torch.equal(picture(build(), differentiates=True), expected)
 
 
 def test_words_that_a_replacement_leaves_out_add_nothing(node_texts: list[str]) -> None:
@@ -376,15 +376,20 @@ def test_attn2_that_is_run_without_options_is_guided(node_texts: list[str]) -> N
 
 
 @pytest.mark.parametrize("apply_to", ["both", "positive"])
-def test_a_reader_of_one_prompt_at_a_time_is_guided_in_every_call(apply_to: str, node_texts: list[str]) -> None:
-    tiny = TRANSFORMERS["wan-t2v"]
+@pytest.mark.parametrize(("name", "is_copied"), [("wan-t2v", False), ("cosmos-predict2", True)])
+def test_a_reader_of_one_prompt_at_a_time_is_guided_in_every_call(
+    name: str, is_copied: bool, apply_to: str, node_texts: list[str]
+) -> None:
+    """A row is known by its place in memory, or by its text."""
+    tiny = TRANSFORMERS[name]
     model = tiny.build().clone()
     for index, block in enumerate(model.model.diffusion_model.blocks):
 
         def by_prompt(
             x: Tensor, context: Tensor, *args: Any, forward: Callable[..., Tensor] = block.cross_attn.forward, **kw: Any
         ) -> Tensor:
-            return torch.cat([forward(x[i : i + 1], context[i : i + 1], *args, **kw) for i in range(len(x))])
+            rows = context.clone() if is_copied else context
+            return torch.cat([forward(x[i : i + 1], rows[i : i + 1], *args, **kw) for i in range(len(x))])
 
         model.add_object_patch(f"diffusion_model.blocks.{index}.cross_attn.forward", by_prompt)
     beside = tiny.sample(guided(model, apply_to), cfg=3.0)

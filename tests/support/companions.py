@@ -622,17 +622,33 @@ def _injected(prompts: Prompts) -> list[Rows]:
     return [[Row("negative", prompts.negative)] * prompts.batch + [Row("region", longest)] * prompts.batch]
 
 
+def _couple_on_anima(prompts: Prompts) -> list[Rows]:
+    """Return the rows of a couple with one region. ComfyUI runs prompts of different lengths apart."""
+    rows = prompts.rows(8)
+    is_apart = prompts.positive != prompts.negative
+    return [rows[prompts.batch :], rows[: prompts.batch]] if is_apart else [rows]
+
+
 PACKS = (
     Pack(
         "attention couple: ComfyUI-ppm",
-        f"{_OF_REGIONS}",
+        _OF_REGIONS,
         partial(packs.coupled, regions=(77, 154), strength=0.6),
         source="ComfyUI-ppm 200f4609",
         calls=lambda prompts: [prompts.rows(77, 154)],
     ),
     Pack(
+        "attention couple: ComfyUI-ppm on Anima",
+        _OF_REGIONS,
+        packs.with_wider_cross_attention,
+        model="cosmos-predict2",
+        source="ComfyUI-ppm 200f4609",
+        prompts=((12, 12), (24, 12), (12, 24)),
+        calls=_couple_on_anima,
+    ),
+    Pack(
         "attention couple: cgem156",
-        f"{_OF_REGIONS}",
+        _OF_REGIONS,
         packs.coupled,
         source="cgem156-ComfyUI 884563c0",
         calls=lambda prompts: [prompts.rows(77)],
@@ -717,15 +733,6 @@ PACKS = (
         says="Nothing guided: another node reads other text.",
     ),
     Pack(
-        "attention couple: ComfyUI-ppm on Anima",
-        'Nothing is guided with apply_to "positive", because it adds rows inside the attention; the node says so.',
-        packs.with_wider_cross_attention,
-        model="cosmos-predict2",
-        source="ComfyUI-ppm 200f4609",
-        prompts=_SHORT,
-        says="Nothing guided: the prompts cannot be told apart.",
-    ),
-    Pack(
         "RES4LYF's Re...Patcher",
         "Nothing is guided, because it computes the attention by itself; the node says so.",
         packs.with_classes_exchanged,
@@ -751,7 +758,7 @@ PACKS = (
     ),
     Pack(
         "samplers of Extra Samplers that differentiate the model (ttm)",
-        "The derivative is that of the guided model.",
+        "The model that they differentiate is the guided one.",
         source="ComfyUI-Extra-Samplers 52eac1b7",
         orders=EITHER,
     ),

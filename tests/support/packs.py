@@ -415,25 +415,60 @@ def with_nag(model: Model) -> Model:
     return model
 
 
-# --- out of reach -----------------------------------------------------------------------------------------------------
+def with_wider_cross_attention(model: Model, region: int = 8) -> Model:
+    """Add a region's row behind each positive row inside the text attentions of a transformer (ppm's couple on Anima).
 
-
-def with_wider_cross_attention(model: Model) -> Model:
-    """Add a region's row inside the text attentions of a transformer (ComfyUI-ppm's couple on Anima)."""
+    Args:
+        model: model with the prompts as they are in ``cross_attn``.
+        region: number of tokens of the region's text.
+    """
     model = model.clone()
+    own_text = text(30, region)
     for index, block in enumerate(model.model.diffusion_model.blocks):
         original = block.cross_attn.forward
 
         def forward(
             x: Tensor, context: Tensor, *args: Any, original: Callable[..., Tensor] = original, **kwargs: Any
         ) -> Tensor:
-            half = len(x) // 2
-            region = context[half:].flip(1)
-            out = original(torch.cat([x, x[half:]]), torch.cat([context, region]), *args, **kwargs)
-            return torch.cat([out[:half], (out[half : 2 * half] + out[2 * half :]) / 2])
+            kinds = kwargs["transformer_options"]["cond_or_uncond"]
+            batch, tokens = len(x) // len(kinds), math.lcm(context.shape[1], region)
+            added = own_text.repeat(batch, tokens // region, 1)
+            queries, texts = [], []
+            for kind, q, own in zip(kinds, x.split(batch), context.split(batch), strict=True):
+                queries += [q] if kind else [q, q]
+                own = own.repeat(1, tokens // context.shape[1], 1)
+                texts += [own] if kind else [own, added]
+            parts = iter(original(torch.cat(queries), torch.cat(texts), *args, **kwargs).split(batch))
+            return torch.cat([next(parts) if kind else (next(parts) + next(parts)) / 2 for kind in kinds])
 
         model.add_object_patch(f"diffusion_model.blocks.{index}.cross_attn.forward", forward)
     return model
+
+
+# --- the model differentiated -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_taylor(
+    denoise: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, differentiates: bool = True, **_: Any
+) -> Tensor:
+    """Sample one step, in which the model is differentiated in forward mode along the step (ttm)."""
+
+    def at(x: Tensor, sigma: Tensor) -> Any:
+        return denoise(x, sigma * x.new_ones([x.shape[0]]), **(extra_args or {}))
+
+    if not differentiates:
+        out: Tensor = at(x, sigmas[0])
+        return out
+    jvp: Any = torch.func.jvp
+    denoised, slope = jvp(at, (x, sigmas[0]), (torch.zeros_like(x), torch.ones_like(sigmas[0])))
+    assert torch.isfinite(slope).all()
+    assert slope.any()
+    found: Tensor = denoised
+    return found
+
+
+# --- out of reach -----------------------------------------------------------------------------------------------------
 
 
 def _attends_without_options(host_class: type) -> type:
