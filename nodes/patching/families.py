@@ -334,7 +334,9 @@ def family_of(model: Any) -> tuple[Family, Blocks]:
         diffusion_model = model.get_model_object("diffusion_model")
     except AttributeError:
         given = plain(type(getattr(model, "model", model)).__name__)
-        raise UnsupportedModelError(f"GAG needs a diffusion model, got {given}.") from None
+        raise UnsupportedModelError(
+            f"GAG needs a diffusion model, got {given}; connect the output MODEL of a model loader."
+        ) from None
     diffusion_class = _host_class(model, diffusion_model)
     classes = {f"{c.__module__}.{c.__qualname__}" for c in diffusion_class.__mro__}
     host_class = plain(type(getattr(model, "model", model)).__name__)

@@ -19,10 +19,12 @@ from transformers_of_host import TRANSFORMERS
 
 families = host.pack_module("nodes.patching.families")
 other_packs = host.pack_module("nodes.patching.other_packs")
-WRAPPED = [name for name, tiny in TRANSFORMERS.items() if tiny.wrapped and tiny.text_first is not None]
-WRAPPED = [
-    name for name in WRAPPED if next(f for f in families.FAMILIES if f.name == TRANSFORMERS[name].family).is_wrapped
-]
+# One model of each family whose blocks ComfyUI lets nodes wrap.
+WRAPPED = {
+    tiny.family: name
+    for name, tiny in reversed(TRANSFORMERS.items())
+    if any(one.name == tiny.family and one.is_wrapped for one in families.FAMILIES)
+}.values()
 
 
 def guided(model: Any, **settings: Any) -> Any:

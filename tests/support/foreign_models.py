@@ -134,7 +134,7 @@ class DeployableModule:
     def __init__(self, original: nn.Module) -> None:
         self.original = original
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return self.original.__class__
 
