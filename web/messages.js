@@ -11,8 +11,8 @@ const MOST_ATTENTIONS = 4096;
 
 /**
  * Outcome of a run for one node: numbers of attentions, a sentence, the name of the reason if nothing was guided, and
- * the node's range.
- * @typedef {{guided: number, of: number, text: string, why: string, start: string, end: string}} Report
+ * what that reason may name: the node's range, and code of another pack.
+ * @typedef {{guided: number, of: number, text: string, why: string, start: string, end: string, found: string}} Report
  */
 
 /**
@@ -44,10 +44,10 @@ const isListOf = (value, isItem) => Array.isArray(value) && value.every(isItem);
  * @param {Content} content
  * @returns {Report | undefined}
  */
-export function readReport({ guided, of, text, why, start, end }) {
+export function readReport({ guided, of, text, why, start, end, found }) {
   if (!isCount(guided) || !isCount(of)) return undefined;
-  if (!isString(text) || !isString(why) || !isString(start) || !isString(end)) return undefined;
-  return { guided, of, text, why, start, end };
+  if (!isString(text) || !isString(why) || !isString(start) || !isString(end) || !isString(found)) return undefined;
+  return { guided, of, text, why, start, end, found };
 }
 
 /**

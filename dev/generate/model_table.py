@@ -46,7 +46,7 @@ CogVideoX, and Fun control, SCAIL, FlowRVS, WanDancer and Animate 2 of Wan.
 ## Refused
 
 These models are refused with the sentence in the table. Any other model is refused with a sentence that names its
-class.
+class. [When nothing is guided](when-nothing-is-guided.md) has the models of other packs that are refused.
 
 | model | why |
 | --- | --- |

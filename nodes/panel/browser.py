@@ -28,9 +28,10 @@ class Browser:
         text: str,
         why: str = "",
         span: tuple[float, float] = (0.0, 1.0),
+        found: str = "",
     ) -> None:
         """Send the outcome of a run."""
-        messages.send_report(node_id, guided, total, text, why, span)
+        messages.send_report(node_id, guided, total, text, why, span, found)
 
     def wants_chart(self, node_id: str | None) -> bool:
         """Return True if a chart of the node is open."""

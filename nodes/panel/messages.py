@@ -78,16 +78,20 @@ def send_blocks(node_id: str | None, blocks: Blocks, default: frozenset[Layer]) 
 
 
 def send_report(
-    node_id: str | None, guided: int, total: int, text: str, why: str = "", span: tuple[float, float] = (0.0, 1.0)
+    node_id: str | None,
+    guided: int,
+    total: int,
+    text: str,
+    why: str = "",
+    span: tuple[float, float] = (0.0, 1.0),
+    found: str = "",
 ) -> None:
     """Send the outcome of a run; arguments as in :class:`..patching.observer.Observer`."""
     if node_id is None:
         return
     start, end = (f"{percent:g}" for percent in span)
-    send(
-        REPORT,
-        {"node": node_id, "guided": guided, "of": total, "text": text, "why": why, "start": start, "end": end},
-    )
+    counts = {"guided": guided, "of": total}
+    send(REPORT, {"node": node_id, **counts, "text": text, "why": why, "start": start, "end": end, "found": found})
     if _key(node_id) in _blocks:
         return
     # ComfyUI reused the node's output from another workflow, so no message about the blocks came in this one.

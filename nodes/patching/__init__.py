@@ -16,6 +16,7 @@ attention_call      ``AttentionCall``: one attention call of the host, and its o
 unet                hooks of one model call of a UNet
 transformer         hooks of one model call of a transformer
 replacement         the tokens that an attn2 replacement of another node reads
+other_packs         code of other packs in the place of ComfyUI's, and models whose attention no node can reach
 steps               where in its run a model call is
 strength_curve      the strength as a function of the step
 compile             torch.compile for guided model calls, where the host's own compiled graph ignores patches

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ...gag_core.echo import plain
+from .other_packs import obstacle_in
 
 
 class Layer(NamedTuple):
@@ -333,9 +334,13 @@ def family_of(model: Any) -> tuple[Family, Blocks]:
         diffusion_model = model.get_model_object("diffusion_model")
     except AttributeError:
         given = plain(type(getattr(model, "model", model)).__name__)
-        raise UnsupportedModelError(f"GAG needs a diffusion model, got {given}.") from None
-    classes = {f"{c.__module__}.{c.__qualname__}" for c in _host_class(model, diffusion_model).__mro__}
+        raise UnsupportedModelError(
+            f"GAG needs a diffusion model, got {given}; connect the output MODEL of a model loader."
+        ) from None
+    diffusion_class = _host_class(model, diffusion_model)
+    classes = {f"{c.__module__}.{c.__qualname__}" for c in diffusion_class.__mro__}
     host_class = plain(type(getattr(model, "model", model)).__name__)
+    title = f"{plain(diffusion_class.__name__)} ({host_class})"
     for family in FAMILIES:
         if family.model_class not in classes:
             continue
@@ -344,27 +349,35 @@ def family_of(model: Any) -> tuple[Family, Blocks]:
                 raise _refusal(host_class, reason)
         blocks = {part.name: _blocks_of(family, part, diffusion_model) for part in family.parts}
         if any(blocks.values()):
+            if obstacle := obstacle_in(diffusion_class, reading_modules(family, diffusion_model).values()):
+                raise _refusal(title, *obstacle)
             return family, blocks
-    for title, refused, reason in REFUSED:
+    for refused_title, refused, reason in REFUSED:
         if refused in classes:
-            raise _refusal(f"{title} ({host_class})", reason)
+            raise _refusal(f"{refused_title} ({host_class})", reason)
+    if obstacle := obstacle_in(diffusion_class, ()):
+        raise _refusal(title, *obstacle)
     raise UnsupportedModelError(
-        f"GAG cannot reach a text attention in {plain(type(diffusion_model).__name__)} ({host_class}); "
+        f"GAG cannot reach a text attention in {title}; "
         f"supported families: {'; '.join(family.title for family in FAMILIES)}."
     )
 
 
 def _host_class(model: Any, diffusion_model: Any) -> type:
-    """Return the class that ComfyUI gave the diffusion model.
+    """Return the class that the loader gave the diffusion model.
 
-    Another node may exchange the class by an object patch, which is in place while the model is loaded.
+    Another node may exchange the class by an object patch, which is in place while the model is loaded, or put the
+    model that torch.compile returns in its place.
     """
     original = getattr(model, "object_patches_backup", {}).get("diffusion_model.__class__")
-    return original if isinstance(original, type) else type(diffusion_model)
+    return original if isinstance(original, type) else type(getattr(diffusion_model, "_orig_mod", diffusion_model))
 
 
-def _refusal(title: str, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"GAG cannot guide {title}: {reason}; take the GAG node out of this workflow.")
+def _refusal(title: str, reason: str, instead: str = "") -> UnsupportedModelError:
+    alternative = f"{instead}, or " if instead else ""
+    return UnsupportedModelError(
+        f"GAG cannot guide {title}: {reason}; {alternative}take the GAG node out of this workflow."
+    )
 
 
 def all_layers(blocks: Blocks) -> tuple[Layer, ...]:
@@ -399,6 +412,13 @@ def text_attentions(diffusion_model: Any, family: Family) -> dict[Layer, Any]:
         for block in _attn2_of(part, diffusion_model)
         for layer, attention in block.items()
     }
+
+
+def reading_modules(family: Family, diffusion_model: Any) -> dict[Layer, Any]:
+    """Return the module of each layer whose attention reads the text, for a UNet or a transformer."""
+    if family.attention == "attn2":
+        return text_attentions(diffusion_model, family)
+    return {layer: module for layer, (module, _) in readers(family, diffusion_model).items()}
 
 
 def _submodule(module: Any, path: str) -> Any:

@@ -42,6 +42,7 @@ class Observer(Protocol):
         text: str,
         why: str = "",
         span: tuple[float, float] = (0.0, 1.0),
+        found: str = "",
     ) -> None:
         """Send the outcome of a run.
 
@@ -52,6 +53,7 @@ class Observer(Protocol):
             text: the outcome in a sentence.
             why: name of the reason in web/texts.js, if none was guided.
             span: start_percent and end_percent, for the reason that quotes them.
+            found: code of another pack, for the reason that names it.
         """
 
     def wants_chart(self, node_id: str | None) -> bool:

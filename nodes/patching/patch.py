@@ -18,10 +18,11 @@ from torch.nn import Module
 
 from .attention_call import TextLayers
 from .compile import UnguardedCompile
-from .families import Layer, readers
+from .families import Layer, readers, reading_modules
 from .guidance import Guidance
 from .measurements import Probe
 from .observer import Observer
+from .other_packs import other_code
 from .prompt_rows import PromptRows, RowGroup, are_told_apart, has_positive
 from .recorder import CallRecording, Recording
 from .run import Run, uncompiled
@@ -112,6 +113,8 @@ class GAGPatch:
             out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if guidance is not None:
             run.count_layers(guidance, layers)
+            if not layers.reached and guidance not in run.other_code:
+                run.other_code[guidance] = _other_code(guidance, executor.class_obj.diffusion_model)
             if is_charted and recording is not None:
                 run.chart.add(guidance, recording, layers.reached, run.steps)
         if run.recording is not None and recording is not None:
@@ -216,6 +219,12 @@ def _install(
         if layers.recording is None:  # otherwise opening a chart would start another compilation, and a wait
             options = run.unguarded_compile.install(options, host_model, KEY)
     return options
+
+
+def _other_code(guidance: Guidance, diffusion_model: Any) -> str:
+    """Return the code of another pack in the place of a node's attentions, while a model call has it in place."""
+    modules = reading_modules(guidance.family, diffusion_model)
+    return other_code([module for layer, module in modules.items() if layer in guidance.layers] + [diffusion_model])
 
 
 def _log_if_stretched(guidance: Guidance, steps: int) -> None:

@@ -27,11 +27,17 @@ log = logging.getLogger("comfyui-gag")
 
 
 class NothingGuided(NamedTuple):
-    """The reason why a node guided nothing: its name in web/texts.js, in a few words, and as the end of a sentence."""
+    """The reason why a node guided nothing: its name in web/texts.js, in a few words, and as the end of a sentence.
+
+    Attributes:
+        name, short, reason: these three.
+        found: the code of another pack that the reason names, empty for other reasons.
+    """
 
     name: str
     short: str
     reason: str
+    found: str = ""
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Run:
         sigmas: highest and lowest noise level of the node's range.
         unknown_rows: model calls with rows that were left alone because their prompt cannot be told.
         other_text: layers in which another node reads another text than the one that was handed to it.
+        other_code: code of another pack that stands in the place of the chosen attentions; empty if it was looked for.
         modules: modules of a transformer's layers as they were before the run, when no node had replaced blocks; by
             copy of the diffusion model.
         stored: stored attentions of each copy of the model; several devices have a copy each.
@@ -79,6 +86,7 @@ class Run:
     sigmas: dict[Guidance, tuple[float, float]] = field(default_factory=dict)
     unknown_rows: Counter[Guidance] = field(default_factory=Counter)
     other_text: dict[Guidance, set[Layer]] = field(default_factory=dict)
+    other_code: dict[Guidance, str] = field(default_factory=dict)
     modules: dict[Module, dict[Layer, tuple[Any, str]]] = field(default_factory=dict)
     stored: WeakKeyDictionary[Module, StoredAttentions] = field(default_factory=WeakKeyDictionary)
     recording: Recording | None = None
@@ -149,12 +157,17 @@ class Run:
         text = f"Nothing guided: {why.short}."
         self.observer.send_text(text, guidance.node_id)
         span = guidance.start_percent, guidance.end_percent
-        self.observer.send_report(guidance.node_id, 0, len(guidance.order), text, why.name, span)
+        self.observer.send_report(guidance.node_id, 0, len(guidance.order), text, why.name, span, why.found)
         log.warning("GAG guided nothing in this run: %s.", why.reason)
 
     def _why_nothing(self, guidance: Guidance) -> NothingGuided:
         if not self.model_calls:
-            return NothingGuided("why_no_call", "no model call", "the sampler made no model call")
+            return NothingGuided(
+                "why_no_call",
+                "no model call reached it",
+                "no model call reached GAG; the sampler had no step to make, or another node runs the model without "
+                "ComfyUI's options",
+            )
         in_range = self.in_range[guidance]
         if not in_range:
             return self._why_never_in_range(guidance)
@@ -182,6 +195,14 @@ class Run:
                 "why_other_text",
                 "another node reads other text",
                 "another node replaces the chosen attentions and reads other text in them than the prompts",
+            )
+        if found := self.other_code.get(guidance):
+            return NothingGuided(
+                "why_other_code",
+                f"the blocks run code of {found}",
+                f"the blocks run code of {found} and not ComfyUI's own, in which GAG can reach none of the chosen "
+                "attentions",
+                found,
             )
         return NothingGuided(
             "why_not_run",

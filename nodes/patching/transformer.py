@@ -3,8 +3,9 @@
 
 ComfyUI lets nodes wrap the blocks of many families one by one (``patches_replace["dit"]``). The wrapper sees the input
 of each block. So it knows which block runs and how many tokens of the sequence are text, on every host and beside other
-nodes' wrappers. Other families have no such wrappers, or have a text attention of its own inside a block. There torch's
-forward hooks watch the module that makes the call, for the time of one model call. (ComfyUI never runs one model in two
+nodes' wrappers. Other families have no such wrappers, or have a text attention of its own inside a block, or another
+pack's forward runs their blocks. There torch's forward hooks watch the module that makes the call, for the time of one
+model call. (ComfyUI never runs one model in two
 threads: for several devices it copies the model.) In both cases token refiners and control networks run outside of the
 watched modules.
 """
@@ -23,8 +24,13 @@ from torch.nn import ModuleList
 from .attention_call import AttentionCall, TextLayers
 from .families import Layer, readers
 from .host_attention import OVERRIDE, HostAttention, StoredAttentions, offered
+from .other_packs import is_run_by_others
 from .prompt_rows import PromptRows, RowGroup, by_batch, shifted
 from .replacement import memory_of
+
+# Names under which ComfyUI's blocks take the tokens of the image (or of the joint sequence), and those of the text.
+_IMAGE_NAMES = ("img", "hidden_states", "x", "cx")
+_TEXT_NAMES = ("txt", "encoder_hidden_states", "c")
 
 BlockArgs = dict[str, Any]
 Block = Callable[[BlockArgs, dict[str, Any]], dict[str, Any]]
@@ -47,6 +53,8 @@ class GuidedTransformer:
         self.stored = stored
         # True if another node put other modules in the place of the blocks for this model call.
         self.are_blocks_replaced = False
+        # True if a forward of another pack calls the blocks.
+        self.is_run_by_others = False
         self.family = text.guidance.family
         self.is_cross = self.family.attention == "cross"
         self.is_wrapped = self.family.is_wrapped
@@ -73,7 +81,7 @@ class GuidedTransformer:
     def install(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return the transformer options with the hooks."""
         options = self._with_override(options)
-        if not self.is_wrapped:
+        if not self.is_wrapped or self.is_run_by_others:
             return options
         replacements = options.get("patches_replace", {})
         blocks = dict(replacements.get("dit", {}))
@@ -104,9 +112,10 @@ class GuidedTransformer:
             if not self.is_wrapped or self.are_blocks_replaced:
                 for layer in self.text.caught & modules.keys():
                     self._follow(*modules[layer], layer, hooks)
-            if _is_run_by_others(diffusion_model):
-                for layer, (module, _) in self.modules.items():
-                    self._pass_options(module, layer, hooks)
+            self.is_run_by_others = is_run_by_others(diffusion_model)
+            if self.is_run_by_others:
+                for layer, (module, _) in (self.modules or modules).items():
+                    self._follow_without_wrapper(module, layer, hooks)
             yield
 
     def _measure(self, diffusion_model: Any, name: str, hooks: ExitStack) -> None:
@@ -145,15 +154,20 @@ class GuidedTransformer:
         if keys:
             hooks.enter_context(module.get_submodule(keys).register_forward_pre_hook(project))
 
-    def _pass_options(self, module: Any, layer: Layer, hooks: ExitStack) -> None:
-        """Pass the transformer options to a layer's module that a forward of another node runs without them."""
+    def _follow_without_wrapper(self, module: Any, layer: Layer, hooks: ExitStack) -> None:
+        """Follow a layer's module that a forward of another pack runs, and pass it the options if it gets none.
+
+        No wrapper is put around the block: with a wrapper, the other forward might hand the block less than without.
+        """
+        names = _parameters(module)
 
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-            if kwargs.get("transformer_options") or not _takes_options(module):
+            inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+            if self.is_wrapped:
+                is_known = self._measure_inputs(inputs, layer)
+                self.layer = layer if is_known and layer in self.text.caught else None
+            if inputs.get("transformer_options") or "transformer_options" not in names[len(args) :]:
                 return None
-            if self.is_wrapped and self.layer is None and layer in self.text.caught:
-                self._measure_streams(kwargs)
-                self.layer = layer
             return args, {**kwargs, "transformer_options": self._with_override(self.options)}
 
         def leave(*_: Any) -> None:
@@ -170,6 +184,14 @@ class GuidedTransformer:
         if "txt" in args:
             self.stream_tokens = args["txt"].shape[1]
             self.all_tokens += self.stream_tokens
+
+    def _measure_inputs(self, inputs: dict[str, Any], layer: Layer) -> bool:
+        """Count the tokens that enter a block without a wrapper; return False if its inputs do not show them."""
+        image, text = _stream(inputs, _IMAGE_NAMES), _stream(inputs, _TEXT_NAMES)
+        if image is None or (text is None and layer.part != "single_block"):
+            return False
+        self._measure_streams({"img": image} if text is None else {"img": image, "txt": text})
+        return self.all_tokens > self.stream_tokens
 
     def _wrap(self, layer: Layer, replacement: Block | None) -> Block:
         """Return a block's wrapper, around the wrapper of another node if there is one."""
@@ -250,13 +272,15 @@ class GuidedTransformer:
         return slice(start + in_front, start + tokens)
 
 
-def _is_run_by_others(diffusion_model: Any) -> bool:
-    """Return True if another node gave the diffusion model a forward of its own, which calls the host's blocks."""
-    # torch.compile wraps the model in a module that has a forward of its own.
-    original = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    return any(name in vars(original) for name in ("forward", "_forward", "forward_orig"))
+def _parameters(module: Any) -> tuple[str, ...]:
+    """Return the names of the parameters of a block's forward, in their order."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    # SD3's blocks have no names for the first two inputs: the text and the image.
+    names = ("txt", "img") if any(one.kind is one.VAR_POSITIONAL for one in parameters) else ()
+    return (*names, *(one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)))
 
 
-def _takes_options(module: Any) -> bool:
-    """Return True if a module's forward has a parameter for the transformer options."""
-    return "transformer_options" in inspect.signature(module.forward).parameters
+def _stream(inputs: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
+    """Return the first stream of tokens ``[B, N, C]`` that a block was given under one of the names."""
+    given = (inputs.get(name) for name in names)
+    return next((one for one in given if isinstance(one, Tensor) and one.ndim == 3), None)

@@ -75,8 +75,9 @@ def test_names_that_every_object_has(extension: Extension, server: ComfyServer) 
         points = {node: [[0, *([0.5] * len(NAMES))]], "__proto__": [[0, *([0.5] * len(NAMES))]]}
         send(extension, "gag.chart", json.dumps({"run": 1, "steps": 2, "series": series, "points": points}))
         extension.page.wait(COUNT, ["polyline", len(NAMES)])
-        report = {"node": node, "guided": 0, "of": 1, "text": MARKUP, "start": MARKUP, "end": "1"}
-        for why, shown in (*zip(NAMES, NAMES, strict=True), ("why_range", f"no step within {MARKUP} to 1")):
+        report = {"node": node, "guided": 0, "of": 1, "text": MARKUP, "start": MARKUP, "end": "1", "found": MARKUP}
+        named = (("why_range", f"no step within {MARKUP} to 1"), ("why_other_code", f"the blocks run code of {MARKUP}"))
+        for why, shown in (*zip(NAMES, NAMES, strict=True), *named):
             send(extension, "gag.report", json.dumps({**report, "why": why}))
             extension.wait_text(NODE, ".gag-badge", f"not guiding: {shown}")
         assert extension.page.evaluate("() => [window.__pwned ?? null, document.querySelector('[onerror]')]") == [
@@ -90,7 +91,16 @@ def messages(node: str) -> dict[str, Json]:
     series = [{"name": "gain", "unit": "%", "range": [0.0, None], "colour": "red"}]
     return {
         "gag.token": {"token": "0"},
-        "gag.report": {"node": node, "guided": 3, "of": 9, "text": "", "why": "", "start": "0", "end": "1"},
+        "gag.report": {
+            "node": node,
+            "guided": 3,
+            "of": 9,
+            "text": "",
+            "why": "",
+            "start": "0",
+            "end": "1",
+            "found": "",
+        },
         "gag.blocks": {"node": node, "parts": {"d": [1]}, "default": {"d": [[True]]}},
         "gag.chart": {"run": 1, "steps": 3, "series": series, "points": {node: [[0, 0.5], [1, 0.25]]}},
     }

@@ -132,6 +132,22 @@ def test_troubleshooting_has_no_old_message() -> None:
     assert quoted and not gone, "docs/troubleshooting.md still has:\n" + "\n".join(gone)
 
 
+def test_every_reason_and_every_engine_is_on_the_page_when_nothing_is_guided() -> None:
+    page = plain((ROOT / "docs" / "when-nothing-is-guided.md").read_text(encoding="utf-8"))
+    panel = re.findall(r'^  why_\w+: "(.*)",$', (ROOT / "web" / "texts.js").read_text("utf-8"), re.MULTILINE)
+    reasons = [re.sub(r"\{\w+\}", ANYTHING, text) for text in panel]
+    source = (ROOT / "nodes" / "patching" / "other_packs.py").read_text(encoding="utf-8")
+    engines = next(
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENGINES"
+    )
+    calls = [node for node in ast.walk(engines) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Engine"]
+    classes = [name for call in calls for name in ast.literal_eval(call.args[0])]
+    assert len(reasons) > 10 and len(classes) > 5
+    assert [text for text in (*reasons, *classes) if text not in page] == []
+
+
 def plain(text: str) -> str:
     return " ".join(text.replace("`", "").split())
 

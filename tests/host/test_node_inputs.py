@@ -181,12 +181,16 @@ def test_empty_prompts_give_the_picture_without_the_node(name: str, cfg: float) 
 @pytest.mark.parametrize("node", NODES)
 @pytest.mark.parametrize("wrong", NOT_MODELS, ids=lambda wrong: type(wrong).__name__)
 def test_an_input_that_is_not_a_model_is_refused_in_a_sentence(node: str, wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got \w+\.$"):
+    with pytest.raises(
+        ValueError, match=r"^GAG needs a diffusion model, got \w+; connect the output MODEL of a model loader\.$"
+    ):
         host.run_node(node, model=wrong)
 
 
 def test_the_patcher_of_a_text_encoder_is_refused_in_a_sentence() -> None:
     patcher = built("sd15").clone()
     patcher.model = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got Linear\.$"):
+    with pytest.raises(
+        ValueError, match=r"^GAG needs a diffusion model, got Linear; connect the output MODEL of a model loader\.$"
+    ):
         host.run_node("GAGuidance", model=patcher)

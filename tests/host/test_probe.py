@@ -342,7 +342,9 @@ def test_the_node_says_how_much_it_measured(node_texts: list[str]) -> None:
 
 
 def test_an_input_that_is_not_a_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got \w+\.$"):
+    with pytest.raises(
+        ValueError, match=r"^GAG needs a diffusion model, got \w+; connect the output MODEL of a model loader\.$"
+    ):
         host.run_node("GAGProbe", model=None)
 
 

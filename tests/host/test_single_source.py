@@ -31,6 +31,7 @@ MENTIONS = {
     ("README.md", "LTX-Video"),
     ("README.md", "Mochi"),
     ("docs/troubleshooting.md", "Mochi"),
+    ("docs/when-nothing-is-guided.md", "LTX-Video"),
     ("web/docs/GAGuidance.md", "Mochi"),
 }
 

@@ -281,5 +281,7 @@ def test_wrong_inputs_are_refused_in_a_sentence_and_change_nothing(case: str) ->
 
 
 def test_an_input_that_is_not_a_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^GAG needs a diffusion model, got NoneType\.$"):
+    with pytest.raises(
+        ValueError, match=r"^GAG needs a diffusion model, got NoneType; connect the output MODEL of a model loader\.$"
+    ):
         host.run_node("GAGSweep", model=None)
