@@ -17,6 +17,9 @@ The files, in reading order:
     anderson.py     Anderson acceleration, and rule "anderson", which solves for its coefficients
     triton/         the same as eager.py in Triton kernels, for GPUs
     measures.py     numbers that describe the guidance of an attention, for GAG Probe
+    check.py        python -m gag_core.check: correctness and speed on one machine, for GAG Check
+    baselines.py    what is compared with: attention calls of models, guidance by sorting, exact guidance in fp64
+    machine.py      the machine that a check runs on: card, versions, memory
 
 For inference: results carry no gradient, because memory is reused in place.
 

@@ -10,6 +10,7 @@ sweep              "GAG Sweep": one model in many settings
 grid               "GAG Grid": pictures side by side with labels
 probe              "GAG Probe": measures what guidance sees and does
 report             "GAG Report": plots and sentences of a probe's measures
+check              "GAG Check": correctness and speed on this machine
 demo_loader        "GAG demo": the demo models
 demo_prompt        "GAG demo prompt": their prompts
 demo_empty_latent  "GAG demo empty latent": their empty picture
@@ -30,6 +31,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .advanced import GAGuidanceAdvanced
 from .anderson import GAGAnderson
+from .check import GAGCheck
 from .demo_empty_latent import GAGDemoEmptyLatent
 from .demo_loader import GAGDemoLoader
 from .demo_prompt import GAGDemoPrompt
@@ -55,6 +57,7 @@ class GAGExtension(ComfyExtension):
             GAGSchedule,
             GAGSweep,
             GAGGrid,
+            GAGCheck,
             GAGDemoLoader,
             GAGDemoPrompt,
             GAGDemoEmptyLatent,

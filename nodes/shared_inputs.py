@@ -16,10 +16,6 @@ from .patching.guided_model import guide_model
 from .presets import DEFAULT, DEFAULT_START
 
 CATEGORY = "model/patch/GAG"
-# Newer hosts find a node by these words too.
-_ALIASES = {"search_aliases": ["geometry aware guidance", "attention guidance", "prompt adherence", "PLADIS"]}
-# Fields of io.Schema that not every supported host knows.
-_NEWER_FIELDS = {name: value for name, value in _ALIASES.items() if name in inspect.signature(io.Schema).parameters}
 ScheduleType = io.Custom("GAG_SCHEDULE")
 
 
@@ -37,8 +33,13 @@ def guidance_schema(node_id: str, display_name: str, description: str, settings:
         outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for the sampler.")],
         hidden=[io.Hidden.unique_id],
         not_idempotent=True,  # else ComfyUI reuses an equal node's output and the report lands on the wrong node
-        **_NEWER_FIELDS,
+        **search_aliases("geometry aware guidance", "attention guidance", "prompt adherence", "PLADIS"),
     )
+
+
+def search_aliases(*words: str) -> dict[str, Any]:
+    """Return the field of a schema by which hosts find a node by more words; nothing if the host has no such field."""
+    return {"search_aliases": list(words)} if "search_aliases" in inspect.signature(io.Schema).parameters else {}
 
 
 def guided_output(node: type[io.ComfyNode], model: Any, config: GuidanceConfig, **options: Any) -> io.NodeOutput:

@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from benchmarks.speed import machine, methods
 from benchmarks.speed.memory import MIB, cuda_peak, profiled_peak
 from benchmarks.speed.methods import COMPILED, EAGER, FUSED, OURS, SDPA, SORT, Method
 from comfy_host import ROOT
+from gag_core.baselines import SHAPES, Shape, exact, random_inputs
 
 # torch's profiler counts the memory.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no log lines of torch's profiler
@@ -47,47 +47,6 @@ CALLS_IN_A_ROW = 10
 SLEEP_CYCLES = 30_000_000
 # Smallest time that guidance counts as adding to a joint attention, as a fraction of the joint attention's time.
 LEAST_ADDED = 0.01
-
-
-class Shape(NamedTuple):
-    """One attention call: ``q [batch, heads, queries, dim]``, ``k`` and ``v`` ``[batch, heads, keys, dim]``.
-
-    With ``text`` it is a joint attention of one sequence, whose first ``text`` tokens are the text. ``cpu_heads`` is
-    the number of heads that a CPU computes without ``--full``.
-    """
-
-    model: str
-    batch: int
-    heads: int
-    queries: int
-    keys: int
-    dim: int
-    text: int = 0
-    cpu_heads: int = 0
-
-    def __str__(self) -> str:
-        joint = f", text {self.text}" if self.text else ""
-        return f"{self.model}: {self.queries} x {self.keys}{joint}, B{self.batch} H{self.heads} d{self.dim}"
-
-
-# UNets run both branches of CFG in one batch. Flux has no CFG, and the branches of Wan run one at a time.
-SHAPES = {
-    "sd15-512": [
-        Shape("SD1.5 512", 2, 8, 4096, 77, 40, cpu_heads=8),
-        Shape("SD1.5 512", 2, 8, 1024, 77, 80, cpu_heads=8),
-        Shape("SD1.5 512", 2, 8, 256, 77, 160, cpu_heads=8),
-    ],
-    "sd15-768": [Shape("SD1.5 768", 2, 8, 9216, 77, 40, cpu_heads=4)],
-    "sdxl-1024": [
-        Shape("SDXL 1024", 2, 10, 4096, 77, 64, cpu_heads=5),
-        Shape("SDXL 1024", 2, 20, 1024, 77, 64, cpu_heads=20),
-    ],
-    "flux-1024": [
-        Shape("Flux 1024", 1, 24, 4096 + 256, 4096 + 256, 128, text=256, cpu_heads=2),
-        Shape("Flux 1024", 1, 24, 4096 + 512, 4096 + 512, 128, text=512, cpu_heads=2),
-    ],
-    "wan-480p": [Shape("Wan 480p", 1, 12, 32760, 512, 128, cpu_heads=1)],
-}
 UNETS = ("SD1.5 512", "SD1.5 768", "SDXL 1024")
 
 
@@ -171,17 +130,6 @@ def judged(rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> lis
     return found
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random q, k and v, views of ``[batch, tokens, heads * dim]`` as in models; logits have deviation 2."""
-    generator = torch.Generator().manual_seed(0)
-
-    def heads(tokens: int, std: float) -> Tensor:
-        flat = std * torch.randn(shape.batch, tokens, shape.heads * shape.dim, generator=generator)
-        return rearrange(flat.to(device, dtype), "b n (h d) -> b h n d", h=shape.heads)
-
-    return heads(shape.queries, 2**0.5), heads(shape.keys, 2**0.5), heads(shape.keys, 1.0)
-
-
 def seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the seconds that one call takes."""
     if device.type == "cpu":
@@ -212,12 +160,12 @@ def measure(
     shape: Shape, candidates: Sequence[Method], dtype: torch.dtype, device: torch.device, repeats: int
 ) -> tuple[list[Row], list[str]]:
     """Run the methods in turns. Return rows, and notes on methods that failed."""
-    q, k, v = inputs(shape, dtype, device)
+    q, k, v = random_inputs(shape, dtype, device)
     output = q.numel() * q.element_size()
     # Queries at equal distances, so that all chunks are checked and not only the first.
     checked = slice(None, None, max(1, shape.queries // CHECKED_QUERIES))
-    exact = {
-        config: methods.exact(q, k, v, shape.text, checked, config)
+    expected = {
+        config: exact(q, k, v, config, text=shape.text, rows=checked)
         for config in {method.config for method in candidates}
     }
     peak = cuda_peak if device.type == "cuda" else profiled_peak
@@ -236,7 +184,7 @@ def measure(
         try:
             with methods.swapped(swaps):
                 # These first calls also do all one-time set-up, so that the timed calls are warm.
-                right = exact[method.config].plain if method.plain else exact[method.config].guided
+                right = expected[method.config].plain if method.plain else expected[method.config].guided
                 result = call()[:, :, checked].double()
                 extra = peak(call) - output
         except torch.OutOfMemoryError:
@@ -331,11 +279,6 @@ def parse_shapes(text: str) -> list[Shape]:
     return [Shape("custom", *sizes)]
 
 
-def fewer_heads(shape: Shape) -> Shape:
-    """Return the shape with the number of heads that a CPU computes."""
-    return shape._replace(heads=shape.cpu_heads or shape.heads)
-
-
 def say(text: str) -> None:
     """Print progress, apart from the results."""
     print(text, file=sys.stderr, flush=True)
@@ -399,12 +342,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {**machine.about(device), "dtype": options.dtype, "repeats": options.repeats}
     candidates, notes = methods.available(device, dtype, options.compiled, options.anderson, options.alphas)
     if device.type == "cpu" and not options.full:
-        if any(shape != fewer_heads(shape) for shape in shapes):
+        if any(shape != shape.fewer_heads() for shape in shapes):
             notes.append(
                 "on a CPU some shapes have fewer heads than the model, hence a smaller output beside the same extra "
                 "memory (--full for all heads)"
             )
-        shapes = [fewer_heads(shape) for shape in shapes]
+        shapes = [shape.fewer_heads() for shape in shapes]
     notes += machine.warnings(device)
     print(machine.in_words(settings), flush=True)
     rows: list[Row] = []

@@ -18,6 +18,7 @@ from benchmarks.speed import attention as benchmark
 from benchmarks.speed import methods
 from benchmarks.speed.methods import ALPHAS, ANDERSON, EAGER, FUSED, PACKAGE, SDPA, SORT
 from gag_core import GuidanceConfig
+from gag_core.baselines import SHAPES, Shape, exact
 from tolerances import assert_close
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def test_methods_with_other_settings_compute_them(method: methods.Method, text: 
         expected = reference.guided_attention(q, k, v, method.config)
     assert_close(method.attention(text)(q, k, v), expected, error=1e-5)
     checked = slice(None, None, 7)
-    found = methods.exact(q, k, v, text, checked, method.config)
+    found = exact(q, k, v, method.config, text=text, rows=checked)
     assert_close(found.guided, expected[:, :, checked], error=1e-5)
 
 
@@ -82,7 +83,7 @@ def test_the_swapped_function_is_the_one_that_runs() -> None:
 def test_the_exact_attention(text: int) -> None:
     q, k, v = cases.qkv(cases.Shape(2, 3, 60, 60, 16))
     checked = slice(None, None, 7)
-    found = methods.exact(q, k, v, text, checked)
+    found = exact(q, k, v, GuidanceConfig(), text=text, rows=checked)
     if text:
         expected = reference.guided_joint_attention(q, k, v, slice(0, text), GuidanceConfig())
     else:
@@ -116,13 +117,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: 
     assert any(FUSED.name in note for note in results["notes"])
 
 
-def row(method: methods.Method, shape: benchmark.Shape, **values: float) -> benchmark.Row:
+def row(method: methods.Method, shape: Shape, **values: float) -> benchmark.Row:
     ones = dict.fromkeys(benchmark.Row._fields[2:], 1.0)
     return benchmark.Row(shape, method.name, **{**ones, **values})
 
 
 def test_the_goals_go_by_the_worst_shape() -> None:
-    unet, flux = benchmark.SHAPES["sdxl-1024"][0], benchmark.SHAPES["flux-1024"][0]
+    unet, flux = SHAPES["sdxl-1024"][0], SHAPES["flux-1024"][0]
     rows = [
         row(EAGER, unet, times_sdpa=3.0, faster_than_sort=2.0),
         row(EAGER, flux, times_sdpa=5.0, faster_than_sort=9.0),
@@ -144,7 +145,7 @@ def test_in_a_joint_attention_the_added_times_are_compared() -> None:
         method.name: benchmark.Measured([time], extra=0, error=1e-7)
         for method, time in ((SDPA, 10.0), (EAGER, 12.0), (SORT, 30.0))
     }
-    joint = benchmark.SHAPES["flux-1024"][0]
+    joint = SHAPES["flux-1024"][0]
     by_name = {row.method: row for row in benchmark.compared(joint, measured, output=1)}
     assert by_name[EAGER.name].faster_than_sort == 10.0 and by_name[EAGER.name].times_sdpa == 1.2
     by_name = {row.method: row for row in benchmark.compared(joint._replace(text=0), measured, output=1)}

@@ -19,8 +19,8 @@ DEVELOPING = ROOT / "docs" / "developing.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 # Files with messages for users. Messages of other files of gag_core are for callers of the library.
 CORE = ROOT / "gag_core"
-MODULES = sorted([*ROOT.glob("nodes/**/*.py"), CORE / "config.py", CORE / "triton" / "launch.py"])
-MESSAGE_CALLS = {"log.warning", "log.info", "log.error", "send_text", "_error", "notes.append"}
+MODULES = sorted([*ROOT.glob("nodes/**/*.py"), CORE / "check.py", CORE / "config.py", CORE / "triton" / "launch.py"])
+MESSAGE_CALLS = {"log.warning", "log.info", "log.error", "send_text", "_error", "notes.append", "parser.error"}
 ANYTHING = "…"
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -171,7 +171,7 @@ def messages() -> set[str]:
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "NothingGuided":
                 # After the reason's name: the few words on the node, and the end of the sentence in the log.
                 expressions += node.args[1:]
-            elif isinstance(node, ast.FunctionDef) and node.name == "sentence":
+            elif isinstance(node, ast.FunctionDef) and node.name in ("sentence", "verdict"):
                 expressions += [one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value]
         expressions += [value for one in expressions if isinstance(one, ast.Name) for value in values.get(one.id, [])]
         constants = {name: assigned[0] for name, assigned in values.items() if name.isupper()}

@@ -69,8 +69,13 @@ def test_no_module_runs_text_starts_programs_or_connects(forbidden: set[str]) ->
 
 
 def test_one_module_writes_files() -> None:
+    """No node calls ``main``, the command line of the check, which writes the file that its user names."""
     found = {path.relative_to(ROOT).as_posix(): used for path in MODULES if (used := uses(path, WRITES))}
-    assert set(found) == {"nodes/output_files.py"}
+    assert set(found) == {"nodes/output_files.py", "gag_core/check.py"}
+    assert found["gag_core/check.py"] == {"write_text"}
+    command = (ROOT / "gag_core" / "check.py").read_text(encoding="utf-8").partition("def main(")
+    assert "write_text" not in command[0] and command[2].count("write_text") == 1
+    assert not [path for path in MODULES if re.search(r"check import .*\bmain\b|check\.main", path.read_text("utf-8"))]
     calls = re.compile(r"\bopen\([^)]*[\"'][wax+]")
     assert [path.name for path in MODULES if calls.search(path.read_text(encoding="utf-8"))] == ["output_files.py"]
 

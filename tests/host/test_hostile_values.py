@@ -31,6 +31,7 @@ families = host.pack_module("nodes.patching.families")
 checks = host.pack_module("nodes.checks")
 NODES = sorted(name for name in host.NODES if name.startswith("GAG"))
 report = host.pack_module("nodes.report")
+check = host.pack_module("nodes.check")
 # Seconds for a text of a thousand characters, with room for a busy machine.
 SECONDS_PER_KILOBYTE = 0.5
 
@@ -73,9 +74,13 @@ def measured_probe() -> Any:
 
 @pytest.fixture(autouse=True)
 def quick_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Leave out the slow pages of GAG Report, and let nodes save into a folder of the test."""
+    """Leave out slow plots and the work of GAG Check, and let nodes save into a folder of the test."""
     for page in ("_heat_map_page", "_curve_page", "_word_page"):
         monkeypatch.setattr(report, page, lambda *_: torch.zeros(1, report.HEIGHT, report.WIDTH, 3))
+    core = host.pack_module("gag_core.check")
+    made = core.Report({"device": "none"}, True, torch.float32, "eager")
+    monkeypatch.setattr(check, "check", lambda *_, **__: made)
+    monkeypatch.setattr(check, "_picture", lambda _: torch.zeros(1, 8, 8, 3))
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
 

@@ -23,6 +23,7 @@ NODE_IDS = [
     "GAGSchedule",
     "GAGSweep",
     "GAGGrid",
+    "GAGCheck",
     "GAGDemoLoader",
     "GAGDemoPrompt",
     "GAGDemoEmptyLatent",

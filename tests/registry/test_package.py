@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +53,13 @@ def test_all_pictures_and_links_of_the_pages_are_there(files: list[str]) -> None
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             linked = (ROOT / page).parent.joinpath(target).resolve().relative_to(ROOT).as_posix()
             assert linked in files, f"{page} links to {target}"
+
+
+def test_the_check_of_a_machine_runs_from_the_download(unpacked: Path) -> None:
+    command = [sys.executable, "-m", "gag_core.check", "--quick", "--device", "cpu"]
+    run = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("**GAG Check: All ") and "GAG 0." in run.stdout
 
 
 def test_works_in_a_fresh_comfyui(unpacked: Path, smoke_test: Callable[[ComfyServer, Path, str], None]) -> None:

@@ -107,7 +107,7 @@ _REPEATED = 100_000
 PARSED = ("values", "values_2", "blocks", "words", "prompt", "text")
 # Outputs for the inputs of these types, and values of widgets that differ from their defaults.
 _SOURCES = {"MODEL": ["loader", 0], "LATENT": ["sampler", 0], "IMAGE": ["picture", 0], "GAG_PROBE": ["probe", 1]}
-_SETTINGS = {"values": "1", "include_off": False, "words": "red", "prompt": "a red circle"}
+_SETTINGS = {"values": "1", "include_off": False, "words": "red", "prompt": "a red circle", "quick": True}
 # Where the output of a node under test goes: (node, input, number of the output).
 _USES = {
     "GAGSchedule": ("guidance", "schedule", 0),
@@ -115,11 +115,15 @@ _USES = {
     "GAGDemoEmptyLatent": ("sampler", "latent_image", 0),
     "GAGGrid": ("sink", "source", 0),
     "GAGReport": ("sink", "source", 1),
+    "GAGCheck": ("sink", "source", 1),
 }
 
 
-# Values for the inputs of GAG Report that it reads after it has drawn its plots, which takes most of a second.
-_OF_REPORT = {
+# Fewer values for inputs that are read after seconds of work: those of GAG Report after its plots, those of GAG Check
+# after a quick check. ComfyUI makes True of these values of a switch; with False a check takes most of a minute.
+_FEWER_VALUES = {
+    "GAGCheck.quick": ("markup", "deep list", "link to a model"),
+    "GAGCheck.filename_prefix": ("half an emoji", "path"),
     "filename_prefix": ("long", "300 characters", "half an emoji", "markup", "format", "NUL", "path", "absolute path"),
     "images": ("markup", "NaN", "object", "empty list", "deep list", "link to a model"),
     "latent": ("half an emoji", "deep list"),
@@ -231,7 +235,8 @@ class Nodes:
         """Return every hostile value in every input of a node."""
         found = []
         for key, kind in self.inputs(node_type).items():
-            values = {name: VALUES[name] for name in _OF_REPORT.get(key, VALUES)}
+            fewer = _FEWER_VALUES.get(f"{node_type}.{key}", _FEWER_VALUES.get(key, VALUES))
+            values = {name: VALUES[name] for name in fewer}
             if key in PARSED and kind == "STRING":
                 values |= {f"{unit!r} repeated": (unit * _REPEATED)[:_REPEATED] for unit in UNITS}
             for name, value in values.items():
@@ -362,7 +367,7 @@ def stays_healthy(server: ComfyServer, nodes: Nodes) -> Iterator[None]:
 
 NODE_TYPES = (
     *("GAGuidance", "GAGuidanceAdvanced", "GAGAnderson", "GAGSchedule", "GAGSweep", "GAGGrid", "GAGProbe"),
-    *("GAGReport", "GAGDemoLoader", "GAGDemoPrompt", "GAGDemoEmptyLatent"),
+    *("GAGReport", "GAGCheck", "GAGDemoLoader", "GAGDemoPrompt", "GAGDemoEmptyLatent"),
 )
 
 
