@@ -400,7 +400,7 @@ def readers(family: Family, diffusion_model: Any) -> dict[Layer, tuple[Any, str]
         Layer(part.host_name, index): (reader, part.keys)
         for part in family.parts
         for index, block in enumerate(_modules(diffusion_model, part))
-        if (reader := _submodule(block, part.reader)) is not None
+        if (reader := submodule(block, part.reader)) is not None
     }
 
 
@@ -421,7 +421,7 @@ def reading_modules(family: Family, diffusion_model: Any) -> dict[Layer, Any]:
     return {layer: module for layer, (module, _) in readers(family, diffusion_model).items()}
 
 
-def _submodule(module: Any, path: str) -> Any:
+def submodule(module: Any, path: str) -> Any:
     """Return a module inside a module, None if there is none."""
     for name in filter(None, path.split(".")):
         module = getattr(module, name, None)

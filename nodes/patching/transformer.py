@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import ModuleList
 
 from .attention_call import AttentionCall, TextLayers
-from .families import Layer, readers
+from .families import Layer, readers, submodule
 from .host_attention import OVERRIDE, HostAttention, StoredAttentions, offered
 from .other_packs import is_run_by_others
 from .prompt_rows import PromptRows, RowGroup, by_batch, shifted
@@ -151,8 +151,9 @@ class GuidedTransformer:
 
         hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         hooks.enter_context(module.register_forward_hook(leave))
-        if keys:
-            hooks.enter_context(module.get_submodule(keys).register_forward_pre_hook(project))
+        # A module of another pack may project the text elsewhere.
+        if keys and (projection := submodule(module, keys)) is not None:
+            hooks.enter_context(projection.register_forward_pre_hook(project))
 
     def _follow_without_wrapper(self, module: Any, layer: Layer, hooks: ExitStack) -> None:
         """Follow a layer's module that a forward of another pack runs, and pass it the options if it gets none.

@@ -160,6 +160,11 @@ NOT_REACHED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     ),
     "classes exchanged in place": (foreign.modified_flux, "flux", "ComfyUI-Fluxtapoz (DoubleStreamBlock)"),
     "attention of another class": (foreign.exchanged_attention, "sd15", "RES4LYF (ReCrossAttention)"),
+    "a module in the place of the attention": (
+        foreign.other_cross_attention,
+        "wan-t2v",
+        "ComfyUI-Other (OtherCrossAttention)",
+    ),
     "attention with another forward": (
         foreign.sage_cross_attention,
         "wan-t2v",

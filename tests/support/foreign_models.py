@@ -335,6 +335,27 @@ def sage_cross_attention(model: Any) -> Any:
     return model
 
 
+class OtherCrossAttention(nn.Module):
+    """A text attention without the host's projections; of no pack that we know."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([attention])
+
+    def forward(self, x: Tensor, context: Tensor, **_: Any) -> Tensor:
+        out: Tensor = self.inner[0](x, context)
+        return out
+
+
+def other_cross_attention(model: Any) -> Any:
+    """Put modules of a pack in the place of Wan's text attentions."""
+    model = model.clone()
+    for i, block in enumerate(model.model.diffusion_model.blocks):
+        other = of_pack(OtherCrossAttention, "ComfyUI-Other")(block.cross_attn)
+        model.add_object_patch(f"diffusion_model.blocks.{i}.cross_attn", other)
+    return model
+
+
 def without_options(model: Any) -> Any:
     """Run model calls without the options of the run (gameltb's ComfyUI_stable_fast at 264e7c6, module/comfy_trace)."""
     model = model.clone()
