@@ -62,10 +62,12 @@ def record_calls(*models: Any) -> Iterator[list[Call]]:
             handles.append(module.register_forward_hook(leave, always_call=True))
 
     def recorded(original: Any) -> Any:
-        def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        def attention(q: Any, k: Any, v: Any, heads: int, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+            # From 0.34 on the host passes tensors in containers, which are empty after the call.
+            tensors = [t.peek() if hasattr(t, "peek") else t for t in (q, k, v)]
             out = original(q, k, v, heads, mask=mask, **kwargs)
             heads_are_split = kwargs.get("skip_reshape", False)
-            q, k, v = (t.clone() if heads_are_split else _split_heads(t, heads).clone() for t in (q, k, v))
+            q, k, v = (t.clone() if heads_are_split else _split_heads(t, heads).clone() for t in tensors)
             if kwargs.get("enable_gqa", False):
                 k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
             out_by_head = out if kwargs.get("skip_output_reshape", False) else _split_heads(out, heads)
