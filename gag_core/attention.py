@@ -180,8 +180,8 @@ def guided_joint_attention(
         out = _empty_output(q, v).copy_(base)
     if config.strength == 0.0:
         return out
-    text_keys, text_values = (_joined([tensor[:, :, part] for part in slices], dim=2) for tensor in (k, v))
-    for image in _image_queries(slices, q.shape[2], k.shape[2]):
+    text_keys, text_values = tokens_of_text(k, slices), tokens_of_text(v, slices)
+    for image in image_queries(slices, q.shape[2], k.shape[2]):
         image_mask = None if mask is None else mask_part(mask, queries=image)
         if lse is None:
             image_lse = eager.logsumexp_of_logits(q[:, :, image], k, image_mask, scale)
@@ -194,31 +194,33 @@ def guided_joint_attention(
             text_values,
             config,
             base=base[:, :, image],
-            mask=_mask_of_text(image_mask, slices),
+            mask=mask_of_text(image_mask, slices),
             scale=scale,
             joint_lse=image_lse,
         )
     return out
 
 
-def _image_queries(text: tuple[slice, ...], queries: int, keys: int) -> list[slice]:
-    """Return the stretches of a joint attention's queries that are image tokens."""
+def image_queries(text: Sequence[slice], queries: int, keys: int) -> list[slice]:
+    """Return the stretches of a joint attention's queries that are image tokens, with the text at these keys."""
     if queries < keys:
         return [slice(0, queries)]
     edges = [0, *(edge for part in text for edge in (part.start, part.stop)), queries]
     return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop]
 
 
-def _mask_of_text(mask: Tensor | None, text: tuple[slice, ...]) -> Tensor | None:
-    """Return the part of a mask of rank 4 for the text keys."""
+def tokens_of_text(tensor: Tensor, text: Sequence[slice]) -> Tensor:
+    """Return the text's part of keys or values ``[B, H, N, D]``: a view for one slice, a copy for several."""
+    parts = [tensor[:, :, part] for part in text]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def mask_of_text(mask: Tensor | None, text: Sequence[slice]) -> Tensor | None:
+    """Return the text's part of a mask of rank 4; None for no mask."""
     if mask is None or mask.shape[3] == 1:  # one number for all keys broadcasts
         return mask
-    return _joined([mask[..., part] for part in text], dim=3)
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    """Join tensors along a dimension; a single one stays a view."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+    parts = [mask[..., part] for part in text]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
 @torch.no_grad()

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from .attention_call import TextLayers
 from .compile import UnguardedCompile
-from .families import Layer, readers
+from .families import Family, Layer, readers
 from .guidance import Guidance
 from .measurements import Probe
 from .observer import Observer
-from .prompt_rows import PromptRows, RowGroup, are_told_apart, has_positive
+from .prompt_rows import PromptRows, RowGroup, are_told_apart, has_positive, text_of
 from .recorder import CallRecording, Recording
 from .run import Run
 from .steps import follow_run, sigma_range
 from .strength_curve import Factors
+from .text_position import Inputs
 from .transformer import GuidedTransformer
 from .unet import GuidedUNet
 
@@ -53,7 +54,7 @@ class GAGPatch:
         run = Run(
             self.observer,
             self.observer.new_chart(),
-            PromptRows.of_run(guider, _latent_batch(args, kwargs)),
+            PromptRows.of_run(guider, _latent_batch(args, kwargs), self.family.text_inputs),
             UnguardedCompile.from_guider(guider, active_nodes),
         )
         run.steps, args, kwargs = follow_run(args, kwargs)
@@ -91,9 +92,11 @@ class GAGPatch:
         run: Run = options.get(KEY) or Run(self.observer, self.observer.new_chart())
         run.model_calls += 1
         guidance, factor = self._active(run, t, executor.class_obj.model_sampling)
-        text = None if c_crossattn is None or c_crossattn.shape[1] == 0 else c_crossattn
+        inputs = {"c_crossattn": c_crossattn, **kwargs}
+        context = text_of(inputs, self.family.text_inputs, x.shape[0])
+        text = None if context is None or context.shape[1] == 0 else context
         groups = None if text is None else self._groups(run, guidance, text, options)
-        if guidance is not None and not _has_guided_text(run, guidance, c_crossattn, groups):
+        if guidance is not None and not _has_guided_text(run, guidance, context, groups):
             guidance = None
         acting = None if guidance is None else guidance.scaled(factor)
         recording: CallRecording | None = None
@@ -107,7 +110,7 @@ class GAGPatch:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         layers = TextLayers(acting, (text.shape[0], text.shape[1]), groups, recording)
         with ExitStack() as stack:
-            options = _install(run, layers, options, executor.class_obj, stack)
+            options = _install(run, layers, inputs, options, executor.class_obj, stack)
             out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if guidance is not None:
             run.count_call(guidance, layers.reached)
@@ -119,13 +122,17 @@ class GAGPatch:
             run.recording.add(recording, layers.reached, run.steps.done)
         return out
 
+    @property
+    def family(self) -> Family:
+        """Family of the model, which all nodes on it share."""
+        return (*self.guidances, *(probe.watched for probe in self.probes))[0].family
+
     def _modules(self, guider: Any) -> dict[Layer, tuple[Any, str]]:
         """Return the modules of the layers of a transformer, before other nodes replace blocks during model calls."""
-        family = (*self.guidances, *(probe.watched for probe in self.probes))[0].family
         patcher = getattr(guider, "model_patcher", None)
-        if family.attention == "attn2" or patcher is None:
+        if self.family.attention == "attn2" or patcher is None:
             return {}
-        return readers(family, patcher.model.diffusion_model)
+        return readers(self.family, patcher.model.diffusion_model)
 
     def _groups(
         self, run: Run, guidance: Guidance | None, text: Tensor, options: dict[str, Any]
@@ -133,10 +140,9 @@ class GAGPatch:
         """Return the rows of a model call's text ``[B, N, C]``; None if nobody needs them."""
         if guidance is None and run.recording is None:
             return None
-        family = guidance.family if guidance is not None else self._watched().family
         is_charted = guidance is not None and self.observer.wants_chart(guidance.node_id)
         needs_kinds = run.recording is not None or is_charted or (guidance is not None and guidance.apply_to != "both")
-        if family.attention == "joint" and not needs_kinds:
+        if self.family.attention == "joint" and not needs_kinds and not self.family.repeats_text:
             # A joint attention guides all tokens of all rows alike. Identifying the rows would wait for the device.
             return [RowGroup(slice(0, text.shape[0]), text.shape[1], None)]
         return run.prompts.groups(text, options)
@@ -196,7 +202,7 @@ def _has_guided_text(run: Run, guidance: Guidance, context: Tensor | None, group
 
 
 def _install(
-    run: Run, layers: TextLayers, options: dict[str, Any], host_model: Any, stack: ExitStack
+    run: Run, layers: TextLayers, inputs: Inputs, options: dict[str, Any], host_model: Any, stack: ExitStack
 ) -> dict[str, Any]:
     """Return the transformer options with the hooks of one model call; ``stack`` removes what must be removed."""
     hooks: GuidedUNet | GuidedTransformer
@@ -204,7 +210,7 @@ def _install(
     if layers.guidance.family.attention == "attn2":
         hooks = GuidedUNet(layers, run.prompts, stored, options)
     else:
-        hooks = GuidedTransformer(layers, run.modules, stored, options)
+        hooks = GuidedTransformer(layers, inputs, run.modules, stored, options)
     stack.enter_context(hooks.watch(host_model.diffusion_model))
     options = hooks.install(options)
     if run.unguarded_compile is not None:
