@@ -7,8 +7,9 @@ This file checks arguments and picks the implementation: the Triton kernels wher
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def guided_joint_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    text: slice,
+    text: slice | Sequence[slice],
     config: GuidanceConfig,
     *,
     base: Tensor | None = None,
@@ -132,21 +133,26 @@ def guided_joint_attention(
     falls on the text keys. Then ``out = O_joint + strength * m * (guided(S, D) - D)``: the text mass m is constant.
     Text queries, and the part that image queries read of the image, stay as they are.
 
+    With as many queries as keys, both are the same sequence, and the queries at ``text`` are text queries. With fewer
+    queries than keys, all queries are image queries.
+
     Args:
-        q, k, v: ``[B, H, N, D]`` of the joint sequence; fp16, bf16, fp32 or fp64; any strides.
-        text: the text tokens of the sequence, a non-empty slice of step 1.
+        q: queries ``[B, H, N_q, D]``; fp16, bf16, fp32 or fp64; any strides; at most as many as keys.
+        k, v: keys and values ``[B, H, N_k, D]`` of the joint sequence.
+        text: the text tokens of the sequence of the keys: a non-empty slice of step 1, or a list of such slices, in
+            the order of the sequence, that do not overlap. S and D are read-outs over the keys of all slices together.
         config: the settings.
-        base: the host's own joint output ``[B, H, N, D]``. If None, the joint attention is computed here, once, and
+        base: the host's own joint output ``[B, H, N_q, D]``. If None, the joint attention is computed here, once, and
             its logsumexp gives the text mass. With a base the mass costs one more product of queries and keys,
             because the mass cannot be known from an output alone.
-        mask: bool (True where a query may read a key) or additive, broadcastable to ``[B, H, N, N]``.
+        mask: bool (True where a query may read a key) or additive, broadcastable to ``[B, H, N_q, N_k]``.
         scale: factor of the logits, ``1 / sqrt(D)`` if None.
 
     Returns:
-        ``[B, H, N, D]`` in the dtype of q, laid out as ``[B, N, H, D]`` in memory.
+        ``[B, H, N_q, D]`` in the dtype of q, laid out as ``[B, N_q, H, D]`` in memory.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not go together, or the text slice lies outside the
+        ValueError, TypeError: shapes, dtypes or devices do not go together, or a text slice lies outside the
             sequence; the message says which.
 
     Source: arXiv 2603.02531 v2, eq. 12-13, applied to the text part of a joint attention; the constant text mass is
@@ -155,12 +161,15 @@ def guided_joint_attention(
     mask = _checked_mask(q, k, v, mask)
     _check_base(base, q, v)
     check_config(config)
-    if k.shape[2] != q.shape[2]:
+    if q.shape[2] > k.shape[2]:
         raise ValueError(
-            f"joint attention needs queries and keys of one sequence, got {q.shape[2]} queries and {k.shape[2]} keys."
+            "joint attention needs queries and keys of one sequence, so at most as many queries as keys, "
+            f"got {q.shape[2]} queries and {k.shape[2]} keys."
         )
-    text = _checked_text(text, q.shape[2])
+    slices = _checked_text(text, k.shape[2])
     scale = _checked_scale(q, scale)
+    if q.shape[2] == 0:  # torch's own attention takes no empty queries
+        return _empty_output(q, v)
     lse: Tensor | None = None
     out: Tensor | None = None
     if base is None:
@@ -171,9 +180,8 @@ def guided_joint_attention(
         out = _empty_output(q, v).copy_(base)
     if config.strength == 0.0:
         return out
-    for image in (slice(0, text.start), slice(text.stop, q.shape[2])):
-        if image.start == image.stop:
-            continue
+    text_keys, text_values = tokens_of_text(k, slices), tokens_of_text(v, slices)
+    for image in image_queries(slices, q.shape[2], k.shape[2]):
         image_mask = None if mask is None else mask_part(mask, queries=image)
         if lse is None:
             image_lse = eager.logsumexp_of_logits(q[:, :, image], k, image_mask, scale)
@@ -182,15 +190,37 @@ def guided_joint_attention(
         _implementation(
             out[:, :, image],
             q[:, :, image],
-            k[:, :, text],
-            v[:, :, text],
+            text_keys,
+            text_values,
             config,
             base=base[:, :, image],
-            mask=None if image_mask is None else mask_part(image_mask, keys=text),
+            mask=mask_of_text(image_mask, slices),
             scale=scale,
             joint_lse=image_lse,
         )
     return out
+
+
+def image_queries(text: Sequence[slice], queries: int, keys: int) -> list[slice]:
+    """Return the stretches of a joint attention's queries that are image tokens, with the text at these keys."""
+    if queries < keys:
+        return [slice(0, queries)]
+    edges = [0, *(edge for part in text for edge in (part.start, part.stop)), queries]
+    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop]
+
+
+def tokens_of_text(tensor: Tensor, text: Sequence[slice]) -> Tensor:
+    """Return the text's part of keys or values ``[B, H, N, D]``: a view for one slice, a copy for several."""
+    parts = [tensor[:, :, part] for part in text]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def mask_of_text(mask: Tensor | None, text: Sequence[slice]) -> Tensor | None:
+    """Return the text's part of a mask of rank 4; None for no mask."""
+    if mask is None or mask.shape[3] == 1:  # one number for all keys broadcasts
+        return mask
+    parts = [mask[..., part] for part in text]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
 @torch.no_grad()
@@ -299,10 +329,22 @@ def _checked_scale(q: Tensor, scale: float | None) -> float:
     return scale
 
 
-def _checked_text(text: slice, tokens: int) -> slice:
-    """Return the text tokens as a slice with a start and a stop, or refuse them."""
-    if not isinstance(text, slice):
-        raise TypeError(f"text must be a slice of the joint sequence, got {plain(type(text).__name__)}.")
+def _checked_text(text: slice | Sequence[slice], tokens: int) -> tuple[slice, ...]:
+    """Return the text tokens as slices with a start and a stop, or refuse them."""
+    parts = text if isinstance(text, (list, tuple)) else (text,)
+    if not all(isinstance(part, slice) for part in parts):
+        raise TypeError(
+            f"text must be a slice of the joint sequence or a list of slices, got {plain(type(text).__name__)}."
+        )
+    checked = tuple(_checked_slice(part, tokens) for part in parts)
+    if not checked or any(later.start < earlier.stop for earlier, later in pairwise(checked)):
+        raise ValueError(
+            f"text must be one or more slices that do not overlap, in the order of the sequence, got {echo(text)}."
+        )
+    return checked
+
+
+def _checked_slice(text: slice, tokens: int) -> slice:
     start = 0 if text.start is None else text.start
     stop = tokens if text.stop is None else text.stop
     simple = isinstance(start, int) and isinstance(stop, int) and text.step in (None, 1)

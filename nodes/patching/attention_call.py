@@ -7,9 +7,10 @@ This file is the only one that knows ComfyUI's calling conventions for attention
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from .host_attention import EXACT_ATTENTIONS, AttentionFunction, HostAttention
 from .prompt_rows import RowGroup, are_told_apart, select, with_tokens
 from .recorder import CallRecording
 from .replacement import Read
+from .text_position import TextPosition
 
 # Positional parameters of ComfyUI's attention functions. Models differ in which of them they pass by name.
 _ATTENTION_PARAMETERS = (
@@ -102,29 +104,49 @@ class AttentionCall:
             add_guidance(base, self.q, self.k, self.v, groups, config, mask=self.mask, scale=self.scale)
         )
 
-    def guided_joint(self, rows: list[slice], text: slice, config: GuidanceConfig) -> Tensor:
-        """Return the output of a joint attention whose image queries read the tokens ``text`` guided in some rows."""
-        all_rows = rows == [slice(0, self.q.shape[0])]
+    def guided_joint(self, parts: list[JointPart], queries: slice | None) -> Tensor:
+        """Return the output of a joint attention whose image queries read the text guided in some rows.
+
+        Args:
+            parts: the guided rows, with the text that they read and their settings.
+            queries: the guided queries; None for all image queries.
+        """
+        all_rows = [part.rows for part in parts] == [slice(0, self.q.shape[0])]
         if all_rows and not self.is_replaced and self.q.device.type in _DEVICES_WITH_LOGSUMEXP:
             # The core computes the whole attention, because that gives the text's share along with it.
-            return self.to_host_layout(self._joint_part(slice(None), text, config, None))
+            (part,) = parts
+            if queries is None:
+                return self.to_host_layout(self._joint_part(part, slice(None), None))
+            off = part._replace(config=replace(part.config, strength=0.0))
+            before, after = slice(0, queries.start), slice(queries.stop, self.q.shape[2])
+            pieces = [(off, before), (part, queries), (off, after)]
+            return self.to_host_layout(torch.cat([self._joint_part(*piece, None) for piece in pieces], dim=2))
         base = self.host_output_by_head()
         out = base.clone()
-        for part in rows:
-            out[part] = self._joint_part(part, text, config, base[part])
+        guided = slice(None) if queries is None else queries
+        for part in parts:
+            out[part.rows, :, guided] = self._joint_part(part, guided, base[part.rows, :, guided])
         return self.to_host_layout(out)
 
-    def _joint_part(self, rows: slice, text: slice, config: GuidanceConfig, base: Tensor | None) -> Tensor:
+    def _joint_part(self, part: JointPart, queries: slice, base: Tensor | None) -> Tensor:
         return guided_joint_attention(
-            self.q[rows],
-            self.k[rows],
-            self.v[rows],
-            text,
-            config,
+            self.q[part.rows, :, queries],
+            self.k[part.rows],
+            self.v[part.rows],
+            part.text,
+            part.config,
             base=base,
-            mask=None if self.mask is None else mask_part(self.mask, rows=rows),
+            mask=None if self.mask is None else mask_part(self.mask, rows=part.rows, queries=queries),
             scale=self.scale,
         )
+
+
+class JointPart(NamedTuple):
+    """Rows of a joint attention that read one text, and the settings of their guidance."""
+
+    rows: slice
+    text: tuple[slice, ...]
+    config: GuidanceConfig
 
 
 @dataclass
@@ -169,15 +191,27 @@ class TextLayers:
         guided = self._select(layer, own)
         return call.guided_cross(guided, self.guidance.config) if guided else call.host_output()
 
-    def joint(self, call: AttentionCall, layer: Layer, text: slice) -> Tensor:
+    def joint(self, call: AttentionCall, layer: Layer, position: TextPosition) -> Tensor:
         """Return the output of a layer's joint attention, in the layout that the model expects."""
         own = self._of_call(self.groups, call.q.shape[0], self.context_shape[1])
         if self.recording is not None:
-            self.recording.joint(layer, call.q, call.k, call.v, text, own, call.mask, call.scale)
+            recorded = own if self.guidance.family.repeats_text else with_tokens(own, self.context_shape[1])
+            self.recording.joint(
+                layer, call.q, call.k, call.v, position, self.context_shape[1], recorded, call.mask, call.scale
+            )
         guided = self._select(layer, own)
         if not guided:
             return call.host_output()
-        return call.guided_joint([group.rows for group in guided], text, self.guidance.config)
+        return call.guided_joint([self._joint_part(group, position) for group in guided], position.queries)
+
+    def _joint_part(self, group: RowGroup, position: TextPosition) -> JointPart:
+        """Return rows of a joint attention with their own text, without copies that ComfyUI added to it."""
+        config, copies = self.guidance.config, self.context_shape[1] // group.tokens
+        if copies == 1 or not self.guidance.family.repeats_text:
+            return JointPart(group.rows, position.text, config)
+        # Each copy has the same share of the attention.
+        config = replace(config, strength=copies * config.strength)
+        return JointPart(group.rows, position.with_tokens(group.tokens).text, config)
 
     def replaced(
         self,

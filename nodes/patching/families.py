@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ...gag_core.echo import plain
+from . import text_position
 from .other_packs import obstacle_in
+from .text_position import Inputs, Locate
 
 
 class Layer(NamedTuple):
@@ -31,10 +34,12 @@ class Part:
     Attributes:
         name: name that users write in ``blocks``.
         host_name: name that ComfyUI gives the part at run time.
-        attribute: attribute of the diffusion model that holds the blocks.
+        attribute: path, inside the diffusion model, of the list of blocks.
         guided: True if the part is guided when ``blocks`` is empty.
         reader: path, inside a block, of the module whose attention reads the text; empty for the block itself.
         keys: path, inside the reader of a text cross-attention, of the module that projects the text to keys.
+        has_levels: True if the list has lists of modules of many kinds, one list per level of resolution. The modules
+            that have a reader are the blocks.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Part:
     guided: bool = True
     reader: str = ""
     keys: str = ""
+    has_levels: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class Family:
     """One kind of model.
 
     In a joint sequence the sizes of both streams tell the text from the image. If ComfyUI lets nodes wrap the blocks,
-    the input of each block shows these sizes. Otherwise ``text_size`` or ``image_size`` names a module to measure.
+    the input of each block shows these sizes. Otherwise ``text_size`` or ``image_size`` names a module to measure, or
+    ``locate`` finds the text by the inputs of the model call.
 
     Attributes:
         name: short name that does not change.
@@ -64,6 +71,10 @@ class Family:
         image_size: path of the module whose output has the image's tokens.
         picture: path of the module that encodes a picture which conditions the model; its output, the picture's tokens,
             stands in front of the text in the text's stream and is not guided. Empty without such a module.
+        locate: function of :mod:`text_position`; None where sizes tell.
+        text_inputs: inputs of a model call that may have the text; the first one that is there has it.
+        repeats_text: True if ComfyUI repeats the text of a joint attention where prompts in a batch differ in length.
+        has_index: True if ComfyUI's options tell which block runs (``block_index``). Such blocks are not watched.
         refused: classes of the host's model that share the diffusion model but cannot be guided, with the reason.
     """
 
@@ -76,12 +87,16 @@ class Family:
     text_size: str = ""
     image_size: str = ""
     picture: str = ""
+    locate: Callable[[Inputs], Locate] | None = None
+    text_inputs: tuple[str, ...] = ("c_crossattn",)
+    repeats_text: bool = False
+    has_index: bool = False
     refused: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_wrapped(self) -> bool:
         """True if ComfyUI lets nodes wrap the blocks, and their input shows the position of the text."""
-        return self.attention == "joint" and not (self.text_size or self.image_size)
+        return self.attention == "joint" and not (self.text_size or self.image_size or self.locate)
 
 
 _DOUBLE = Part("double", "double_block", "double_blocks")
@@ -178,7 +193,7 @@ FAMILIES = (
     ),
     Family(
         name="lumina",
-        title="Lumina 2 and Z-Image",
+        title="Lumina 2, Z-Image and Ming-Image",
         model_class="comfy.ldm.lumina.model.NextDiT",
         attention="joint",
         parts=(Part("block", "double_block", "layers"),),
@@ -251,6 +266,57 @@ FAMILIES = (
         text_size="patch_embed.text_proj",
     ),
     Family(
+        name="qwen-image-2.1",
+        title="Qwen-Image 2.1",
+        model_class="comfy.ldm.qwen_image21.model.QwenImage21Transformer2DModel",
+        attention="joint",
+        # ComfyUI lets nodes wrap these blocks, but then it computes the text anew in each step.
+        parts=(Part("block", "single_block", "transformer_blocks", reader="attn"),),
+        locate=text_position.between_references,
+    ),
+    Family(
+        name="minimax-h3",
+        title="MiniMax H3 (video with sound)",
+        model_class="comfy.ldm.minimax.model.MiniMaxH3Model",
+        attention="joint",
+        # The sound's queries are not guided.
+        parts=(Part("block", "double_block", "blocks", reader="attn"),),
+        locate=text_position.in_layout,
+    ),
+    Family(
+        name="hidream-o1",
+        title="HiDream O1",
+        model_class="comfy.ldm.hidream_o1.model.HiDreamO1Transformer",
+        attention="joint",
+        parts=(Part("block", "double_block", "language_model.layers"),),
+        locate=text_position.before_image_by_ids,
+        text_inputs=("input_ids",),
+    ),
+    Family(
+        name="sensenova",
+        title="SenseNova U1.5",
+        model_class="comfy.ldm.sensenova.model.SenseNovaU15",
+        attention="joint",
+        # ComfyUI calls methods of these blocks, which no hook sees.
+        parts=(Part("block", "single_block", "language_model.model.layers"),),
+        locate=text_position.before_image,
+        text_inputs=("prefix_keys", "text_input_ids"),
+        has_index=True,
+    ),
+    Family(
+        name="stable-cascade",
+        title="Stable Cascade (stage C)",
+        model_class="comfy.ldm.cascade.stage_c.StageC",
+        attention="joint",
+        parts=(
+            Part("down", "down_block", "down_blocks", reader="attention.attn", has_levels=True),
+            Part("up", "up_block", "up_blocks", reader="attention.attn", has_levels=True),
+        ),
+        locate=text_position.behind_image,
+        text_inputs=("clip_text",),
+        repeats_text=True,
+    ),
+    Family(
         name="wan",
         title="Wan 2.1 and 2.2",
         model_class="comfy.ldm.wan.model.WanModel",
@@ -299,7 +365,6 @@ FAMILIES = (
 
 # Models that cannot be guided: title, class, and the reason as the end of a sentence.
 _NO_OPTIONS = "ComfyUI gives its attention no options, so no node can reach it"
-_NOT_YET = "how it reads the text has not been worked out yet"
 _SOUND = "it makes sound, which has not been tried with guidance"
 REFUSED = (
     ("PixArt", "comfy.ldm.pixart.pixartms.PixArtMS", _NO_OPTIONS),
@@ -308,11 +373,16 @@ REFUSED = (
     ("ACE-Step 1.5", "comfy.ldm.ace.ace_step15.AceStepConditionGenerationModel", _NO_OPTIONS),
     ("ACE-Step", "comfy.ldm.ace.model.ACEStepTransformer2DModel", _SOUND),
     ("Stable Audio", "comfy.ldm.audio.dit.AudioDiffusionTransformer", _SOUND),
-    ("MiniMax H3", "comfy.ldm.minimax.model.MiniMaxH3Model", _NOT_YET),
-    ("HiDream O1", "comfy.ldm.hidream_o1.model.HiDreamO1Transformer", _NOT_YET),
+    ("MiniMax Music 3", "comfy.ldm.minimax_music.dit.MiniMaxMusic3DiT", _SOUND),
+    (
+        "Stable Cascade's stage B",
+        "comfy.ldm.cascade.stage_b.StageB",
+        "it gets the prompt as one vector, without words",
+    ),
     ("Hunyuan3D 2", "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2", _NO_TEXT),
     ("Hunyuan3D 2.1", "comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain", _NO_TEXT),
     ("TripoSplat", "comfy.ldm.triposplat.model.LatentSeqMMFlowModel", _NO_TEXT),
+    ("Trellis 2", "comfy.ldm.trellis2.model.Trellis2", _NO_TEXT),
     ("SeedVR2", "comfy.ldm.seedvr.model.NaDiT", _NO_TEXT),
 )
 
@@ -449,8 +519,11 @@ def _attn2_of(part: Part, diffusion_model: Any) -> list[dict[Layer, Any]]:
 
 def _modules(diffusion_model: Any, part: Part) -> list[Any]:
     """Return the modules of a part's blocks. ComfyUI keeps some of them in a dictionary."""
-    modules = getattr(diffusion_model, part.attribute, None) or ()
-    return list(modules.values() if hasattr(modules, "values") else modules)
+    modules = submodule(diffusion_model, part.attribute) or ()
+    modules = list(modules.values() if hasattr(modules, "values") else modules)
+    if part.has_levels:
+        modules = [module for level in modules for module in level if submodule(module, part.reader) is not None]
+    return modules
 
 
 def _transformers(sequence: Any) -> list[Any]:

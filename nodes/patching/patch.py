@@ -18,16 +18,17 @@ from torch.nn import Module
 
 from .attention_call import TextLayers
 from .compile import UnguardedCompile
-from .families import Layer, readers, reading_modules
+from .families import Family, Layer, readers, reading_modules
 from .guidance import Guidance
 from .measurements import Probe
 from .observer import Observer
 from .other_packs import other_code
-from .prompt_rows import PromptRows, RowGroup, are_told_apart, has_positive
+from .prompt_rows import PromptRows, RowGroup, are_told_apart, has_positive, text_of
 from .recorder import CallRecording, Recording
 from .run import Run, uncompiled
 from .steps import follow_run, sigma_range
 from .strength_curve import Factors
+from .text_position import Inputs
 from .transformer import GuidedTransformer
 from .unet import GuidedUNet
 
@@ -55,7 +56,7 @@ class GAGPatch:
         run = Run(
             self.observer,
             self.observer.new_chart(),
-            PromptRows.of_run(guider, _latent_batch(args, kwargs)),
+            PromptRows.of_run(guider, _latent_batch(args, kwargs), self.family.text_inputs),
             UnguardedCompile.from_guider(guider, active_nodes),
         )
         run.steps, args, kwargs = follow_run(args, kwargs)
@@ -93,9 +94,11 @@ class GAGPatch:
         run: Run = options.get(KEY) or Run(self.observer, self.observer.new_chart())
         run.count_model_call()
         guidance, factor = self._active(run, t, executor.class_obj.model_sampling)
-        text = None if c_crossattn is None or c_crossattn.shape[1] == 0 else c_crossattn
+        inputs = {"c_crossattn": c_crossattn, **kwargs}
+        context = text_of(inputs, self.family.text_inputs, x.shape[0])
+        text = None if context is None or context.shape[1] == 0 else context
         groups = None if text is None else self._groups(run, guidance, text, options)
-        if guidance is not None and not _has_guided_text(run, guidance, c_crossattn, groups):
+        if guidance is not None and not _has_guided_text(run, guidance, context, groups):
             guidance = None
         acting = None if guidance is None else guidance.scaled(factor)
         recording: CallRecording | None = None
@@ -109,7 +112,7 @@ class GAGPatch:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         layers = TextLayers(acting, (text.shape[0], text.shape[1]), groups, recording)
         with ExitStack() as stack:
-            options = _install(run, layers, options, executor.class_obj, stack)
+            options = _install(run, layers, inputs, options, executor.class_obj, stack)
             out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if guidance is not None:
             run.count_layers(guidance, layers)
@@ -121,18 +124,22 @@ class GAGPatch:
             run.recording.add(recording, layers.reached, run.steps.done)
         return out
 
+    @property
+    def family(self) -> Family:
+        """Family of the model, which all nodes on it share."""
+        return (*self.guidances, *(probe.watched for probe in self.probes))[0].family
+
     def _modules(self, guider: Any) -> dict[Module, dict[Layer, tuple[Any, str]]]:
         """Return the modules of the layers of a transformer, before other nodes replace blocks during model calls.
 
         Several devices have a copy of the model each, with modules of its own.
         """
-        family = (*self.guidances, *(probe.watched for probe in self.probes))[0].family
         patcher = getattr(guider, "model_patcher", None)
-        if family.attention == "attn2" or patcher is None:
+        if self.family.attention == "attn2" or patcher is None:
             return {}
         patchers = (patcher, *patcher.get_additional_models_with_key("multigpu"))
         nets = [uncompiled(one.model.diffusion_model) for one in patchers]
-        return {net: readers(family, net) for net in nets}
+        return {net: readers(self.family, net) for net in nets}
 
     def _groups(
         self, run: Run, guidance: Guidance | None, text: Tensor, options: dict[str, Any]
@@ -140,10 +147,9 @@ class GAGPatch:
         """Return the rows of a model call's text ``[B, N, C]``; None if nobody needs them."""
         if guidance is None and run.recording is None:
             return None
-        family = guidance.family if guidance is not None else self._watched().family
         is_charted = guidance is not None and self.observer.wants_chart(guidance.node_id)
         needs_kinds = run.recording is not None or is_charted or (guidance is not None and guidance.apply_to != "both")
-        if family.attention == "joint" and not needs_kinds:
+        if self.family.attention == "joint" and not needs_kinds and not self.family.repeats_text:
             # A joint attention guides all tokens of all rows alike. Identifying the rows would wait for the device.
             return [RowGroup(slice(0, text.shape[0]), text.shape[1], None)]
         return run.prompts.groups(text, options)
@@ -203,7 +209,7 @@ def _has_guided_text(run: Run, guidance: Guidance, context: Tensor | None, group
 
 
 def _install(
-    run: Run, layers: TextLayers, options: dict[str, Any], host_model: Any, stack: ExitStack
+    run: Run, layers: TextLayers, inputs: Inputs, options: dict[str, Any], host_model: Any, stack: ExitStack
 ) -> dict[str, Any]:
     """Return the transformer options with the hooks of one model call; ``stack`` removes what must be removed."""
     hooks: GuidedUNet | GuidedTransformer
@@ -211,7 +217,8 @@ def _install(
     if layers.guidance.family.attention == "attn2":
         hooks = GuidedUNet(layers, run.prompts, stored, options)
     else:
-        hooks = GuidedTransformer(layers, run.prompts, run.modules_of(host_model.diffusion_model), stored, options)
+        modules = run.modules_of(host_model.diffusion_model)
+        hooks = GuidedTransformer(layers, run.prompts, inputs, modules, stored, options)
     stack.enter_context(hooks.watch(host_model.diffusion_model))
     options = hooks.install(options)
     if run.unguarded_compile is not None:

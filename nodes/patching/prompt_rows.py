@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 _POSITIVE = 0
@@ -78,17 +79,19 @@ class PromptRows:
             options; None outside a run.
         positive: the positive prompt, None if the guider does not tell.
         latent_batch: number of pictures in the run's latent, 0 if it is not known.
+        inputs: inputs of a model call that may have the text, see :func:`text_of`.
     """
 
     guider: ReferenceType[Any] | None = None
     positive: PositivePrompt | None = None
     latent_batch: int = 0
+    inputs: tuple[str, ...] = ("c_crossattn",)
     _known: dict[Any, list[RowGroup]] = field(default_factory=dict)
 
     @classmethod
-    def of_run(cls, guider: Any, latent_batch: int) -> PromptRows:
-        """Return the identification for a run of a guider."""
-        return cls(ref(guider), PositivePrompt.from_guider(guider), latent_batch)
+    def of_run(cls, guider: Any, latent_batch: int, inputs: tuple[str, ...] = ("c_crossattn",)) -> PromptRows:
+        """Return the identification for a run of a guider, of a model with these text inputs."""
+        return cls(ref(guider), PositivePrompt.from_guider(guider), latent_batch, inputs)
 
     def hints(self, options: dict[str, Any], batch: int) -> list[bool | None]:
         """Return for each row True if ComfyUI's lists call it positive, False if negative, None if they do not tell."""
@@ -150,8 +153,9 @@ class PromptRows:
         guider = None if self.guider is None else self.guider()
         for name, conds in (getattr(guider, "conds", None) or {}).items():
             for cond in conds or []:
-                text = getattr(cond.get("model_conds", {}).get("c_crossattn"), "cond", None)
-                if isinstance(text, Tensor) and text.ndim == 3:
+                conds_of_model = cond.get("model_conds", {})
+                text = text_of({key: getattr(one, "cond", None) for key, one in conds_of_model.items()}, self.inputs)
+                if text is not None and text.ndim == 3:
                     found.append(Prompt(text, name == "positive", cond.get("uuid")))
         return found
 
@@ -203,6 +207,26 @@ class PromptRows:
         return _merge([RowGroup(slice(row, row + 1), length, side) for row, (length, side) in each])
 
 
+def text_of(inputs: dict[str, Any], names: tuple[str, ...], rows: int = 0) -> Tensor | None:
+    """Return the text of a model call or of a prompt as ``[B, N, C]``; None if it has none.
+
+    Most models get vectors. Others get token ids ``[B, N]``, or a list with the keys of the text ``[b, H, N, D]`` for
+    each layer, of which the first tells texts apart.
+
+    Args:
+        inputs: the inputs of the model call, or of one prompt, by name.
+        names: inputs that may have the text; the first one that is there has it.
+        rows: rows of the model call. Lists of keys have a row for each prompt, which neighbouring rows share.
+    """
+    text = next((inputs[name] for name in names if inputs.get(name) is not None), None)
+    if isinstance(text, (list, tuple)) and text and isinstance(text[0], Tensor):
+        keys = rearrange(text[0], "b h n d -> b n (h d)")
+        return keys.repeat_interleave(max(1, rows // len(keys)), dim=0)
+    if not isinstance(text, Tensor):
+        return None
+    return text.unsqueeze(-1) if text.ndim == 2 else text
+
+
 def select(groups: list[RowGroup], apply_to: str) -> list[RowGroup]:
     """Return the rows that are guided: all of them, or those of the positive prompt."""
     chosen = groups if apply_to == "both" else [group for group in groups if group.is_positive]
@@ -235,7 +259,12 @@ def with_tokens(groups: list[RowGroup], tokens: int) -> list[RowGroup]:
 
 
 def _are_parallel(text: Tensor, other: Tensor) -> Tensor:
-    """Return for each row of ``[B, N, C]`` True if it is a positive multiple of a row of ``[n, N, C]``."""
+    """Return for each row of ``[B, N, C]`` True if it is a positive multiple of a row of ``[n, N, C]``.
+
+    Token ids are no vectors, which a node could multiply.
+    """
+    if not text.is_floating_point():
+        return torch.zeros(len(text), dtype=torch.bool, device=text.device)
     rows, others = text.float().flatten(1), other.float().flatten(1)
     product = rows @ others.T
     norms = rows.norm(dim=1)[:, None] * others.norm(dim=1)[None]

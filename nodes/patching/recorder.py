@@ -8,6 +8,7 @@ together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...gag_core import GuidanceConfig
+from ...gag_core.attention import image_queries, mask_of_text, tokens_of_text
 from ...gag_core.eager import attention_with_logsumexp
 from ...gag_core.measures import MEASURES, measure, sample_queries, word_shares
 from ...gag_core.numerics import mask_part
@@ -29,6 +31,7 @@ from .guidance import Guidance
 from .measurements import BRANCHES, Probe, Result, Word
 from .prompt_rows import RowGroup, shifted
 from .steps import step_of_level
+from .text_position import TextPosition
 
 # Number of queries that are sampled in each attention and row of the batch: over all heads, and at least per head.
 _QUERIES = 256
@@ -138,8 +141,8 @@ class CallRecording:
         self.only = only
         self.waiting: list[_Sample] = []
         self.measured: list[Measured] = []
-        # Indices of the sampled query tokens, by heads, tokens and position of the text.
-        self._indices: dict[tuple[int, int, int, int], Tensor] = {}
+        # Indices of the sampled query tokens, by the number of heads and the stretches of image tokens.
+        self._indices: dict[tuple[Any, ...], Tensor] = {}
         # True while ComfyUI records allocations: what is kept must then be a copy.
         self._must_copy = False
 
@@ -157,14 +160,15 @@ class CallRecording:
         if not self._samples(layer):
             return
         with _paused() as self._must_copy:
-            indices = self._query_indices(q, slice(q.shape[2], q.shape[2]))
+            image = [slice(0, q.shape[2])]
+            indices = self._query_indices(q, image)
             for same in _by_tokens(groups):
                 rows, tokens = slice(same[0].rows.start, same[-1].rows.stop), same[0].tokens
                 keys, values = k[rows, :, :tokens], v[rows, :, :tokens]
                 part = mask_part(mask, rows=rows, keys=slice(tokens))
                 own = shifted(same, rows)
                 if self.words:
-                    self._add_maps(q[rows], keys, own, slice(0, q.shape[2]), part, scale)
+                    self._add_maps(q[rows], keys, own, image[0], part, scale)
                 self._add_sample(layer, own, q[rows], keys, values, part, scale, indices, None)
 
     def joint(
@@ -173,26 +177,38 @@ class CallRecording:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        text: slice,
+        position: TextPosition,
+        tokens: int,
         groups: list[RowGroup],
         mask: Tensor | None,
         scale: float | None,
     ) -> None:
-        """Sample an attention ``[B, H, N, D]`` over text and image tokens; ``text`` is the position of the text."""
-        if not self._samples(layer) or text.stop - text.start == q.shape[2]:
+        """Sample an attention ``[B, H, N, D]`` over text and image tokens, in the rows of ``groups``.
+
+        ``tokens`` is the number of text tokens with the copies that ComfyUI added to shorter prompts.
+        """
+        image = image_queries(position.text, q.shape[2], k.shape[2])
+        if position.queries is not None:
+            image = [position.queries]
+        if not self._samples(layer) or not image:
             return
         with _paused() as self._must_copy:
-            indices = self._query_indices(q, text)
-            queries = q.index_select(2, indices)
+            indices = self._query_indices(q, image)
+            largest = max(image, key=lambda part: part.stop - part.start)
             factor = q.shape[3] ** -0.5 if scale is None else scale
-            _, lse = attention_with_logsumexp(queries, k, v, mask_part(mask, queries=indices), factor)
-            # Copies: views would keep the image's keys and values in memory too.
-            keys, values = k[:, :, text].clone(), v[:, :, text].clone()
-            text_mask = mask_part(mask, keys=text)
-            if self.words:
-                image = max(slice(0, text.start), slice(text.stop, q.shape[2]), key=lambda part: part.stop - part.start)
-                self._add_maps(q, keys, groups, image, text_mask, scale)
-            self._add_sample(layer, groups, q, keys, values, text_mask, scale, indices, lse)
+            for same in _by_tokens(groups):
+                rows, copies = slice(same[0].rows.start, same[-1].rows.stop), tokens // same[0].tokens
+                text = position.text if copies == 1 else position.with_tokens(same[0].tokens).text
+                part, own = mask_part(mask, rows=rows), shifted(same, rows)
+                queries = q[rows].index_select(2, indices)
+                _, lse = attention_with_logsumexp(queries, k[rows], v[rows], mask_part(part, queries=indices), factor)
+                # Copies: views would keep the image's keys and values in memory too.
+                keys, values = (tokens_of_text(one[rows], text).clone() for one in (k, v))
+                text_mask = mask_of_text(part, text)
+                if self.words:
+                    self._add_maps(q[rows], keys, own, largest, text_mask, scale)
+                # The share of the text is that of all its copies.
+                self._add_sample(layer, own, q[rows], keys, values, text_mask, scale, indices, lse - math.log(copies))
 
     def _samples(self, layer: Layer) -> bool:
         return self.only is None or layer in self.only
@@ -202,14 +218,13 @@ class CallRecording:
         self.measured, self.waiting = [*self.measured, *_measure_together(self.waiting)], []
         return self.measured
 
-    def _query_indices(self, q: Tensor, text: slice) -> Tensor:
-        """Return the indices of the sampled image tokens, in a sequence with the text at ``text``."""
-        _, heads, tokens, _ = q.shape
-        key = (heads, tokens, text.start, text.stop)
+    def _query_indices(self, q: Tensor, image: list[slice]) -> Tensor:
+        """Return the indices of the sampled image tokens, of the stretches of queries that are image tokens."""
+        heads = q.shape[1]
+        key = (heads, *((part.start, part.stop) for part in image))
         if key not in self._indices:
-            length = text.stop - text.start
-            indices = sample_queries(tokens - length, sample_size(heads), q.device)
-            self._indices[key] = torch.where(indices < text.start, indices, indices + length)
+            tokens = torch.cat([torch.arange(part.start, part.stop, device=q.device) for part in image])
+            self._indices[key] = tokens[sample_queries(len(tokens), sample_size(heads), q.device)]
         return self._indices[key]
 
     def _add_sample(

@@ -56,7 +56,7 @@ class Run:
         in_range: model calls in which the node acts.
         overruled: model calls in which a later node acts instead.
         unscheduled: model calls in which the node's schedule is 0.
-        no_context: model calls that came without a ``c_crossattn``.
+        no_context: model calls that came without any of the family's ``text_inputs``.
         no_text: model calls whose text has no token.
         no_positive_rows: model calls without rows of the positive prompt.
         guided: model calls in which each layer was guided.
@@ -175,8 +175,8 @@ class Run:
             return NothingGuided(
                 "why_no_context",
                 "its text comes another way",
-                "no model call had the input c_crossattn, by which GAG gets the text; this model gets its text in "
-                "another way, which GAG does not know yet",
+                f"no model call had the input {' or '.join(guidance.family.text_inputs)}, by which GAG gets the text; "
+                "this model gets its text in another way, which GAG does not know yet",
             )
         if self.no_context[guidance] + self.no_text[guidance] == in_range:
             return NothingGuided("why_empty", "the prompts are empty", "no model call had a single token of text")

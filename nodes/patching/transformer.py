@@ -7,7 +7,7 @@ nodes' wrappers. Other families have no such wrappers, or have a text attention 
 pack's forward runs their blocks. There torch's forward hooks watch the module that makes the call, for the time of one
 model call. (ComfyUI never runs one model in two
 threads: for several devices it copies the model.) In both cases token refiners and control networks run outside of the
-watched modules.
+watched modules. Blocks that no hook sees are known by ComfyUI's options.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .host_attention import OVERRIDE, HostAttention, StoredAttentions, offered
 from .other_packs import is_run_by_others
 from .prompt_rows import PromptRows, RowGroup, by_batch, shifted
 from .replacement import memory_of
+from .text_position import Inputs, JointCall, TextPosition
 
 # Names under which ComfyUI's blocks take the tokens of the image (or of the joint sequence), and those of the text.
 _IMAGE_NAMES = ("img", "hidden_states", "x", "cx")
@@ -43,6 +44,7 @@ class GuidedTransformer:
         self,
         text: TextLayers,
         prompts: PromptRows,
+        inputs: Inputs,
         modules: dict[Layer, tuple[Any, str]],
         stored: StoredAttentions,
         options: dict[str, Any],
@@ -62,6 +64,9 @@ class GuidedTransformer:
         self.host = HostAttention(options)
         self.context_tokens = text.context_shape[1]
         self.text_first = self.family.text_first
+        self.locate = None if self.family.locate is None else self.family.locate(inputs)
+        # Answers of ``locate``, which are the same in all blocks.
+        self.positions: dict[tuple[int, int, bool], TextPosition | None] = {}
         # The layer whose block or module runs, and how many attention calls it makes before the one that reads the
         # text.
         self.layer: Layer | None = None
@@ -91,7 +96,7 @@ class GuidedTransformer:
         return {**options, "patches_replace": {**replacements, "dit": blocks}}
 
     def _with_override(self, options: dict[str, Any]) -> dict[str, Any]:
-        override = offered(self._override, self.host.previous, lambda: self.layer is not None)
+        override = offered(self._override, self.host.previous, lambda: self.layer is not None or self.family.has_index)
         return {**options, OVERRIDE: override}
 
     @contextmanager
@@ -209,15 +214,23 @@ class GuidedTransformer:
         return guided_block
 
     def _override(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        layer = self.layer
+        layer = self._indexed_layer(kwargs) if self.family.has_index else self.layer
         if layer is None:
             return self.host(function, *args, **kwargs)
         call = AttentionCall(function, self.host, args, kwargs)
-        if not self._reads_text(call):
-            return call.host_output()
         if self.is_cross:
+            self.calls_before -= 1
+            if self.calls_before != -1:
+                return call.host_output()
             return self.text.cross(call, layer, self._arrived_groups(call.q.shape[0], layer))
-        return self.text.joint(call, layer, self._text_slice(call.k.shape[2]))
+        position = self._position(call)
+        return call.host_output() if position is None else self.text.joint(call, layer, position)
+
+    def _indexed_layer(self, kwargs: dict[str, Any]) -> Layer | None:
+        """Return the layer that runs, by the options of its attention call."""
+        index = (kwargs.get("transformer_options") or {}).get("block_index")
+        layer = Layer(self.family.parts[0].host_name, index)
+        return layer if layer in self.text.caught else None
 
     def _arrived_groups(self, batch: int, layer: Layer) -> list[RowGroup] | None:
         """Return the rows of an attention call that does not read all rows of the model call; None if it does.
@@ -243,16 +256,17 @@ class GuidedTransformer:
         reading = layer, self.texts_read[layer]
         return self.prompts.arrived_groups(text, None, self.options, reading, self.text.groups)
 
-    def _reads_text(self, call: AttentionCall) -> bool:
-        """Return True for the call of the running layer that reads the text. Must be asked once per attention call."""
-        if self.is_cross:
-            self.calls_before -= 1
-            return self.calls_before == -1
+    def _position(self, call: AttentionCall) -> TextPosition | None:
+        """Return the position of the text in a joint attention call; None if the call does not read it."""
         queries, keys = call.q.shape[2], call.k.shape[2]
-        if not self.is_wrapped:
-            return queries == keys and 0 < self._text_tokens(keys) < keys
+        if self.locate is not None:
+            key = (queries, keys, call.mask is not None)
+            if key not in self.positions:
+                self.positions[key] = self.locate(JointCall(*key, call.kwargs.get("transformer_options") or {}))
+            return self.positions[key]
         # A block may have an attention among image tokens alone besides the joint one (SD3.5 medium).
-        return queries == keys == self.all_tokens
+        is_joint = keys == self.all_tokens if self.is_wrapped else 0 < self._text_tokens(keys) < keys
+        return TextPosition((self._text_slice(keys),)) if is_joint and queries == keys else None
 
     def _text_tokens(self, all_tokens: int) -> int:
         """Return the number of text tokens in the joint sequence, where modules are measured."""

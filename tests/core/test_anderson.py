@@ -358,7 +358,7 @@ def assert_matches(
     mask: Tensor | None = None,
     scale: float | None = None,
     base: Tensor | None = None,
-    text: slice | None = None,
+    text: reference.Text | None = None,
 ) -> None:
     settings: dict[str, Any] = {"mask": mask, "scale": scale, "base": base}
 
@@ -445,6 +445,18 @@ def test_joint_attention(text: str, with_base: bool, dtype: torch.dtype) -> None
     q, k, v = cases.qkv(JOINT, dtype=dtype)
     base = cases.random(*q.shape, seed=20, dtype=dtype) if with_base else None
     assert_matches(q, k, v, with_depth(SOLVED, 2), base=base, text=TEXTS[text])
+
+
+@pytest.mark.parametrize("mask", ["none", "bool-per-head", "additive-inf"])
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
+@pytest.mark.parametrize("queries", [TOKENS, 11])
+def test_joint_attention_with_several_text_slices(queries: int, with_base: bool, mask: str) -> None:
+    shape = JOINT._replace(queries=queries)
+    q, k, v = cases.qkv(shape)
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    text = [slice(0, 6), slice(9, 20)]
+    tensor = None if mask == "none" else MASKS[mask](shape)
+    assert_matches(q, k, v, with_depth(SOLVED, 2), base=base, mask=tensor, text=text)
 
 
 @pytest.mark.parametrize("mask", MASKS)

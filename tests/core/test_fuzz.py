@@ -54,8 +54,11 @@ WIDE = st.sampled_from([torch.float32, torch.float64])
 
 
 @st.composite
-def text_slices(draw: st.DrawFn, tokens: int) -> slice:
-    """Draw the text tokens of a sequence, in one of the ways to write such a slice."""
+def text_slices(draw: st.DrawFn, tokens: int) -> reference.Text:
+    """Draw the text tokens of a sequence, in one of the ways to write a slice, or several slices."""
+    if draw(st.booleans()):
+        edges = sorted(draw(st.sets(st.integers(0, tokens), min_size=2, max_size=6)))
+        return [slice(*ends) for ends in zip(edges[::2], edges[1::2], strict=False)]
     start = draw(st.integers(0, tokens - 1))
     stop = draw(st.integers(start + 1, tokens))
     ends = (None if start == 0 and draw(st.booleans()) else start), (None if stop == tokens else stop)
@@ -66,7 +69,7 @@ def guided(call: Call, config: GuidanceConfig) -> Tensor:
     return guided_attention(call.q, call.k, call.v, config, base=call.base, mask=call.mask, scale=call.scale)
 
 
-def guided_joint(call: Call, text: slice, config: GuidanceConfig) -> Tensor:
+def guided_joint(call: Call, text: reference.Text, config: GuidanceConfig) -> Tensor:
     return guided_joint_attention(
         call.q, call.k, call.v, text, config, base=call.base, mask=call.mask, scale=call.scale
     )
@@ -106,8 +109,10 @@ def test_guided_joint_attention_of_finite_numbers_is_finite(
     check_output(out, call)
     if call.base is not None:
         # Text tokens keep the host's output, and with strength 0 all tokens do.
-        untouched = slice(None) if config.strength == 0.0 else text
-        assert torch.equal(out[:, :, untouched], call.base[:, :, untouched])
+        changed = torch.zeros(call.shape.queries, dtype=torch.bool)
+        if config.strength != 0.0:
+            changed[reference.image_queries(text, call.shape.queries, call.shape.keys)] = True
+        assert torch.equal(out[:, :, ~changed], call.base[:, :, ~changed])
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(call.tensors, before, strict=True))
 
 
@@ -168,16 +173,16 @@ def test_combining_any_two_read_outs_is_finite(call: Call, config: GuidanceConfi
 # --- the reference ------------------------------------------------------------------------------------------------
 
 
-def error_of(call: Call, text: slice, config: GuidanceConfig) -> Tensor:
+def error_of(call: Call, text: reference.Text, config: GuidanceConfig) -> Tensor:
     """Compute the fp32 error that a guided row may have, ``[B, H, N, 1]``; unbounded where S cancels to 0.
 
     Errors of the read-outs are relative to the values, grow with the logits, and are multiplied by the extrapolation.
     """
-    mask = call.mask
+    mask, words = call.mask, reference.text_indices(text, call.k.shape[2])
     if mask is not None:
-        mask = mask.expand(*call.q.shape[:3], call.k.shape[2])[..., text]
+        mask = mask.expand(*call.q.shape[:3], call.k.shape[2])[..., words]
     sparse, dense = reference.sparse_dense_attention(
-        call.q, call.k[:, :, text], call.v[:, :, text], alpha=config.alpha, mask=mask, scale=call.scale
+        call.q, call.k[:, :, words], call.v[:, :, words], alpha=config.alpha, mask=mask, scale=call.scale
     )
     axes = (1, 3) if config.merge_heads else (3,)
     ratio = dense.norm(dim=axes, keepdim=True) / sparse.norm(dim=axes, keepdim=True).clamp_min(1e-30)
@@ -309,9 +314,10 @@ NUMBERS = st.floats() | st.integers(-3, 3) | st.sampled_from([10**400, True])
 JUNK = st.none() | NUMBERS | st.text(max_size=3) | st.sampled_from([[], (), {}, object(), torch.float32, slice(0, 2)])
 ENDS = st.none() | st.integers(-5, 7) | st.sampled_from(["a", 1.0, True, math.nan])
 ANYTHING = JUNK | TENSORS
+SLICES = st.builds(slice, ENDS, ENDS, ENDS)
 # Arguments that are nearly valid.
 OWN: dict[str, st.SearchStrategy[Any]] = {
-    "text": st.builds(slice, ENDS, ENDS, ENDS) | ANYTHING,
+    "text": SLICES | st.lists(SLICES | ANYTHING, max_size=3) | ANYTHING,
     "scale": NUMBERS | ANYTHING,
     "alpha": NUMBERS | ANYTHING,
 }

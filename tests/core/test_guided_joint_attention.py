@@ -61,7 +61,7 @@ def assert_matches(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    text: slice,
+    text: slice | list[slice],
     config: GuidanceConfig,
     *,
     base: Tensor | None = None,
@@ -136,6 +136,115 @@ def test_masks(mask: str, text: str, dtype: torch.dtype, with_base: bool) -> Non
     q, k, v = cases.qkv(SHAPE, dtype=dtype)
     base = cases.random(*q.shape, seed=20, dtype=dtype) if with_base else None
     assert_matches(q, k, v, TEXTS[text], GENTLE, base=base, mask=cases.cast_mask(MASKS[mask](SHAPE), dtype))
+
+
+# --- several text slices, and fewer queries than keys -------------------------------------------------------------
+
+SEVERAL: dict[str, list[slice]] = {
+    "two": [slice(0, 9), slice(20, 31)],
+    "three, up to the end": [slice(2, 3), slice(11, 24), slice(30, None)],
+    "neighbours": [slice(None, 5), slice(5, 13)],
+    "all": [slice(0, 30), slice(30, TOKENS)],
+    "every other": [slice(n, n + 1) for n in range(0, TOKENS, 2)],
+}
+# The last 17 tokens of the sequence ask alone, as the picture's tokens do after a prefix of text.
+FEWER = Shape(2, 3, 17, TOKENS, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
+@pytest.mark.parametrize("shape", [SHAPE, FEWER], ids=["equal", "fewer"])
+@pytest.mark.parametrize("text", SEVERAL)
+def test_several_text_slices(text: str, shape: Shape, with_base: bool, dtype: torch.dtype) -> None:
+    q, k, v = cases.qkv(shape, dtype=dtype)
+    base = cases.random(*q.shape, seed=20, dtype=dtype) if with_base else None
+    assert_matches(q, k, v, SEVERAL[text], GENTLE, base=base)
+
+
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", ["two", "three, up to the end"])
+@pytest.mark.parametrize("shape", [SHAPE, FEWER], ids=["equal", "fewer"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_of_several_text_slices(mask: str, shape: Shape, text: str, dtype: torch.dtype, with_base: bool) -> None:
+    q, k, v = cases.qkv(shape, dtype=dtype)
+    base = cases.random(*q.shape, seed=20, dtype=dtype) if with_base else None
+    assert_matches(q, k, v, SEVERAL[text], GENTLE, base=base, mask=cases.cast_mask(MASKS[mask](shape), dtype))
+
+
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shape", [SHAPE, FEWER], ids=["equal", "fewer"])
+def test_configs_with_several_text_slices(shape: Shape, name: str, with_base: bool) -> None:
+    q, k, v = cases.qkv(shape)
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    assert_matches(q, k, v, SEVERAL["two"], CONFIGS[name], base=base, scale=0.3)
+
+
+@pytest.mark.parametrize(
+    "shape, text",
+    [
+        (Shape(1, 1, 1, 2, 4), slice(0, 1)),
+        (Shape(4, 1, 5, 7, 160), slice(1, 7)),
+        (Shape(1, 20, 36, 121, 64), slice(36, 113)),
+        (Shape(1, 2, 300, 900, 64), slice(0, 600)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
+def test_fewer_queries_than_keys(shape: Shape, text: slice, with_base: bool) -> None:
+    q, k, v = cases.qkv(shape)
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    assert_matches(q, k, v, text, GENTLE, base=base)
+
+
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
+def test_fewer_queries_are_all_image_queries(with_base: bool) -> None:
+    """They get what they get in the whole sequence, even where their indices are those of text keys."""
+    q, k, v = cases.qkv(SHAPE)
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    part = slice(TOKENS - FEWER.queries, TOKENS)
+    for text in (TEXTS["first"], SEVERAL["neighbours"]):
+        whole = guided_joint_attention(q, k, v, text, PAPER, base=base)[:, :, part]
+        alone = guided_joint_attention(
+            q[:, :, part], k, v, text, PAPER, base=None if base is None else base[:, :, part]
+        )
+        torch.testing.assert_close(alone, whole, atol=1e-4, rtol=1e-4)
+        assert (alone != (q[:, :, part] if base is None else base[:, :, part])).any(dim=(1, 3)).all()
+
+
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_slice_in_a_list_or_cut_in_two_is_that_slice(name: str, with_base: bool) -> None:
+    q, k, v = cases.qkv(SHAPE)
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    mask = MASKS["additive-inf"](SHAPE)
+
+    def computed(text: slice | list[slice] | tuple[slice, ...]) -> Tensor:
+        return guided_joint_attention(q, k, v, text, CONFIGS[name], base=base, mask=mask)
+
+    one = computed(slice(4, 20))
+    assert torch.equal(computed([slice(4, 20)]), one)
+    torch.testing.assert_close(computed((slice(4, 11), slice(11, 20))), one, atol=1e-5, rtol=1e-5)
+
+
+def test_text_between_slices_counts_as_image() -> None:
+    """Its queries are guided, and its keys have no part in S and D."""
+    q, k, v = cases.qkv(SHAPE)
+    base = cases.random(*q.shape, seed=20)
+    text = SEVERAL["two"]
+    out = guided_joint_attention(q, k, v, text, GENTLE, base=base)
+    changed = (out != base).any(dim=3).all(dim=(0, 1))
+    assert torch.equal(changed, ~(is_text(text[0]) | is_text(text[1])))
+    other = v.clone()
+    other[:, :, 9:20] = 100.0
+    assert torch.equal(guided_joint_attention(q, k, other, text, GENTLE, base=base), out)
+
+
+def test_no_query() -> None:
+    q, k, v = cases.qkv(FEWER)
+    for base in (None, q[:, :, :0]):
+        assert guided_joint_attention(q[:, :, :0], k, v, slice(0, 4), PAPER, base=base).shape == (2, 3, 0, 16)
 
 
 # --- what must not change -----------------------------------------------------------------------------------------
@@ -378,6 +487,45 @@ def test_nothing_is_computed_when_off() -> None:
     with torch.no_grad(), WorkCounter() as work:
         guided_joint_attention(q, k, v, TEXTS["first"], GuidanceConfig(strength=0.0), base=base)
     assert work.total == 0
+
+
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
+def test_fewer_queries_than_keys_cost_no_more_than_they_need(with_base: bool) -> None:
+    """As above, with two text slices whose keys are joined: one joint attention and three text-sized products."""
+    queries, tokens, heads, dim = 200, 600, 2, 16
+    text = [slice(0, 40), slice(90, 110)]
+    q, k, v = cases.qkv(Shape(1, heads, queries, tokens, dim))
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    with torch.no_grad(), WorkCounter() as work:
+        guided_joint_attention(q, k, v, text, GENTLE, base=base)
+    needed = heads * queries * dim * ((1 if with_base else 2) * tokens + 3 * 60)
+    assert work.total <= needed, f"{work.total / needed:.2f} times what is needed"
+    assert work.attention_calls <= 1
+
+
+@PROPERTY
+@hypothesis.given(
+    queries=st.integers(1, 20),
+    sizes=st.lists(st.integers(0, 6), min_size=2, max_size=7),
+    seed=SEEDS,
+    name=st.sampled_from(sorted(CONFIGS)),
+    with_base=st.booleans(),
+    masked=st.sampled_from(["none", "bool-full", "additive-inf", "bool-per-key"]),
+)
+def test_any_call_with_several_slices(
+    queries: int, sizes: list[int], seed: int, name: str, with_base: bool, masked: str
+) -> None:
+    """The sizes are those of image and text, in turn."""
+    edges = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+    text = [slice(a, b) for a, b in zip(edges[1::2], edges[2::2], strict=False) if a < b]
+    hypothesis.assume(text)
+    shape = Shape(2, 2, min(queries, edges[-1]), edges[-1], 8)
+    q, k, v = cases.qkv(shape, seed=seed)
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    mask = None if masked == "none" else MASKS[masked](shape)
+    out = guided_joint_attention(q, k, v, text, CONFIGS[name], base=base, mask=mask)
+    expected = reference.guided_joint_attention(q, k, v, text, CONFIGS[name], base=base, mask=mask)
+    assert_close(out, expected, error=5e-3)
 
 
 @PROPERTY

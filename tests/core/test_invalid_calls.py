@@ -161,9 +161,31 @@ def test_text_that_is_no_slice(text: Any) -> None:
     assert_refused(lambda: guided_joint_attention(q, k, v, text, CONFIG), ["text", "slice", type(text).__name__])
 
 
-def test_joint_attention_needs_one_sequence() -> None:
-    q, k, v = cases.qkv(cases.Shape(1, 2, 9, 12, 8))
-    assert_refused(lambda: guided_joint_attention(q, k, v, slice(0, 4), CONFIG), ["9", "12", "sequence"])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ([], ["[]"]),
+        ([slice(0, 3), slice(2, 4)], ["overlap", "slice(2, 4, None)"]),
+        ([slice(2, 4), slice(0, 2)], ["order"]),
+        ([slice(0, 2), slice(3, 3)], ["non-empty", "slice(3, 3, None)"]),
+        ([slice(0, 2), slice(3, TOKENS + 1)], [str(TOKENS)]),
+        ([slice(0, 2), 4], ["list"]),
+        ((slice(0, 2), None), ["tuple"]),
+    ],
+    ids=str,
+)
+def test_several_text_slices(text: Any, words: list[str]) -> None:
+    q, k, v = (good()[name] for name in "qkv")
+    for queries in (q, q[:, :, :2]):
+        assert_refused(
+            lambda queries=queries: guided_joint_attention(queries, k, v, text, CONFIG),  # type: ignore[misc]
+            ["text", *words],
+        )
+
+
+def test_joint_attention_needs_no_more_queries_than_keys() -> None:
+    q, k, v = cases.qkv(cases.Shape(1, 2, 12, 9, 8))
+    assert_refused(lambda: guided_joint_attention(q, k, v, slice(0, 4), CONFIG), ["12 queries", "9 keys"])
 
 
 @pytest.mark.parametrize("config", [None, {"alpha": 1.5}, 1.5], ids=repr)

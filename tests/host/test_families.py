@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import host_process as host
 import reference
 from recorder import Call, record_calls
-from tiny import Tiny
+from tiny import Tiny, rank_4
 from transformers_of_host import TRANSFORMERS
 
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
@@ -48,40 +47,23 @@ def guided(model: Any, **settings: Any) -> Any:
     return out
 
 
-def reads_text(tiny: Tiny, call: Call) -> bool:
-    """Return True for a call that reads the text, judged by shapes and module and not by the patch under test."""
-    if tiny.text_first is None:
-        return re.search(f"{tiny.text_modules}$", call.module) is not None and call.k.shape[2] == TOKENS
-    if "refiner" in call.module:
-        return False  # a refiner of the text or of the image alone
-    return call.k.shape[2] > tiny.image_tokens()
-
-
 def check(tiny: Tiny, call: Call, config: Any) -> bool:
     """Assert that a call is guided if it reads the text and plain otherwise; return True if it is guided."""
-    if not reads_text(tiny, call):
+    if not tiny.reads_text(call, TOKENS):
         call.check_plain()
         return False
-    if tiny.text_first is None:
-        expected = reference.guided_attention(call.q, call.k, call.v, config, mask=rank_4(call.mask))
-    else:
-        text = tiny.text(call.k.shape[2], TOKENS)
-        expected = reference.guided_joint_attention(call.q, call.k, call.v, text, config, mask=rank_4(call.mask))
-    call.check(expected, config.guidance_scale)
+    call.check(tiny.guided_output(call, config, TOKENS), config.guidance_scale)
     return True
 
 
-def rank_4(mask: Any) -> Any:
-    return mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
-
-
 @every_transformer
-def test_only_attention_that_reads_the_text_is_guided(name: str) -> None:
+def test_only_attention_that_reads_the_text_is_guided(name: str, node_texts: list[str]) -> None:
     tiny = TRANSFORMERS[name]
     model = guided(tiny.build())
     with record_calls(model) as calls:
         out = tiny.sample(model, tokens=TOKENS)
     assert torch.isfinite(out).all()
+    assert node_texts == [f"Guided {tiny.guided} of {tiny.guided} attentions in 2 of 2 calls."]
     assert sum(check(tiny, call, PAPER) for call in calls) == 2 * tiny.guided  # steps
     assert not torch.equal(out, tiny.sample(tiny.build(), tokens=TOKENS))
 
@@ -110,7 +92,7 @@ def test_the_text_slice_is_the_part_that_the_prompt_changes(name: str) -> None:
     def first_keys(**inputs: Any) -> torch.Tensor:
         with record_calls(model) as calls:
             tiny.sample(model, tokens=TOKENS, **inputs)
-        return next(call.k for call in calls if reads_text(tiny, call))
+        return next(call.k for call in calls if tiny.reads_text(call, TOKENS))
 
     keys = first_keys()
 
@@ -118,7 +100,7 @@ def test_the_text_slice_is_the_part_that_the_prompt_changes(name: str) -> None:
         return (first_keys(**inputs) != keys).any(dim=(0, 1, 3))
 
     text = torch.zeros(keys.shape[2], dtype=torch.bool)
-    text[tiny.words(keys.shape[2], TOKENS)] = True
+    text[reference.text_indices(tiny.words(keys.shape[2], TOKENS), keys.shape[2])] = True
     all_tokens = torch.ones_like(text)
     assert torch.equal(changed_by(prompt=20), all_tokens if tiny.prompt_modulates else text)
     by_noise = changed_by(seed=2)
@@ -134,20 +116,41 @@ def test_the_text_slice_is_the_part_that_the_prompt_changes(name: str) -> None:
 
 
 @every_transformer
-def test_apply_to_positive_guides_half_of_the_rows_with_cfg(name: str) -> None:
-    """In each text attention half of the rows are guided, and in all attentions the same half."""
+def test_apply_to_positive_guides_the_rows_of_the_positive_prompt(name: str) -> None:
+    """In each text attention half of the rows are guided, those that read the positive prompt."""
     tiny = TRANSFORMERS[name]
-    model = guided(tiny.build(), apply_to="positive")
+    plain_model, model = tiny.build(), guided(tiny.build(), apply_to="positive")
+    with record_calls(plain_model) as alone:
+        tiny.sample(plain_model, tokens=TOKENS)
+    # The first text attention of each step, in which the keys of the text depend on the prompt and the step alone.
+    positive = [call.k[0] for call in alone if tiny.reads_text(call, TOKENS)][:: tiny.guided]
     with record_calls(model) as calls:
         tiny.sample(model, tokens=TOKENS, cfg=4.0)
-    plain_rows = []
-    for call in calls:
-        if not reads_text(tiny, call) or call.q.shape[0] == 1:
-            continue
+    texts = [call for call in calls if tiny.reads_text(call, TOKENS)]
+    is_plain: list[list[bool]] = []
+    for call in texts:
         plain = reference.sparse_dense_attention(call.q, call.k, call.v, mask=rank_4(call.mask))[1]
-        plain_rows.append([torch.allclose(call.out[row].double(), plain[row], atol=1e-4) for row in range(2)])
-    assert plain_rows
-    assert all(rows == plain_rows[0] and sum(rows) == 1 for rows in plain_rows)
+        rows = range(call.q.shape[0])
+        is_plain.append([torch.allclose(call.out[row].double(), plain[row], atol=1e-4) for row in rows])
+    model_calls = [is_plain[first : first + tiny.guided] for first in range(0, len(texts), tiny.guided)]
+    # Prompts of some models run one after the other.
+    assert [len(rows) for rows in is_plain] == [len(is_plain[0])] * len(is_plain)
+    assert len(model_calls) == 2 * 2 // len(is_plain[0])  # steps, prompts
+    for index, (rows_of_layers, first) in enumerate(zip(model_calls, texts[:: tiny.guided], strict=True)):
+        assert rows_of_layers == [rows_of_layers[0]] * tiny.guided
+        step = index * len(is_plain[0]) // 2
+        is_negative = [not _same_keys(tiny, keys, positive[step]) for keys in first.k]
+        assert rows_of_layers[0] == is_negative
+    assert sum(map(sum, is_plain)) * 2 == sum(map(len, is_plain))
+
+
+def _same_keys(tiny: Tiny, keys: torch.Tensor, others: torch.Tensor) -> bool:
+    """Return True if the keys ``[H, N, D]`` of the text are the same."""
+    tokens = keys.shape[1]
+    words = torch.arange(tokens)
+    if tiny.text_first is not None:
+        words = reference.text_indices(tiny.words(tokens, TOKENS), tokens)
+    return torch.allclose(keys[:, words], others[:, words], atol=1e-4)
 
 
 @every_transformer
@@ -156,13 +159,14 @@ def test_one_block_can_be_chosen_by_its_index(name: str) -> None:
     model = guided(tiny.build(), blocks="1")
     with record_calls(model) as calls:
         tiny.sample(model, tokens=TOKENS)
-    changed = set()
+    changed = []
     for call in calls:
         plain = reference.sparse_dense_attention(call.q, call.k, call.v, mask=rank_4(call.mask))[1]
         if not torch.allclose(call.out.double(), plain, atol=1e-3 * float(call.v.abs().max())):
-            changed.add(call.module)
+            changed.append(call.module)
             assert check(tiny, call, PAPER)
-    assert len(changed) == 1
+    assert len(changed) == 2  # steps
+    assert len(set(changed)) == 1
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TRANSFORMERS.items() if tiny.wrapped])
@@ -192,7 +196,10 @@ def test_a_block_replacement_of_another_node_works_beside_guidance(name: str) ->
 
 @every_transformer
 def test_an_attention_override_of_another_node_works_beside_guidance(name: str) -> None:
-    """The other node's attention computes the host's part of every call; guidance is added to its output."""
+    """The other node's attention computes the host's part of every call; guidance is added to its output.
+
+    Some models prepare the text once before they sample, out of the reach of nodes.
+    """
     tiny = TRANSFORMERS[name]
     model = tiny.build()
     model.model_options["transformer_options"]["optimized_attention_override"] = halved
@@ -203,13 +210,10 @@ def test_an_attention_override_of_another_node_works_beside_guidance(name: str) 
         mask = rank_4(call.mask)
         plain = reference.sparse_dense_attention(call.q, call.k, call.v, mask=mask)[1]
         change = torch.zeros_like(plain)
-        if reads_text(tiny, call):
-            if tiny.text_first is None:
-                change = reference.guided_attention(call.q, call.k, call.v, PAPER, mask=mask) - plain
-            else:
-                text = tiny.text(call.k.shape[2], TOKENS)
-                change = reference.guided_joint_attention(call.q, call.k, call.v, text, PAPER, mask=mask) - plain
-        call.check(0.5 * plain + change, PAPER.guidance_scale)
+        if tiny.reads_text(call, TOKENS):
+            assert call.has_override
+            change = tiny.guided_output(call, PAPER, TOKENS) - plain
+        call.check((0.5 if call.has_override else 1.0) * plain + change, PAPER.guidance_scale)
 
 
 def halved(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -90,19 +90,29 @@ def test_an_unknown_preset_is_refused() -> None:
         host.run_node("GAGuidance", model=host.build_model("sd15"), preset="wild")
 
 
-def _model_without_family() -> Any:
-    """Return a model of no family: one attention reads the text, a picture and the image itself."""
-    return host.build("Stable_Cascade_C", {
-        "stable_cascade_stage": "c", "c_hidden": [32, 32], "nhead": [2, 2], "blocks": [[1, 1], [1, 1]], "c_cond": 32,
-    })  # fmt: skip
-
-
 @pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced"])
 def test_a_model_without_family_is_refused(node_id: str) -> None:
-    with pytest.raises(ValueError, match=r"GAG cannot reach a text attention in StageC \(StableCascade_C\)") as raised:
-        host.run_node(node_id, model=_model_without_family())
+    """A class of a newer ComfyUI, that this pack does not know."""
+    model = host.build_model("flux")
+    model.model.diffusion_model = type("NewTransformer", (torch.nn.Module,), {})()
+    with pytest.raises(ValueError, match=r"GAG cannot reach a text attention in NewTransformer \(Flux\)") as raised:
+        host.run_node(node_id, model=model)
     for title in ("SD1.x", "SDXL", "Flux.1", "Wan 2.1"):
         assert title in str(raised.value)
+
+
+def test_a_model_that_gets_no_words_is_refused() -> None:
+    config = {
+        "stable_cascade_stage": "b",
+        "c_hidden": [32, 32, 32, 32],
+        "nhead": [-1, -1, 2, 2],
+        "blocks": [[1, 1, 1, 1], [1, 1, 1, 1]],
+        "block_repeat": [[1, 1, 1, 1], [1, 1, 1, 1]],
+        "c_cond": 32,
+    }
+    model = host.build("Stable_Cascade_B", config)
+    with pytest.raises(ValueError, match=r"cannot guide Stable Cascade's stage B \(StableCascade_B\): .* without words;"):
+        host.run_node("GAGuidance", model=model)
 
 
 def test_a_unet_that_reads_a_picture_is_refused() -> None:

@@ -169,6 +169,11 @@ def build(
     model = configured.get_model({}, "")
     fill(model.diffusion_model, seed)
     model.eval()
+    return patcher_of(model)
+
+
+def patcher_of(model: torch.nn.Module) -> Any:
+    """Return a ModelPatcher of one of the host's models."""
     return comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -181,8 +186,11 @@ def fill(module: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for buffer_name, buffer in module.named_buffers():
-            if buffer_name == "pos_embed":  # SD3 loads this buffer with its weights
+            # SD3 and MiniMax H3 load these buffers with their weights.
+            if buffer_name == "pos_embed":
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.02)
+            elif buffer_name == "rope.inv_freq":
+                buffer.copy_(torch.logspace(0, -4, len(buffer)))
         for parameter_name, parameter in sorted(module.named_parameters()):
             if parameter.numel() == 0:
                 continue

@@ -38,6 +38,77 @@ _COSMOS = {
     "use_adaln_lora": True,
     "adaln_lora_dim": 16,
 }
+_H3: dict[str, Any] = {
+    "image_model": "minimax_h3",
+    "hidden_size": 64,
+    "num_layers": 2,
+    "token_refiner_num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 128,
+    "ffn_hidden_size": 64,
+    "text_dim": WIDTH + 16,  # a text of the hidden size would count as refined
+    "timestep_input_dim": 32,
+    "time_embed_hidden_size": 32,
+    "time_embed_dim": 32,
+}
+_O1: dict[str, Any] = {
+    "image_model": "hidream_o1",
+    "text_config_overrides": {
+        "vocab_size": 151680,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_dims": [4, 2, 2],
+    },
+    "vision_config_overrides": {
+        "hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "depth": 1,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": (),
+    },
+}
+# Token id by which HiDream O1 knows the token that carries the time.
+_TIME_ID = 151673
+_QWEN21: dict[str, Any] = {
+    "image_model": "qwen_image21",
+    "num_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "context_in_dim": WIDTH,
+    "axes_dims_rope": (8, 12, 12),
+}
+_MING: dict[str, Any] = {
+    "image_model": "ming_image",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 256,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 8,
+    "n_kv_heads": 8,
+    "qk_norm": True,
+    "cap_feat_dim": WIDTH,
+    "axes_dims": [8, 12, 12],
+    "axes_lens": [64, 64, 64],
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": None,
+    "masked_pad_multiple": 32,
+    "multiple_of": 8,
+    "ffn_dim_multiplier": 2.0,
+}
+_SENSENOVA = "comfy.ldm.sensenova.model."
+
+
+def _noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 _POOLED = {"pooled_output": torch.zeros(1, 48)}
 _PADDED = {"attention_mask": torch.tensor([[1] * 10 + [0] * 2])}
 
@@ -258,6 +329,149 @@ LATER = {
         width=2 * WIDTH,  # for the picture and for the sound
         text_first=None,
         text_modules=r"\.attn2",
+        wrapped=False,
+    ),
+    "minimax-h3": Tiny(
+        "minimax-h3",
+        "MiniMaxH3",
+        _H3,
+        (24, 2, 4, 4),
+        2,
+        since="0.33.0",
+        width=WIDTH + 16,
+        parts=lambda tokens: [("text", tokens), ("sound", 10), ("image", 8)],
+        sound=(32, 2, 5),
+        wrapped=False,
+    ),
+    "minimax-h3-reference": Tiny(
+        "minimax-h3",
+        "MiniMaxH3",
+        _H3,
+        (24, 2, 4, 4),
+        2,
+        since="0.33.0",
+        width=WIDTH + 16,
+        # The text encoder read the picture too, as the third to the sixth token.
+        parts=lambda tokens: [
+            ("text", 2),
+            ("picture", 4),
+            ("text", tokens - 6),
+            ("other", 6),
+            ("sound", 10),
+            ("image", 8),
+        ],
+        sound=(32, 2, 5),
+        wrapped=False,
+        cond={
+            "minimax_refs": [{"kind": "image", "latent": _noise(4, 1, 24, 1, 4, 6), "latent_h": 4, "latent_w": 6}],
+            "minimax_visual_cond_noise_aug": 1.0,  # no noise on the reference
+        },
+        more_cond=lambda _, tokens: {"minimax_token_tags": torch.tensor([[1] * 2 + [0] * 4 + [1] * (tokens - 6)])},
+    ),
+    "hidream-o1": Tiny(
+        "hidream-o1",
+        "HiDreamO1",
+        _O1,
+        (3, 64, 96),
+        2,
+        since="0.33.0",
+        patch=32,
+        parts=lambda tokens: [("text", tokens - 1), ("other", 1), ("image", 6)],
+        ids=True,
+        last_ids=(_TIME_ID,),
+        wrapped=False,
+    ),
+    "hidream-o1-edit": Tiny(
+        "hidream-o1",
+        "HiDreamO1",
+        _O1,
+        (3, 64, 96),
+        2,
+        since="0.33.0",
+        patch=32,
+        # The host puts a picture behind the first three tokens of the prompt, and another form of it behind the image.
+        parts=lambda tokens: [
+            ("text", 3),
+            ("mark", 1),
+            ("other", 144),
+            ("mark", 1),
+            ("text", tokens - 4),
+            ("other", 1),
+            ("image", 6),
+            ("other", 9),
+        ],
+        ids=True,
+        last_ids=(_TIME_ID,),
+        wrapped=False,
+        cond={"reference_latents": [_noise(4, 1, 64, 64, 3).sigmoid()]},
+    ),
+    "qwen-image-2.1": Tiny(
+        "qwen-image-2.1",
+        "QwenImage21",
+        _QWEN21,
+        (64, 4, 6),
+        2,
+        since="0.38.1",
+        patch=1,
+        parts=lambda tokens: [("text", tokens), ("image", 24)],
+        attention_in="comfy.ldm.qwen_image21.model",
+        wrapped=False,
+    ),
+    "qwen-image-2.1-edit": Tiny(
+        "qwen-image-2.1",
+        "QwenImage21",
+        _QWEN21,
+        (64, 4, 6),
+        2,
+        since="0.38.1",
+        patch=1,
+        parts=lambda tokens: [("text", 3), ("other", 16), ("text", tokens - 3), ("other", 20), ("image", 24)],
+        attention_in="comfy.ldm.qwen_image21.model",
+        wrapped=False,
+        cond={"reference_latents": [_noise(4, 1, 64, 4, 4), _noise(5, 1, 64, 5, 4)], "image_slots": [3]},
+    ),
+    "ming-image": Tiny(
+        "lumina",
+        "MingImage",
+        _MING,
+        (16, 1, 8, 8),
+        2,
+        since="0.38.1",
+        more_text=3,
+        cond={"direct_context": _noise(4, 1, 3, 256)},
+        wrapped=False,
+    ),
+    "ming-image-edit": Tiny(
+        "lumina",
+        "MingImage",
+        _MING,
+        (16, 1, 8, 8),
+        2,
+        since="0.38.1",
+        # The reference picture is refined along with the image.
+        parts=lambda tokens: [("text", tokens), ("image", 16 + 8)],
+        cond={"reference_latents": [_noise(4, 1, 16, 1, 4, 8)]},
+        wrapped=False,
+    ),
+    "sensenova": Tiny(
+        "sensenova",
+        "SenseNovaU15",
+        {"image_model": "sensenova_u15"},
+        (3, 64, 96),
+        2,
+        since="0.38.1",
+        patch=32,
+        parts=lambda tokens: [("text", tokens), ("image", 6)],
+        ids=True,
+        constants={
+            f"{_SENSENOVA}HIDDEN_SIZE": 64,
+            f"{_SENSENOVA}INTERMEDIATE_SIZE": 96,
+            f"{_SENSENOVA}NUM_LAYERS": 2,
+            f"{_SENSENOVA}NUM_HEADS": 4,
+            f"{_SENSENOVA}NUM_KV_HEADS": 2,
+            f"{_SENSENOVA}HEAD_DIM": 16,
+            f"{_SENSENOVA}VOCAB_SIZE": 100,
+        },
         wrapped=False,
     ),
 }

@@ -152,15 +152,16 @@ def calls(
 ) -> Call:
     """Draw an attention call of finite numbers.
 
-    With ``joint`` there are as many queries as keys. ``queries`` is the smallest number of queries. Elements reach the
-    largest number of their dtype, except in joint calls: torch's own attention, which computes the joint output,
-    overflows with large logits, and adds values up before it divides.
+    With ``joint`` there are as many queries as keys, or fewer. ``queries`` is the smallest number of queries. Elements
+    reach the largest number of their dtype, except in joint calls: torch's own attention, which computes the joint
+    output, overflows with large logits, and adds values up before it divides.
     """
     tokens = draw(st.integers(2 if joint else 1, 12))
+    own_queries = st.just(tokens) | st.integers(1, tokens) if joint else st.integers(queries, 9)
     shape = cases.Shape(
         batch=draw(st.integers(1, 3)),
         heads=draw(st.integers(1, 3)),
-        queries=tokens if joint else draw(st.integers(queries, 9)),
+        queries=draw(own_queries),
         keys=tokens,
         dim=draw(st.sampled_from([1, 3, 8, 16])),
     )

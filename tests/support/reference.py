@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -228,42 +229,60 @@ def guided_attention(
     return start + config.strength * (extrapolate(sparse, dense, config, anderson_vector) - dense)
 
 
-def text_mass(q: Tensor, k: Tensor, text: slice, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+# The text tokens of a joint sequence: a slice, or slices in the order of the sequence.
+Text = slice | Sequence[slice]
+
+
+def text_indices(text: Text, tokens: int) -> Tensor:
+    """Return the indices of the text tokens in a sequence of ``tokens`` keys, in their order."""
+    slices = [text] if isinstance(text, slice) else text
+    return torch.cat([torch.arange(tokens)[part] for part in slices])
+
+
+def image_queries(text: Text, queries: int, keys: int) -> Tensor:
+    """Return the indices of the image queries: all of fewer queries than keys, else those that are no text tokens."""
+    texts = set(text_indices(text, keys).tolist()) if queries == keys else set()
+    return torch.tensor([index for index in range(queries) if index not in texts], dtype=torch.long)
+
+
+def text_mass(q: Tensor, k: Tensor, text: Text, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Compute m, the share of the joint softmax that falls on text keys, ``[B, H, N, 1]``."""
-    return softmax(attention_logits(q, k, mask, scale))[..., text].sum(-1, keepdim=True)
+    weights = softmax(attention_logits(q, k, mask, scale))
+    return weights[..., text_indices(text, k.shape[-2])].sum(-1, keepdim=True)
 
 
 def guided_joint_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    text: slice,
+    text: Text,
     config: Config,
     *,
     base: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Compute guided joint attention ``[B, H, N, D]``: O_joint + strength m (GAG(S_T, D_T) - D_T) on image queries.
+    """Compute guided joint attention ``[B, H, N_q, D]``: O_joint + strength m (GAG(S_T, D_T) - D_T) on image queries.
 
-    S_T and D_T are read-outs over the text keys alone. Text queries keep O_joint.
+    S_T and D_T are read-outs over the text keys alone. Other queries keep O_joint.
     """
     z = attention_logits(q, k, mask, scale)
     joint = torch.matmul(softmax(z), v.double()) if base is None else base.double()
-    z_text, v_text = z[..., text], v.double()[..., text, :]
+    words = text_indices(text, k.shape[-2])
+    z_text, v_text = z[..., words], v.double()[..., words, :]
     sparse = torch.matmul(entmax(z_text, config.alpha), v_text)
     dense = torch.matmul(softmax(z_text), v_text)
-    mass = softmax(z)[..., text].sum(-1, keepdim=True)
+    mass = softmax(z)[..., words].sum(-1, keepdim=True)
     anderson_vector = None
     if config.rule == "anderson":
-        text_mask = None if mask is None else mask.expand(z.shape)[..., text]
+        text_mask = None if mask is None else mask.expand(z.shape)[..., words]
         anderson_vector = solve_anderson_vector(
-            q, k[..., text, :], v[..., text, :], config, mask=text_mask, scale=scale
+            q, k[..., words, :], v[..., words, :], config, mask=text_mask, scale=scale
         )
     guided = joint + config.strength * mass * (extrapolate(sparse, dense, config, anderson_vector) - dense)
-    is_text = torch.zeros(q.shape[-2], 1, dtype=torch.bool)
-    is_text[text] = True
-    return torch.where(is_text, joint, guided)
+    is_image = torch.zeros(q.shape[-2], 1, dtype=torch.bool)
+    is_image[image_queries(text, q.shape[-2], k.shape[-2])] = True
+    return torch.where(is_image, guided, joint)
 
 
 # --- rule "anderson" ------------------------------------------------------------------------------------------------

@@ -515,6 +515,28 @@ _ALL = {
         text_modules="attn2",
         cond={"attention_mask": torch.tensor([[1] * 10 + [0] * 2])},
     ),
+    "stable-cascade": Tiny(
+        "stable-cascade",
+        "Stable_Cascade_C",
+        {
+            "stable_cascade_stage": "c",
+            "c_hidden": [32, 64],
+            "nhead": [2, 4],
+            "blocks": [[1, 2], [2, 1]],
+            "c_r": 16,
+            "c_cond": 32,
+            "c_clip_text": WIDTH,
+            "c_clip_text_pooled": 48,
+        },
+        (16, 4, 6),
+        6,
+        # Behind the text stand its pooled vector and an empty picture.
+        parts=lambda tokens: [("image", 24), ("text", tokens), ("other", 8)],
+        is_slow=True,
+        patch=1,
+        wrapped=False,
+        cond=_POOLED,
+    ),
     "lumina2": Tiny("lumina", "Lumina2", _LUMINA, (16, 8, 8), 2, wrapped=False, more_cond=unmasked),
     "z-image": Tiny(
         "lumina",
