@@ -94,7 +94,7 @@ def test_an_unknown_preset_is_refused() -> None:
 def test_a_model_without_family_is_refused(node_id: str) -> None:
     """A class of a newer ComfyUI, that this pack does not know."""
     model = host.build_model("flux")
-    model.model.diffusion_model = type("NewTransformer", (torch.nn.Module,), {})()
+    model.model.diffusion_model = type("NewTransformer", (torch.nn.Module,), {"__module__": "comfy.ldm.new.model"})()
     with pytest.raises(ValueError, match=r"GAG cannot reach a text attention in NewTransformer \(Flux\)") as raised:
         host.run_node(node_id, model=model)
     for title in ("SD1.x", "SDXL", "Flux.1", "Wan 2.1"):
