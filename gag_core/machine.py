@@ -11,6 +11,8 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,25 @@ def peak_counter(device: torch.device) -> Any:
     """Return the module of torch that counts the peak of allocated memory; None if there is none for the device."""
     module = getattr(torch, device.type, None)
     return module if hasattr(module, "reset_peak_memory_stats") and device.type != "cpu" else None
+
+
+def busy(device: torch.device) -> str:
+    """Return the load of a CPU that other work keeps busy, such as "load 4.1 on 2 cores"; else an empty text."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):
+        return ""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"load {load:.1f} on {cores} cores" if load + torch.get_num_threads() > cores + 0.5 else ""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread inside the context: on a busy CPU, threads wait for each other in small work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def is_out_of_memory(error: Exception) -> bool:
