@@ -321,7 +321,8 @@ def check(
     environment = machine.describe(device)
     report = Report(environment | ({"host": host} if host else {}), quick, dtype)
     with torch.inference_mode(), _warnings_as_notes(report.notes):
-        sample = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
+        # An attention of SDXL stands for all in these questions.
+        sample = torch.empty(1, 1, 77, 64, device=device, dtype=dtype)
         paths: list[GuidePath] = []
         for path in PATHS:
             if path.can_run(sample, sample, _SETTINGS):

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ def best_device() -> torch.device:
 def describe(device: torch.device) -> dict[str, str]:
     """Return the card, the versions and the settings on which results depend, by name."""
     return {
-        "device": _device_name(device),
-        "driver": _driver(device),
+        "device": _told(_device_name, device),
+        "driver": _told(_driver, device),
         "torch": str(torch.__version__),
         "triton": triton_version(),
         "python": platform.python_version(),
@@ -133,29 +133,37 @@ def without_names(text: str, limit: int = 200) -> str:
     return plain(text, limit)
 
 
+def _told(describe: Callable[[torch.device], str], device: torch.device) -> str:
+    """Return a description, or "unknown": what drivers raise must not end a check."""
+    try:
+        return plain(describe(device))
+    except Exception:
+        return f"{device.type}, unknown"
+
+
 def _device_name(device: torch.device) -> str:
     """Return the name of a device, its kind and its memory."""
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         kind = getattr(card, "gcnArchName", "") if torch.version.hip else f"sm_{card.major}{card.minor}"
-        return plain(f"{card.name}, {kind}, {card.total_memory / _GIB:.0f} GiB")
+        return f"{card.name}, {kind}, {card.total_memory / _GIB:.0f} GiB"
     if device.type == "xpu":
         xpu = torch.xpu.get_device_properties(device)
-        return plain(f"{xpu.name}, XPU, {xpu.total_memory / _GIB:.0f} GiB")
+        return f"{xpu.name}, XPU, {xpu.total_memory / _GIB:.0f} GiB"
     if device.type == "cpu":
         capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
-        return plain(f"CPU, {platform.machine()}, {capability}")
-    return plain(f"{device.type}, {platform.machine()}")
+        return f"CPU, {platform.machine()}, {capability}"
+    return f"{device.type}, {platform.machine()}"
 
 
 def _driver(device: torch.device) -> str:
     """Return the libraries of a device, and the driver where the system or torch tells it."""
     if device.type == "xpu":
-        return plain(f"XPU, driver {getattr(torch.xpu.get_device_properties(device), 'driver_version', 'unknown')}")
+        return f"driver {getattr(torch.xpu.get_device_properties(device), 'driver_version', 'unknown')}"
     if device.type != "cuda":
         return "none"
     if torch.version.hip:
-        return plain(f"ROCm, HIP {torch.version.hip}")
+        return f"ROCm, HIP {torch.version.hip}"
     found = [f"CUDA {torch.version.cuda}"]
     driver_version = getattr(torch._C, "_cuda_getDriverVersion", None)
     if driver_version is not None:
@@ -166,7 +174,7 @@ def _driver(device: torch.device) -> str:
         found += re.findall(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)[:1]
     except OSError:
         pass
-    return plain(", ".join(found))
+    return ", ".join(found)
 
 
 def _system() -> str:
