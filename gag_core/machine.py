@@ -11,6 +11,8 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ def best_device() -> torch.device:
 def describe(device: torch.device) -> dict[str, str]:
     """Return the card, the versions and the settings on which results depend, by name."""
     return {
-        "device": _device_name(device),
-        "driver": _driver(device),
+        "device": _told(_device_name, device),
+        "driver": _told(_driver, device),
         "torch": str(torch.__version__),
         "triton": triton_version(),
         "python": platform.python_version(),
@@ -93,6 +95,25 @@ def peak_counter(device: torch.device) -> Any:
     return module if hasattr(module, "reset_peak_memory_stats") and device.type != "cpu" else None
 
 
+def busy(device: torch.device) -> str:
+    """Return the load of a CPU that other work keeps busy, such as "load 4.1 on 2 cores"; else an empty text."""
+    if device.type != "cpu" or not hasattr(os, "getloadavg"):
+        return ""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"load {load:.1f} on {cores} cores" if load + torch.get_num_threads() > cores + 0.5 else ""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread inside the context: on a busy CPU, threads wait for each other in small work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """True if an error says that memory is used up, on whatever device."""
     text = str(error).lower()
@@ -112,29 +133,37 @@ def without_names(text: str, limit: int = 200) -> str:
     return plain(text, limit)
 
 
+def _told(describe: Callable[[torch.device], str], device: torch.device) -> str:
+    """Return a description, or "unknown": what drivers raise must not end a check."""
+    try:
+        return plain(describe(device))
+    except Exception:
+        return f"{device.type}, unknown"
+
+
 def _device_name(device: torch.device) -> str:
     """Return the name of a device, its kind and its memory."""
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         kind = getattr(card, "gcnArchName", "") if torch.version.hip else f"sm_{card.major}{card.minor}"
-        return plain(f"{card.name}, {kind}, {card.total_memory / _GIB:.0f} GiB")
+        return f"{card.name}, {kind}, {card.total_memory / _GIB:.0f} GiB"
     if device.type == "xpu":
         xpu = torch.xpu.get_device_properties(device)
-        return plain(f"{xpu.name}, XPU, {xpu.total_memory / _GIB:.0f} GiB")
+        return f"{xpu.name}, XPU, {xpu.total_memory / _GIB:.0f} GiB"
     if device.type == "cpu":
         capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")()
-        return plain(f"CPU, {platform.machine()}, {capability}")
-    return plain(f"{device.type}, {platform.machine()}")
+        return f"CPU, {platform.machine()}, {capability}"
+    return f"{device.type}, {platform.machine()}"
 
 
 def _driver(device: torch.device) -> str:
     """Return the libraries of a device, and the driver where the system or torch tells it."""
     if device.type == "xpu":
-        return plain(f"XPU, driver {getattr(torch.xpu.get_device_properties(device), 'driver_version', 'unknown')}")
+        return f"driver {getattr(torch.xpu.get_device_properties(device), 'driver_version', 'unknown')}"
     if device.type != "cuda":
         return "none"
     if torch.version.hip:
-        return plain(f"ROCm, HIP {torch.version.hip}")
+        return f"ROCm, HIP {torch.version.hip}"
     found = [f"CUDA {torch.version.cuda}"]
     driver_version = getattr(torch._C, "_cuda_getDriverVersion", None)
     if driver_version is not None:
@@ -145,7 +174,7 @@ def _driver(device: torch.device) -> str:
         found += re.findall(r"Kernel Module.*?\s(\d+\.[\d.]+)", text)[:1]
     except OSError:
         pass
-    return plain(", ".join(found))
+    return ", ".join(found)
 
 
 def _system() -> str:

@@ -192,7 +192,8 @@ def _draw_times(axes: Any, report: Report) -> None:
 def _size(shape: Shape) -> str:
     """Return the sizes of a shape on two lines."""
     tokens = f"{shape.queries} tokens, {shape.text} of text" if shape.text else f"{shape.queries} x {shape.keys}"
-    return f"{shape.model}: {tokens}\n{shape.heads} heads of {shape.dim}, batch {shape.batch}"
+    heads = f"{shape.heads} head{'' if shape.heads == 1 else 's'}"
+    return f"{shape.model}: {tokens}\n{heads} of {shape.dim}, batch {shape.batch}"
 
 
 def _finish(axes: Any, title: str, about: str, rows: int) -> None:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
-import os
 import platform
 
 import torch
+
+from gag_core import machine
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -49,24 +48,21 @@ def use(parser: argparse.ArgumentParser, options: argparse.Namespace) -> torch.d
 def about(device: torch.device) -> dict[str, object]:
     """Return device, versions and threads, on which the results depend."""
     on_gpu = device.type == "cuda"
-    has_triton = importlib.util.find_spec("triton") is not None
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if has_triton else "none",
+        "triton": machine.triton_version(),
         "threads": torch.get_num_threads(),
     }
 
 
 def warnings(device: torch.device) -> list[str]:
     """Return reasons to distrust the results; none on an idle machine."""
-    if device.type != "cpu" or not hasattr(os, "getloadavg"):
-        return []
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load + torch.get_num_threads() <= cores + 0.5:
+    busy = machine.busy(device)
+    if not busy:
         return []
     return [
-        f"this machine was busy when the benchmark began (load {load:.1f} on {cores} cores): threads wait for each "
+        f"this machine was busy when the benchmark began ({busy}): threads wait for each "
         "other, above all in code of many small operations; use --threads 1 or an idle machine"
     ]
 

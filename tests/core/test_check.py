@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gag_core import attention, check, eager, machine
+from gag_core import attention, baselines, check, eager, machine
 from gag_core.baselines import Shape, random_inputs
 from gag_core.check import EAGER, GuidePath, Report
 from gag_core.triton import launch
@@ -120,6 +120,7 @@ def test_a_broken_path_is_wrong_and_the_others_are_not(broken: Any, case: check.
     data = json.loads(json.dumps(report.as_json(), allow_nan=False))
     reasons = {one["reason"] for one in data["comparisons"] if one["path"] == "tried"}
     assert reasons == ({"not all numbers are finite"} if broken is not_a_number else {""})
+    assert ("| inf |" in report.as_text()) == (broken is not_a_number)
 
 
 def test_the_path_that_computes_is_the_one_that_is_named(small: Any) -> None:
@@ -184,12 +185,14 @@ def test_a_kernel_that_fell_back_is_not_taken_for_the_other_path(
     monkeypatch.setattr(launch, "_failed", set())
     monkeypatch.setattr(launch, "_warned", set())
     monkeypatch.setattr(launch, "_runs_on", lambda device: True)
-    small(GuidePath("fused", launch.guide, launch.can_run))
+    other = TIMED._replace(dim=32)
+    small(GuidePath("fused", launch.guide, launch.can_run), shapes=(other,))
     handlers = list(launch.log.handlers)
     report = check.check(CPU)
     assert [one.reason for one in report.comparisons if one.path == "fused"] == [
         "its kernel failed, and another path took over"
     ] * 3
+    assert f"fused is not timed at {other}: its kernel failed, and another path took over." in report.notes
     assert report.path == "fused"  # a sample of another size did not fail
     [logged] = [note for note in report.notes if note.startswith("In the log: GAG's fused kernel does not work on")]
     assert "no such instruction in (path)" in logged and "some one" not in logged
@@ -289,6 +292,33 @@ def test_a_cpu_computes_a_part_of_large_shapes() -> None:
         assert check._on_device(shape, torch.device("cuda")) == shape
 
 
+def test_a_busy_machine_is_said(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for load, said in ((0.2, False), (7.0, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0), raising=False)
+        notes = check.check(CPU).notes
+        assert ("This machine was busy (load 7.0 on 4 cores): the times mean little." in notes) == said
+    assert machine.busy(torch.device("cuda")) == ""
+
+
+def test_exact_results_take_one_thread_and_paths_take_all(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, int] = {}
+
+    def exact_and_count(*args: Any, **options: Any) -> Any:
+        threads["exact"] = torch.get_num_threads()
+        return baselines.exact(*args, **options)
+
+    def guide_and_count(*args: Any, **options: Any) -> None:
+        threads["path"] = torch.get_num_threads()
+        eager.guide(*args, **options)
+
+    monkeypatch.setattr(check, "exact", exact_and_count)
+    small(path(guide_and_count), shapes=())
+    torch.set_num_threads(2)
+    check.check(CPU)
+    assert threads == {"exact": 1, "path": 2} and torch.get_num_threads() == 2
+
+
 def test_progress_is_told_before_each_piece_of_work_and_can_end_the_check(small: Any) -> None:
     told: list[tuple[float, str]] = []
     check.check(CPU, progress=lambda share, what: told.append((share, what)))
@@ -335,7 +365,7 @@ def test_the_json_has_all_numbers(quick: Report) -> None:
 
 def test_the_text_is_markdown_for_an_issue(quick: Report) -> None:
     text = quick.as_text()
-    assert text.startswith("**GAG Check: All 6 results are right.** GAG uses the path eager here.\n\n- CPU, ")
+    assert text.startswith("GAG Check: All 6 results are right. GAG uses the path eager here.\n\n- CPU, ")
     assert text.isascii() and len(text) < 2000
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len(tables) == 2 + 3 + 2 + 1
@@ -397,7 +427,7 @@ def test_the_command_prints_the_report_and_writes_json(
     file = tmp_path / "check.json"
     assert check.main(["--device", "cpu", "--json", str(file)]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("**GAG Check: All 3 results are right.**")
+    assert out.startswith("GAG Check: All 3 results are right.")
     assert err.splitlines()[0] == "  0 % small, float16, eager" and len(err.splitlines()) == 4
     assert json.loads(file.read_text(encoding="utf-8"))["verdict"] == "All 3 results are right."
 
@@ -405,7 +435,7 @@ def test_the_command_prints_the_report_and_writes_json(
 def test_the_command_fails_if_a_result_is_wrong(small: Any, capsys: pytest.CaptureFixture[str]) -> None:
     small(path(wrong_scale))
     assert check.main(["--device", "cpu"]) == 1
-    assert "**GAG Check: WRONG: 3 of 6 results.**" in capsys.readouterr().out
+    assert "GAG Check: WRONG: 3 of 6 results." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

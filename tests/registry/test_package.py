@@ -59,7 +59,7 @@ def test_the_check_of_a_machine_runs_from_the_download(unpacked: Path) -> None:
     command = [sys.executable, "-m", "gag_core.check", "--quick", "--device", "cpu"]
     run = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("**GAG Check: All ") and "GAG 0." in run.stdout
+    assert run.stdout.startswith("GAG Check: All ") and "GAG 0." in run.stdout
 
 
 def test_works_in_a_fresh_comfyui(unpacked: Path, smoke_test: Callable[[ComfyServer, Path, str], None]) -> None:
