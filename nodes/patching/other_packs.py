@@ -92,7 +92,7 @@ def obstacle_in(model_class: type, readers: Iterable[Any]) -> Obstacle | None:
             f"its blocks run code of {code}, which takes no options from ComfyUI, so no node can reach its attention",
             _OWN_LOADER,
         )
-    pack = pack_of(model_class)
+    pack = pack_of(model_class) or "another pack"
     return Obstacle(
         f"its class comes from {pack} and not from ComfyUI, and GAG knows no text attention in it", _OWN_LOADER
     )
@@ -132,6 +132,14 @@ def is_run_by_others(diffusion_model: Any) -> bool:
     return any(not is_of_host(forward) for forward in forwards)
 
 
+def parameters_of(module: Any) -> list[inspect.Parameter]:
+    """Return the parameters of a module's forward, in their order; none if it does not show them, as compiled code."""
+    try:
+        return list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
 def _module_of(thing: Any) -> str:
     if isinstance(thing, functools.partial):
         return _module_of(thing.func)
@@ -147,5 +155,4 @@ def _code_of(module: Any) -> list[Any]:
 
 
 def _may_take_options(module: Any) -> bool:
-    parameters = inspect.signature(module.forward).parameters
-    return "transformer_options" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return any(one.name == "transformer_options" or one.kind is one.VAR_KEYWORD for one in parameters_of(module))

@@ -12,7 +12,6 @@ watched modules. Blocks that no hook sees are known by ComfyUI's options.
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from torch.nn import ModuleList
 from .attention_call import AttentionCall, TextLayers
 from .families import Layer, readers, submodule
 from .host_attention import OVERRIDE, HostAttention, StoredAttentions, offered
-from .other_packs import is_run_by_others
+from .other_packs import is_run_by_others, parameters_of
 from .prompt_rows import PromptRows, RowGroup, by_batch, shifted
 from .replacement import memory_of
 from .text_position import Inputs, JointCall, TextPosition
@@ -289,7 +288,7 @@ class GuidedTransformer:
 
 def _parameters(module: Any) -> tuple[str, ...]:
     """Return the names of the parameters of a block's forward, in their order."""
-    parameters = inspect.signature(module.forward).parameters.values()
+    parameters = parameters_of(module)
     # SD3's blocks have no names for the first two inputs: the text and the image.
     names = ("txt", "img") if any(one.kind is one.VAR_POSITIONAL for one in parameters) else ()
     return (*names, *(one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)))
