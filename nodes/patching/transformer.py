@@ -227,7 +227,7 @@ class GuidedTransformer:
 
     def _indexed_layer(self, kwargs: dict[str, Any]) -> Layer | None:
         """Return the layer that runs, by the options of its attention call."""
-        index = (kwargs.get("transformer_options") or {}).get("block_index")
+        index: Any = (kwargs.get("transformer_options") or {}).get("block_index")
         layer = Layer(self.family.parts[0].host_name, index)
         return layer if layer in self.text.caught else None
 

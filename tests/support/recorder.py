@@ -18,7 +18,10 @@ from tolerances import assert_close
 
 @dataclass
 class Call:
-    """One attention call: the path of the module that made it, and its tensors as ``[B, H, N, D]``."""
+    """One attention call: the path of the module that made it, and its tensors as ``[B, H, N, D]``.
+
+    ``has_override`` is True if the host gave the call options with an override of a node.
+    """
 
     module: str
     q: Tensor
@@ -26,6 +29,7 @@ class Call:
     v: Tensor
     mask: Tensor | None
     out: Tensor
+    has_override: bool
 
     def check(self, expected: Tensor, scale: float = 0.0) -> None:
         """Assert that the model got ``expected`` (fp64), up to fp32 rounding errors multiplied by ``scale``."""
@@ -72,7 +76,8 @@ def record_calls(*models: Any) -> Iterator[list[Call]]:
             if kwargs.get("enable_gqa", False):
                 k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
             out_by_head = out if kwargs.get("skip_output_reshape", False) else _split_heads(out, heads, batch)
-            calls.append(Call(running[-1], q, k, v, mask, out_by_head.clone()))
+            has_override = "optimized_attention_override" in (kwargs.get("transformer_options") or {})
+            calls.append(Call(running[-1], q, k, v, mask, out_by_head.clone(), has_override))
             return out
 
         return attention
