@@ -2,10 +2,15 @@
 """Triton kernels that compute both read-outs, the geometry and the blend in one pass; only the output leaves the chip.
 
 A program does a block of queries of one head. Head dimensions and keys are cut into tiles whose widths are powers of
-two (77 keys cost 80 and not 128, a head of 40 costs 48 and not 64), written ``(first, width)``. A tuple of tiles stands
-for a row, and loops over the tuple are unrolled. Only the last tile may reach beyond the end. ``eager.py``,
-``entmax.py`` and ``geometry.py`` explain the mathematics, and the tests hold this file to them. The comments here
-explain how a card does it in few instructions.
+two (77 keys cost 80 and not 128, a head of 40 costs 48 and not 64). A tuple of tensors stands for a row, one for each
+tile, and loops over the tuple are unrolled. Only the last tile may reach beyond the end. ``eager.py``, ``entmax.py``
+and ``geometry.py`` explain the mathematics, and the tests hold this file to them. The comments here explain how a card
+does it in few instructions.
+
+A list of tiles is one integer, because Triton 3.3 cannot index a constant tuple: the number of tiles in the lowest 8
+bits, then 16 bits for each tile, of which the lowest 4 are the logarithm of its width to base 2, and the others its
+first element. ``launch.packed`` makes such integers. Each place that reads one does it in the same words, because
+Triton up to 3.4 has no function that returns a constant.
 
 Arguments that both kernels take:
     q, k, v, out, base, mask: pointers, each with its four strides; where there is no base or mask, these are q, which
@@ -116,11 +121,12 @@ def guided_attention_kernel(
     mask = _start(mask, mask_strides, batch, head, first_query, 1)
 
     logits = ()
-    for i in tl.static_range(len(KEY_TILES)):
+    for i in tl.static_range(KEY_TILES & 0xFF):
         tile = _masked_logits(
-            queries, k, k_strides, KEY_TILES[i][0], key_count, mask, mask_strides, rows, row_count, logit_scale,
-            BLOCK_M, KEY_TILES[i][1], i < len(KEY_TILES) - 1, HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY,
-            UPCAST, PRECISION,
+            queries, k, k_strides, (KEY_TILES >> (16 * i + 12)) & 0xFFF, key_count,
+            mask, mask_strides, rows, row_count, logit_scale,
+            BLOCK_M, 1 << ((KEY_TILES >> (16 * i + 8)) & 0xF), i < (KEY_TILES & 0xFF) - 1,
+            HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
         )  # fmt: skip
         logits = logits + (tile,)
     maximum = _row_maximum(logits)
@@ -130,7 +136,7 @@ def guided_attention_kernel(
         logit_scale = 1.0
 
     scaled = ()
-    for i in tl.static_range(len(KEY_TILES)):
+    for i in tl.static_range(KEY_TILES & 0xFF):
         scaled = scaled + (_scale_and_shift(logits[i], maximum, logit_scale / power),)
     tau = tl.full((BLOCK_M,), -1.0, tl.float32)
     for _ in range(STEPS):
@@ -139,10 +145,11 @@ def guided_attention_kernel(
 
     sparse = _zero_tiles(BLOCK_M, VALUE_TILES)
     dense = _zero_tiles(BLOCK_M, VALUE_TILES)
-    for i in tl.static_range(len(KEY_TILES)):
+    for i in tl.static_range(KEY_TILES & 0xFF):
         values = _values(
-            v, v_strides, KEY_TILES[i][0], key_count,
-            KEY_TILES[i][1], i < len(KEY_TILES) - 1, VALUE_DIM, VALUE_TILES, ALIGNMENT,
+            v, v_strides, (KEY_TILES >> (16 * i + 12)) & 0xFFF, key_count,
+            1 << ((KEY_TILES >> (16 * i + 8)) & 0xF), i < (KEY_TILES & 0xFF) - 1,
+            VALUE_DIM, VALUE_TILES, ALIGNMENT,
         )  # fmt: skip
         sparse_weights = _sparse_weights(scaled[i], tau, power, POWER, v.dtype.element_ty == tl.float32)
         sparse = _accumulate(sparse, sparse_weights, values, UPCAST, PRECISION)
@@ -322,14 +329,16 @@ def _load(
     strides,
     IN_BOUNDS: tl.constexpr,
     DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    i: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """Load a tile ``[rows, WIDTH]`` of a matrix ``[row_count, DIM]``, zero outside of the matrix.
+    """Load tile i of the rows of a matrix ``[row_count, DIM]``, zero outside of the matrix.
 
     IN_BOUNDS: True if no row lies outside.
     """
+    FIRST: tl.constexpr = (TILES >> (16 * i + 12)) & 0xFFF
+    WIDTH: tl.constexpr = 1 << ((TILES >> (16 * i + 8)) & 0xF)
     dims = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + (rows[:, None] * (strides[2] * ALIGNMENT) + dims[None, :] * strides[3])
     if IN_BOUNDS and FIRST + WIDTH <= DIM:
@@ -360,8 +369,8 @@ def _queries(
     """Load the tiles of a block of queries, divided by a power of two if FP32_RANGE."""
     q = _start(q, q_strides, batch, head, first_query, ALIGNMENT)
     tiles = ()
-    for i in tl.static_range(len(TILES)):
-        tile = _load(q, rows, row_count, q_strides, False, HEAD_DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+    for i in tl.static_range(TILES & 0xFF):
+        tile = _load(q, rows, row_count, q_strides, False, HEAD_DIM, TILES, i, ALIGNMENT)
         if FP32_RANGE:
             bounded = _clamp(tile.to(tl.float32), _MAX_QUERY)
             tile = (bounded * (1.0 / _QUERY_SCALE)).to(tile.dtype)
@@ -395,8 +404,8 @@ def _values(
     v += first_key * (v_strides[2] * ALIGNMENT)
     keys = tl.arange(0, BLOCK_N)
     tiles = ()
-    for i in tl.static_range(len(TILES)):
-        tile = _load(v, keys, key_count - first_key, v_strides, IN_BOUNDS, DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+    for i in tl.static_range(TILES & 0xFF):
+        tile = _load(v, keys, key_count - first_key, v_strides, IN_BOUNDS, DIM, TILES, i, ALIGNMENT)
         tiles = tiles + (tile,)
     return tiles
 
@@ -404,14 +413,14 @@ def _values(
 @triton.jit
 def _zero_tiles(BLOCK_M: tl.constexpr, TILES: tl.constexpr):
     tiles = ()
-    for i in tl.static_range(len(TILES)):
-        tiles = tiles + (_zero_tile(BLOCK_M, TILES[i][1]),)
+    for i in tl.static_range(TILES & 0xFF):
+        tiles = tiles + (_zero_tile(BLOCK_M, TILES, i),)
     return tiles
 
 
 @triton.jit
-def _zero_tile(BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
-    # A function of its own, because Triton accepts the width from a tuple as a constant only as an argument.
+def _zero_tile(BLOCK_M: tl.constexpr, TILES: tl.constexpr, i: tl.constexpr):
+    WIDTH: tl.constexpr = 1 << ((TILES >> (16 * i + 8)) & 0xF)
     return tl.zeros((BLOCK_M, WIDTH), tl.float32)
 
 
@@ -456,8 +465,8 @@ def _masked_logits(
     columns = tl.arange(0, BLOCK_N)
     key_count -= first_key
     logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.static_range(len(DIM_TILES)):
-        keys = _load(k, columns, key_count, k_strides, IN_BOUNDS, HEAD_DIM, DIM_TILES[i][0], DIM_TILES[i][1], ALIGNMENT)
+    for i in tl.static_range(DIM_TILES & 0xFF):
+        keys = _load(k, columns, key_count, k_strides, IN_BOUNDS, HEAD_DIM, DIM_TILES, i, ALIGNMENT)
         logits = _dot(queries[i], tl.trans(keys), logits, UPCAST, PRECISION)
     if MASK != "none":
         mask += first_key * mask_strides[3]
@@ -795,12 +804,12 @@ def _finish(
         base = _start(base, base_strides, batch, head, first_query, ALIGNMENT)
     else:
         on_dense += dense_scale
-    for i in tl.static_range(len(TILES)):
+    for i in tl.static_range(TILES & 0xFF):
         guided = sparse[i] * on_sparse[:, None] + dense[i] * on_dense[:, None]
         if HAS_BASE:
-            unguided = _load(base, rows, row_count, base_strides, False, DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+            unguided = _load(base, rows, row_count, base_strides, False, DIM, TILES, i, ALIGNMENT)
             guided += unguided.to(tl.float32)
         guided = _clamp(guided, OUT_MAX).to(out.dtype.element_ty)
-        dims = TILES[i][0] + tl.arange(0, TILES[i][1])
+        dims = ((TILES >> (16 * i + 12)) & 0xFFF) + tl.arange(0, 1 << ((TILES >> (16 * i + 8)) & 0xF))
         pointers = out + rows[:, None] * (out_strides[2] * ALIGNMENT) + dims[None, :] * out_strides[3]
         tl.store(pointers, guided, mask=(rows[:, None] < row_count) & (dims[None, :] < DIM))

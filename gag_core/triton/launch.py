@@ -186,6 +186,12 @@ def tiles(length: int, largest: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+def packed(some_tiles: tuple[tuple[int, int], ...]) -> int:
+    """Pack a list of tiles into one integer, as ``kernels.py`` reads it."""
+    codes = (first << 4 | width.bit_length() - 1 for first, width in some_tiles)
+    return len(some_tiles) | sum(code << (16 * i + 8) for i, code in enumerate(codes))
+
+
 def _runs_on(device: torch.device) -> bool:
     if device.type == "cuda" and torch.version.hip is None:
         return _HAS_TRITON and torch.cuda.get_device_capability(device) >= _OLDEST_NVIDIA
@@ -310,7 +316,7 @@ def _plan(
         kernel = kernels.guided_attention_kernel
         tiling = _tiling(keys, value_dim, dtype)
         warps_share_queries = tiling.block_m < 16 * tiling.num_warps
-        settings |= {"KEY_TILES": tiles(keys, tiling.block_n), "WARPS_SHARE_QUERIES": warps_share_queries}
+        settings |= {"KEY_TILES": packed(tiles(keys, tiling.block_n)), "WARPS_SHARE_QUERIES": warps_share_queries}
     else:
         kernel = kernels.guided_attention_long_kernel
         block_n = _FP32_TILING.block_n if dtype == torch.float32 else _TILING.block_n
@@ -318,8 +324,8 @@ def _plan(
         tiling = _tiling(block_n + max_key_blocks, value_dim, dtype)
         settings |= {"BLOCK_N": block_n, "MAX_KEY_BLOCKS": max_key_blocks}
     settings |= {
-        "DIM_TILES": tiles(dim, tiling.block_d),
-        "VALUE_TILES": tiles(value_dim, tiling.block_d),
+        "DIM_TILES": packed(tiles(dim, tiling.block_d)),
+        "VALUE_TILES": packed(tiles(value_dim, tiling.block_d)),
         "BLOCK_M": tiling.block_m,
         "num_warps": tiling.num_warps,
         "num_stages": 1 if dtype == torch.float32 else 2,
