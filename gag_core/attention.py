@@ -20,7 +20,7 @@ from .echo import dtype_of, echo, plain
 from .entmax import is_forward_mode
 from .geometry import guidance_factors, norm_axes
 from .numerics import Keys, config_numbers, mask_part, weighted_sum_, work_copy, work_dtype, write_saturated
-from .triton import launch
+from .triton import choice, launch, row
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -282,10 +282,11 @@ def default_guide(
 
     Arguments are those of :func:`gag_core.eager.guide`.
     """
-    if q.device.type != "cpu" and not is_forward_mode() and launch.can_run(q, v, config):
-        launch.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
-    else:
-        eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+    path: choice.Path = "eager"
+    if q.device.type != "cpu" and not is_forward_mode():
+        path = choice.path_for(q.device, q.dtype, q.shape[3], v.shape[3], v.shape[2], config)
+    guide = {"fused": launch.guide, "row": row.guide, "eager": eager.guide}[path]
+    guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
 
 
 _implementation: Guide = default_guide

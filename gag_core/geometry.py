@@ -38,7 +38,7 @@ def cap(length: Tensor, limit: Tensor) -> Tensor:
     """Compute the length of the guidance vector after the cap: a hard minimum of the length and the limit.
 
     The shape of the cap is written here and nowhere else, except that the same function is also ``cap`` in
-    ``triton/kernels.py`` and ``cap`` in ``tests/support/reference.py``. A cap of another shape must be
+    ``triton/formulas.py`` and ``cap`` in ``tests/support/reference.py``. A cap of another shape must be
 
     - odd: ``cap(-x, limit) = -cap(x, limit)``, because the length of the part along S has a sign;
     - homogeneous: ``cap(c x, c limit) = c cap(x, limit)`` for c > 0, because callers divide length and limit by a scale

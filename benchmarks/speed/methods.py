@@ -23,7 +23,7 @@ import gag_core
 from gag_core import eager
 from gag_core.attention import use_implementation
 from gag_core.baselines import Guide, all_at_once, sort_based_entmax15
-from gag_core.triton import launch
+from gag_core.triton import choice
 
 CONFIG = gag_core.GuidanceConfig()
 
@@ -92,7 +92,8 @@ def package_entmax15(logits: Tensor) -> Tensor:
 
 
 SDPA = Method("SDPA", "torch's scaled_dot_product_attention, no guidance", plain=True)
-FUSED = Method("fused", "gag_core's kernel, as gag_core picks it")
+FUSED = Method("fused", "gag_core's fused Triton kernel", guided_by(choice.guide_by("fused")))
+ROW = Method("row", "gag_core's row kernels between products of torch", guided_by(choice.guide_by("row")))
 EAGER = Method("eager", "gag_core's plain PyTorch path", guided_by(eager.guide))
 COMPILED = Method("compiled", "the eager path, its work on each chunk of queries through torch.compile", compiled)
 SORT = Method(
@@ -119,7 +120,8 @@ ALPHAS = [
     )
     for alpha in (1.25, 1.75, 2.0)
 ]
-OURS = (FUSED, EAGER, COMPILED)
+KERNELS: dict[choice.Path, Method] = {"fused": FUSED, "row": ROW}
+OURS = (FUSED, ROW, EAGER, COMPILED)
 
 
 def available(
@@ -131,12 +133,14 @@ def available(
 ) -> tuple[list[Method], list[str]]:
     """Return the methods that can run here, and notes on those that cannot."""
     methods, notes = [SDPA, EAGER, SORT], []
-    sample = torch.empty(1, 1, 1, 64, device=device, dtype=dtype)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # for tests; its times would mean nothing
-    if launch.can_run(sample, sample, CONFIG) and not interpreted:
-        methods.insert(1, FUSED)
-    else:
-        notes.append(f"{FUSED.name}: its kernel does not run on {device} here")
+    for path, method in KERNELS.items():
+        reason = choice.cannot_run(path, device)
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            reason = "times in Triton's interpreter would mean nothing"
+        if reason is None and choice.supports(path, dtype, 64, 64, CONFIG):
+            methods.insert(methods.index(EAGER), method)
+        else:
+            notes.append(f"{method.name}: its kernels do not run on {device} here ({reason or dtype})")
     if with_compiled:
         methods.insert(methods.index(SORT), COMPILED)
     else:
@@ -152,6 +156,3 @@ def available(
     return methods, notes
 
 
-def still_works(method: Method, q: Tensor, v: Tensor) -> bool:
-    """True if the method's own implementation ran: where a kernel fails, the plain path takes over."""
-    return method is not FUSED or launch.can_run(q, v, CONFIG)

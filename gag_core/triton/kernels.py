@@ -2,14 +2,20 @@
 """Triton kernels that compute both read-outs, the geometry and the blend in one pass; only the output leaves the chip.
 
 A program does a block of queries of one head. Head dimensions and keys are cut into tiles whose widths are powers of
-two (77 keys cost 80 and not 128, a head of 40 costs 48 and not 64), written ``(first, width)``. A tuple of tiles stands
-for a row, and loops over the tuple are unrolled. Only the last tile may reach beyond the end. ``eager.py``,
-``entmax.py`` and ``geometry.py`` explain the mathematics, and the tests hold this file to them. The comments here
-explain how a card does it in few instructions.
+two (77 keys cost 80 and not 128, a head of 40 costs 48 and not 64). A tuple of tensors stands for a row, one for each
+tile, and loops over the tuple are unrolled. Only the last tile may reach beyond the end. ``eager.py``, ``entmax.py``
+and ``geometry.py`` explain the mathematics, and the tests hold this file to them. The comments here explain how a card
+does it in few instructions.
+
+A list of tiles is one integer, because Triton 3.3 cannot index a constant tuple: the number of tiles in the lowest 8
+bits, then 16 bits for each tile, of which the lowest 4 are the logarithm of its width to base 2, and the others its
+first element. ``launch.packed`` makes such integers. Each place that reads one does it in the same words, because
+Triton up to 3.4 has no function that returns a constant.
 
 Arguments that both kernels take:
     q, k, v, out, base, mask: pointers, each with its four strides; where there is no base or mask, these are q, which
-        is not read (``HAS_BASE``, ``MASK``). ``joint_lse`` has three strides.
+        is not read (``HAS_BASE``, ``MASK``). ``joint_lse`` has three strides. Those of mask and joint_lse are arguments
+        of their own, because Triton specialises on each number in a tuple (``formulas.VARYING``).
     ALIGNMENT: the number of elements that can be read at once. Strides of q, k, v, out and base, except the last, are
         in units of it.
     logit_scale: logits are products of queries and keys times this; above 0.
@@ -27,22 +33,31 @@ Arguments that both kernels take:
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-# Triton's interpreter runs these on the CPU: slow, for tests.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Custom reductions save exchanges between threads. The interpreter would call them for each number.
-FEW_EXCHANGES = tl.constexpr(not INTERPRETED)
+from .formulas import (
+    FEW_EXCHANGES,
+    FP32_MAX,
+    LOG2_E,
+    TINY,
+    VARYING,
+    clamp,
+    dense_weights,
+    guidance_factors,
+    masked,
+    newton_step,
+    newton_terms,
+    power_of_two_scale,
+    program_position,
+    reciprocal,
+    row_sums,
+    scale_and_shift,
+    share_of_sparse,
+    sparse_weights,
+    text_mass,
+)
 
-# Keeps 0 / 0 at 0. It is not a denormal, which GPUs may flush to 0.
-_TINY = tl.constexpr(1.2e-38)
-_FP32_MAX = tl.constexpr(3.4028234663852886e38)
-# The reciprocal of a larger power of two is a denormal.
-_LARGEST_SCALE = tl.constexpr(2.0**126)
-_LOG2_E = tl.constexpr(1.4426950408889634)
 # Where products could overflow (FP32_RANGE), queries are clamped to _MAX_QUERY and divided by QUERY_SCALE, a power of
 # two, so that no sum of 256 products with finite keys overflows. Dense weights are divided by 2**_DENSE_SCALE_BITS, so
 # that no sum of values overflows.
@@ -50,11 +65,9 @@ _MAX_QUERY = tl.constexpr(2.0**54)
 QUERY_SCALE = 2.0**64
 _QUERY_SCALE = tl.constexpr(QUERY_SCALE)
 _DENSE_SCALE_BITS = tl.constexpr(20)
-# With factors up to this, no sum of two products with numbers that fp16 holds overflows.
-_MAX_FACTOR = tl.constexpr(2.0**100)
 
 
-@triton.jit(do_not_specialize=["heads", "query_count", "key_count"])
+@triton.jit(do_not_specialize=VARYING)
 def guided_attention_kernel(
     q,
     q_strides,
@@ -67,9 +80,14 @@ def guided_attention_kernel(
     base,
     base_strides,
     mask,
-    mask_strides,
+    mask_batch,
+    mask_head,
+    mask_query,
+    mask_key,
     joint_lse,
-    lse_strides,
+    lse_batch,
+    lse_head,
+    lse_query,
     heads,
     query_count,
     key_count,
@@ -105,7 +123,7 @@ def guided_attention_kernel(
 
     KEY_TILES: tiles of the keys. WARPS_SHARE_QUERIES: True if several warps work on the same queries.
     """
-    first_query, head, batch = _program_position(query_count, heads, BLOCK_M)
+    first_query, head, batch = program_position(query_count, heads, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
     row_count = query_count - first_query
     queries = _queries(
@@ -113,14 +131,15 @@ def guided_attention_kernel(
     )
     k = _start(k, k_strides, batch, head, 0, ALIGNMENT)
     v = _start(v, v_strides, batch, head, 0, ALIGNMENT)
-    mask = _start(mask, mask_strides, batch, head, first_query, 1)
+    mask += batch * mask_batch + head * mask_head + first_query * mask_query
 
     logits = ()
-    for i in tl.static_range(len(KEY_TILES)):
+    for i in tl.static_range(KEY_TILES & 0xFF):
         tile = _masked_logits(
-            queries, k, k_strides, KEY_TILES[i][0], key_count, mask, mask_strides, rows, row_count, logit_scale,
-            BLOCK_M, KEY_TILES[i][1], i < len(KEY_TILES) - 1, HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY,
-            UPCAST, PRECISION,
+            queries, k, k_strides, (KEY_TILES >> (16 * i + 12)) & 0xFFF, key_count,
+            mask, mask_query, mask_key, rows, row_count, logit_scale,
+            BLOCK_M, 1 << ((KEY_TILES >> (16 * i + 8)) & 0xF), i < (KEY_TILES & 0xFF) - 1,
+            HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
         )  # fmt: skip
         logits = logits + (tile,)
     maximum = _row_maximum(logits)
@@ -130,19 +149,20 @@ def guided_attention_kernel(
         logit_scale = 1.0
 
     scaled = ()
-    for i in tl.static_range(len(KEY_TILES)):
-        scaled = scaled + (_scale_and_shift(logits[i], maximum, logit_scale / power),)
+    for i in tl.static_range(KEY_TILES & 0xFF):
+        scaled = scaled + (scale_and_shift(logits[i], maximum, logit_scale / power),)
     tau = tl.full((BLOCK_M,), -1.0, tl.float32)
     for _ in range(STEPS):
         total, slope = _newton_sums(scaled, tau, power, POWER)
-        tau = _newton_step(tau, total, slope, power, POWER)
+        tau = newton_step(tau, total, slope, power, POWER)
 
     sparse = _zero_tiles(BLOCK_M, VALUE_TILES)
     dense = _zero_tiles(BLOCK_M, VALUE_TILES)
-    for i in tl.static_range(len(KEY_TILES)):
+    for i in tl.static_range(KEY_TILES & 0xFF):
         values = _values(
-            v, v_strides, KEY_TILES[i][0], key_count,
-            KEY_TILES[i][1], i < len(KEY_TILES) - 1, VALUE_DIM, VALUE_TILES, ALIGNMENT,
+            v, v_strides, (KEY_TILES >> (16 * i + 12)) & 0xFFF, key_count,
+            1 << ((KEY_TILES >> (16 * i + 8)) & 0xF), i < (KEY_TILES & 0xFF) - 1,
+            VALUE_DIM, VALUE_TILES, ALIGNMENT,
         )  # fmt: skip
         sparse_weights = _sparse_weights(scaled[i], tau, power, POWER, v.dtype.element_ty == tl.float32)
         sparse = _accumulate(sparse, sparse_weights, values, UPCAST, PRECISION)
@@ -156,13 +176,13 @@ def guided_attention_kernel(
 
     _finish(
         sparse, dense, sparse_total, dense_total, maximum * logit_scale,
-        out, out_strides, base, base_strides, joint_lse, lse_strides, batch, head, first_query,
+        out, out_strides, base, base_strides, joint_lse, lse_batch, lse_head, lse_query, batch, head, first_query,
         rows, row_count, guidance_scale, norm_threshold, orthogonal_scale, strength,
         VALUE_DIM, VALUE_TILES, ALIGNMENT, RULE, RELATIVE, ORTHOGONAL, HAS_BASE, JOINT, FP32_RANGE, OUT_MAX,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "query_count", "key_count"])
+@triton.jit(do_not_specialize=VARYING)
 def guided_attention_long_kernel(
     q,
     q_strides,
@@ -175,9 +195,14 @@ def guided_attention_long_kernel(
     base,
     base_strides,
     mask,
-    mask_strides,
+    mask_batch,
+    mask_head,
+    mask_query,
+    mask_key,
     joint_lse,
-    lse_strides,
+    lse_batch,
+    lse_head,
+    lse_query,
     heads,
     query_count,
     key_count,
@@ -216,7 +241,7 @@ def guided_attention_long_kernel(
 
     BLOCK_N: keys of a block. MAX_KEY_BLOCKS: a power of two, at least the number of blocks.
     """
-    first_query, head, batch = _program_position(query_count, heads, BLOCK_M)
+    first_query, head, batch = program_position(query_count, heads, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
     row_count = query_count - first_query
     queries = _queries(
@@ -224,7 +249,7 @@ def guided_attention_long_kernel(
     )
     k = _start(k, k_strides, batch, head, 0, ALIGNMENT)
     v = _start(v, v_strides, batch, head, 0, ALIGNMENT)
-    mask = _start(mask, mask_strides, batch, head, first_query, 1)
+    mask += batch * mask_batch + head * mask_head + first_query * mask_query
     key_blocks = tl.cdiv(key_count, BLOCK_N)
     block_indices = tl.arange(0, MAX_KEY_BLOCKS)
     # Where a mask is added, _masked_logits has applied the scale already.
@@ -238,7 +263,7 @@ def guided_attention_long_kernel(
     dense = _zero_tiles(BLOCK_M, VALUE_TILES)
     for block in range(key_blocks):
         logits = _masked_logits(
-            queries, k, k_strides, block * BLOCK_N, key_count, mask, mask_strides, rows, row_count, logit_scale,
+            queries, k, k_strides, block * BLOCK_N, key_count, mask, mask_query, mask_key, rows, row_count, logit_scale,
             BLOCK_M, BLOCK_N, False, HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
         )  # fmt: skip
         largest = tl.max(logits, 1)
@@ -246,16 +271,16 @@ def guided_attention_long_kernel(
         earlier = maximum
         maximum = tl.maximum(maximum, largest)
         # Both are -inf where no key could be read so far. Then there is nothing to rescale.
-        rescale = tl.where(earlier == float("-inf"), 0.0, tl.exp2((earlier - maximum) * remaining_scale * _LOG2_E))
+        rescale = tl.where(earlier == float("-inf"), 0.0, tl.exp2((earlier - maximum) * remaining_scale * LOG2_E))
         largest = tl.where(maximum == float("-inf"), 0.0, maximum)
-        weights = _dense_weights(_scale_and_shift(logits, largest, remaining_scale / power), power, FP32_RANGE)
+        weights = _dense_weights(scale_and_shift(logits, largest, remaining_scale / power), power, FP32_RANGE)
         dense_total = dense_total * rescale + tl.sum(weights, 1)
         values = _values(v, v_strides, block * BLOCK_N, key_count, BLOCK_N, False, VALUE_DIM, VALUE_TILES, ALIGNMENT)
         dense = _accumulate(_multiply(dense, rescale), weights, values, UPCAST, PRECISION)
 
     # Rows with no readable key have maximum -inf; use 0, because -inf - -inf is NaN.
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
-    block_maximum = _scale_and_shift(block_maximum, maximum, remaining_scale / power)
+    block_maximum = scale_and_shift(block_maximum, maximum, remaining_scale / power)
     tau = tl.full((BLOCK_M,), -1.0, tl.float32)
     for _ in range(STEPS):
         largest_above = tl.max(block_maximum - tau[:, None], 0)
@@ -264,15 +289,15 @@ def guided_attention_long_kernel(
         for block in range(key_blocks):
             if tl.sum(tl.where(block_indices == block, largest_above, 0.0)) > 0.0:
                 logits = _masked_logits(
-                    queries, k, k_strides, block * BLOCK_N, key_count, mask, mask_strides, rows, row_count,
+                    queries, k, k_strides, block * BLOCK_N, key_count, mask, mask_query, mask_key, rows, row_count,
                     logit_scale,
                     BLOCK_M, BLOCK_N, False, HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
                 )  # fmt: skip
-                scaled = _scale_and_shift(logits, maximum, remaining_scale / power)
+                scaled = scale_and_shift(logits, maximum, remaining_scale / power)
                 block_total, block_slope = _newton_sums((scaled,), tau, power, POWER)
                 total += block_total
                 slope += block_slope
-        tau = _newton_step(tau, total, slope, power, POWER)
+        tau = newton_step(tau, total, slope, power, POWER)
 
     largest_above = tl.max(block_maximum - tau[:, None], 0)
     sparse_total = tl.zeros((BLOCK_M,), tl.float32)
@@ -280,10 +305,11 @@ def guided_attention_long_kernel(
     for block in range(key_blocks):
         if tl.sum(tl.where(block_indices == block, largest_above, 0.0)) > 0.0:
             logits = _masked_logits(
-                queries, k, k_strides, block * BLOCK_N, key_count, mask, mask_strides, rows, row_count, logit_scale,
+                queries, k, k_strides, block * BLOCK_N, key_count, mask, mask_query, mask_key, rows, row_count,
+                logit_scale,
                 BLOCK_M, BLOCK_N, False, HEAD_DIM, DIM_TILES, ALIGNMENT, MASK, MASK_PER_QUERY, UPCAST, PRECISION,
             )  # fmt: skip
-            scaled = _scale_and_shift(logits, maximum, remaining_scale / power)
+            scaled = scale_and_shift(logits, maximum, remaining_scale / power)
             weights = _sparse_weights(scaled, tau, power, POWER, v.dtype.element_ty == tl.float32)
             sparse_total += tl.sum(weights, 1)
             values = _values(
@@ -293,19 +319,10 @@ def guided_attention_long_kernel(
 
     _finish(
         sparse, dense, sparse_total, dense_total, maximum * remaining_scale,
-        out, out_strides, base, base_strides, joint_lse, lse_strides, batch, head, first_query,
+        out, out_strides, base, base_strides, joint_lse, lse_batch, lse_head, lse_query, batch, head, first_query,
         rows, row_count, guidance_scale, norm_threshold, orthogonal_scale, strength,
         VALUE_DIM, VALUE_TILES, ALIGNMENT, RULE, RELATIVE, ORTHOGONAL, HAS_BASE, JOINT, FP32_RANGE, OUT_MAX,
     )  # fmt: skip
-
-
-@triton.jit
-def _program_position(query_count, heads, BLOCK_M: tl.constexpr):
-    """Return the first query, the head and the batch row of this program, in 64 bits, as they multiply strides."""
-    blocks = tl.cdiv(query_count, BLOCK_M)
-    program = tl.program_id(0)
-    plane = program // blocks
-    return (program % blocks).to(tl.int64) * BLOCK_M, (plane % heads).to(tl.int64), (plane // heads).to(tl.int64)
 
 
 @triton.jit
@@ -322,14 +339,16 @@ def _load(
     strides,
     IN_BOUNDS: tl.constexpr,
     DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    i: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """Load a tile ``[rows, WIDTH]`` of a matrix ``[row_count, DIM]``, zero outside of the matrix.
+    """Load tile i of the rows of a matrix ``[row_count, DIM]``, zero outside of the matrix.
 
     IN_BOUNDS: True if no row lies outside.
     """
+    FIRST: tl.constexpr = (TILES >> (16 * i + 12)) & 0xFFF
+    WIDTH: tl.constexpr = 1 << ((TILES >> (16 * i + 8)) & 0xF)
     dims = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + (rows[:, None] * (strides[2] * ALIGNMENT) + dims[None, :] * strides[3])
     if IN_BOUNDS and FIRST + WIDTH <= DIM:
@@ -360,10 +379,10 @@ def _queries(
     """Load the tiles of a block of queries, divided by a power of two if FP32_RANGE."""
     q = _start(q, q_strides, batch, head, first_query, ALIGNMENT)
     tiles = ()
-    for i in tl.static_range(len(TILES)):
-        tile = _load(q, rows, row_count, q_strides, False, HEAD_DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+    for i in tl.static_range(TILES & 0xFF):
+        tile = _load(q, rows, row_count, q_strides, False, HEAD_DIM, TILES, i, ALIGNMENT)
         if FP32_RANGE:
-            bounded = _clamp(tile.to(tl.float32), _MAX_QUERY)
+            bounded = clamp(tile.to(tl.float32), _MAX_QUERY)
             tile = (bounded * (1.0 / _QUERY_SCALE)).to(tile.dtype)
             if FEW_EXCHANGES:
                 # This changes nothing, but keeps the lines above at once per number. Otherwise the compiler moves them
@@ -395,8 +414,8 @@ def _values(
     v += first_key * (v_strides[2] * ALIGNMENT)
     keys = tl.arange(0, BLOCK_N)
     tiles = ()
-    for i in tl.static_range(len(TILES)):
-        tile = _load(v, keys, key_count - first_key, v_strides, IN_BOUNDS, DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+    for i in tl.static_range(TILES & 0xFF):
+        tile = _load(v, keys, key_count - first_key, v_strides, IN_BOUNDS, DIM, TILES, i, ALIGNMENT)
         tiles = tiles + (tile,)
     return tiles
 
@@ -404,14 +423,14 @@ def _values(
 @triton.jit
 def _zero_tiles(BLOCK_M: tl.constexpr, TILES: tl.constexpr):
     tiles = ()
-    for i in tl.static_range(len(TILES)):
-        tiles = tiles + (_zero_tile(BLOCK_M, TILES[i][1]),)
+    for i in tl.static_range(TILES & 0xFF):
+        tiles = tiles + (_zero_tile(BLOCK_M, TILES, i),)
     return tiles
 
 
 @triton.jit
-def _zero_tile(BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
-    # A function of its own, because Triton accepts the width from a tuple as a constant only as an argument.
+def _zero_tile(BLOCK_M: tl.constexpr, TILES: tl.constexpr, i: tl.constexpr):
+    WIDTH: tl.constexpr = 1 << ((TILES >> (16 * i + 8)) & 0xF)
     return tl.zeros((BLOCK_M, WIDTH), tl.float32)
 
 
@@ -431,7 +450,8 @@ def _masked_logits(
     first_key,
     key_count,
     mask,
-    mask_strides,
+    mask_query,
+    mask_key,
     rows,
     row_count,
     logit_scale,
@@ -456,65 +476,39 @@ def _masked_logits(
     columns = tl.arange(0, BLOCK_N)
     key_count -= first_key
     logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.static_range(len(DIM_TILES)):
-        keys = _load(k, columns, key_count, k_strides, IN_BOUNDS, HEAD_DIM, DIM_TILES[i][0], DIM_TILES[i][1], ALIGNMENT)
+    for i in tl.static_range(DIM_TILES & 0xFF):
+        keys = _load(k, columns, key_count, k_strides, IN_BOUNDS, HEAD_DIM, DIM_TILES, i, ALIGNMENT)
         logits = _dot(queries[i], tl.trans(keys), logits, UPCAST, PRECISION)
     if MASK != "none":
-        mask += first_key * mask_strides[3]
+        mask += first_key * mask_key
         if MASK_PER_QUERY:
-            pointers = mask + (rows[:, None] * mask_strides[2] + columns[None, :] * mask_strides[3])
+            pointers = mask + (rows[:, None] * mask_query + columns[None, :] * mask_key)
             mask_values = tl.load(pointers, mask=(rows[:, None] < row_count) & (columns[None, :] < key_count), other=0)
         else:
-            mask_values = tl.load(mask + columns * mask_strides[3], mask=columns < key_count, other=0)[None, :]
-        if MASK == "bool":
-            logits = tl.where(mask_values != 0, logits, float("-inf"))
-        else:
-            logits = _clamp(logits * logit_scale, _FP32_MAX) + mask_values.to(tl.float32)
-            logits = tl.where(logits > _FP32_MAX, _FP32_MAX, logits)
+            mask_values = tl.load(mask + columns * mask_key, mask=columns < key_count, other=0)[None, :]
+        logits = masked(logits, mask_values, logit_scale, MASK)
     if not IN_BOUNDS and MASK != "bool":
         logits = tl.where(columns[None, :] < key_count, logits, float("-inf"))
     return logits
 
 
 @triton.jit
-def _scale_and_shift(logits, maximum, scale):
-    """Compute ``(alpha - 1) (z - max z)``. The maximum is subtracted first, as the product would round large logits."""
-    return (logits - maximum[:, None]) * scale
-
-
-@triton.jit
-def _dense_weights(scaled, power, FP32_RANGE: tl.constexpr):
-    """Compute ``exp(z - max z)``, divided by a power of two if FP32_RANGE."""
-    if FP32_RANGE:
-        weights = tl.exp2(scaled * (power * _LOG2_E) - _DENSE_SCALE_BITS)
-    else:
-        weights = tl.exp2(scaled * (power * _LOG2_E))
-    return weights
-
-
-@triton.jit
-def _power(base, exponent):
-    """Compute ``base ** exponent`` for a base of at least 0 and an exponent above 0."""
-    return tl.where(base > 0.0, tl.exp2(exponent * tl.log2(tl.maximum(base, _TINY))), 0.0)
-
-
-@triton.jit
 def _sparse_weights(scaled, tau, power, POWER: tl.constexpr, FP32: tl.constexpr):
-    """Compute ``relu(scaled - tau) ** power``, half of it for fp32: the sum may lie a rounding error above 1."""
-    weights = _above(scaled, tau)
-    if POWER == 2:
-        weights = weights * weights
-    elif POWER == 0:
-        weights = _power(weights, power)
+    """Compute the sparse weights, half of them for fp32: the sum may lie a rounding error above 1."""
+    weights = sparse_weights(scaled, tau, power, POWER)
     if FP32:
         weights = weights * 0.5
     return weights
 
 
 @triton.jit
-def _above(scaled, tau):
-    """Compute ``relu(scaled - tau)``. It is at most 1, and cards subtract and clamp to [0, 1] in one instruction."""
-    return tl.clamp(scaled - tau[:, None], 0.0, 1.0)
+def _dense_weights(scaled, power, FP32_RANGE: tl.constexpr):
+    """Compute the dense weights before their division by their sum, divided by a power of two if FP32_RANGE."""
+    if FP32_RANGE:
+        weights = dense_weights(scaled, power, _DENSE_SCALE_BITS)
+    else:
+        weights = dense_weights(scaled, power, 0)
+    return weights
 
 
 @triton.jit
@@ -538,7 +532,7 @@ def _start_sums(one, other, BY_COLUMN: tl.constexpr):
     if BY_COLUMN:
         sums = (one, other)
     else:
-        sums = _row_sums(one, other)
+        sums = row_sums(one, other)
     return sums
 
 
@@ -547,9 +541,9 @@ def _add_to_sums(sums, one, other):
     """Add two more tiles, which are as wide as the tiles before or narrower."""
     if len(sums[0].shape) == 2:
         if sums[0].shape[1] != one.shape[1]:
-            sums = _row_sums(_split_columns(sums[0], one.shape[1]), _split_columns(sums[1], one.shape[1]))
+            sums = row_sums(_split_columns(sums[0], one.shape[1]), _split_columns(sums[1], one.shape[1]))
     else:
-        one, other = _row_sums(one, other)
+        one, other = row_sums(one, other)
     return sums[0] + one, sums[1] + other
 
 
@@ -563,69 +557,19 @@ def _split_columns(tile, WIDTH: tl.constexpr):
 def _finish_sums(sums):
     """Return both sums, one number per row."""
     if len(sums[0].shape) == 2:
-        sums = _row_sums(sums[0], sums[1])
+        sums = row_sums(sums[0], sums[1])
     return sums
-
-
-@triton.jit
-def _row_sums(one, other):
-    """Sum two tiles over their rows, in one exchange."""
-    if FEW_EXCHANGES:
-        both = tl.reduce((one, other), 1, _add_pairs)
-    else:
-        both = (tl.sum(one, 1), tl.sum(other, 1))
-    return both
-
-
-@triton.jit
-def _add_pairs(one, other, more, other_more):
-    """Reduce two sums at once."""
-    return one + more, other + other_more
 
 
 @triton.jit
 def _newton_sums(scaled, tau, power, POWER: tl.constexpr):
     """Sum ``relu(scaled - tau) ** power`` over the keys, and its slope divided by power."""
-    total, slope = _newton_terms(scaled[0], tau, power, POWER)
+    total, slope = newton_terms(scaled[0], tau, power, POWER)
     sums = _start_sums(total, slope, True)
     for i in tl.static_range(1, len(scaled)):
-        total, slope = _newton_terms(scaled[i], tau, power, POWER)
+        total, slope = newton_terms(scaled[i], tau, power, POWER)
         sums = _add_to_sums(sums, total, slope)
     return _finish_sums(sums)
-
-
-@triton.jit
-def _newton_terms(scaled, tau, power, POWER: tl.constexpr):
-    """Compute the terms of :func:`_newton_sums`."""
-    above = _above(scaled, tau)
-    if POWER == 2:
-        slopes = above
-    elif POWER == 1:
-        slopes = (above > 0.0).to(tl.float32)
-    else:
-        slopes = _power(above, power - 1.0)
-    return slopes * above, slopes
-
-
-@triton.jit
-def _newton_step(tau, total, slope, power, POWER: tl.constexpr):
-    """Do a Newton step towards the root tau of ``||relu(scaled - tau)||_power = 1``, from below except by rounding."""
-    if POWER == 2:
-        norm = tl.sqrt(total)
-        change = norm * (norm - 1.0)
-    elif POWER == 1:
-        change = total - 1.0
-    else:
-        change = total - _power(total, 1.0 - 1.0 / power)
-    # Below the root the slope is at least 1, except in a row that may read nothing.
-    return tau + change * _reciprocal(tl.maximum(slope, 1.0))
-
-
-@triton.jit
-def _reciprocal(x):
-    """Compute ``1 / x`` for x from _TINY to its reciprocal. An exact division takes twice as many instructions."""
-    root = tl.rsqrt(x)
-    return root * root
 
 
 @triton.jit
@@ -647,88 +591,33 @@ def _accumulate(tiles, weights, values, UPCAST: tl.constexpr, PRECISION: tl.cons
 
 
 @triton.jit
-def _clamp(tile, LARGEST: tl.constexpr):
-    """Clamp to ``-LARGEST`` and ``LARGEST``; NaN stays."""
-    return tl.clamp(tile, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _power_of_two_scale(tiles):
-    """Return a power of two for each row, below its largest number by a factor of at most 4, and its reciprocal."""
+def _largest(tiles):
+    """Return the largest magnitude in each row."""
     largest = tl.max(tl.abs(tiles[0]), 1)
     for i in tl.static_range(1, len(tiles)):
         largest = tl.maximum(largest, tl.max(tl.abs(tiles[i]), 1))
-    # Neither the scale nor its reciprocal is a denormal.
-    largest = tl.minimum(tl.maximum(largest, _TINY), _LARGEST_SCALE)
-    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    return exponent.to(tl.float32, bitcast=True), (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    return largest
 
 
 @triton.jit
-def cap(length, limit):
-    """Compute the length of the guidance vector after the cap: the same function as ``geometry.cap``, for lengths > 0.
-
-    A limit that is NaN, which an infinite cap times a norm of 0 gives, leaves the length as it is.
-    """
-    return tl.where(limit < length, limit, length)
+def _inner_products(sparse, dense):
+    """Compute <sparse, sparse> and <sparse, dense> of each row."""
+    square = tl.sum(sparse[0] * sparse[0], 1)
+    product = tl.sum(sparse[0] * dense[0], 1)
+    for i in tl.static_range(1, len(sparse)):
+        square += tl.sum(sparse[i] * sparse[i], 1)
+        product += tl.sum(sparse[i] * dense[i], 1)
+    return square, product
 
 
 @triton.jit
-def _guidance_factors(
-    sparse, dense, sparse_scale, dense_scale, guidance_scale, norm_threshold, orthogonal_scale, strength,
-    RULE: tl.constexpr, RELATIVE: tl.constexpr, ORTHOGONAL: tl.constexpr, FP32_RANGE: tl.constexpr,
-):  # fmt: skip
-    """Compute the factors a and b of each row with ``strength * (guided - D) = a * sparse + b * dense``.
-
-    The read-outs S and D are ``sparse_scale * sparse`` and ``dense_scale * dense``. The formulas are those of
-    ``geometry.guidance_factors``, with factors of S and D instead of S and S - D. They are linear in S and D except for
-    norms and inner products, so only these need a pass over the row.
-    """
-    if RULE == "pladis":
-        on_sparse = sparse_scale * (strength * guidance_scale)
-        on_dense = dense_scale * (-strength * guidance_scale)
-    else:
-        square = tl.zeros_like(sparse_scale)
-        product = tl.zeros_like(sparse_scale)
-        for i in tl.static_range(len(sparse)):
-            square += tl.sum(sparse[i] * sparse[i], 1)
-            product += tl.sum(sparse[i] * dense[i], 1)
-        # r_par, the part of S - D along S, is ``parallel * sparse``. The part of D along S is
-        # ``share * dense_scale * sparse``.
-        share = product * _reciprocal(tl.maximum(square, _TINY))
-        parallel = sparse_scale - share * dense_scale
-        length = tl.sqrt(square)
-        guidance_norm = tl.abs(parallel) * length
-        if ORTHOGONAL:
-            rest = tl.zeros_like(sparse_scale)
-            for i in tl.static_range(len(sparse)):
-                across = share[:, None] * sparse[i] - dense[i]
-                rest += tl.sum(across * across, 1)
-            across_norm = tl.abs(orthogonal_scale) * dense_scale * tl.sqrt(rest)
-            larger = tl.maximum(tl.maximum(guidance_norm, across_norm), _TINY)
-            guidance_norm /= larger
-            across_norm /= larger
-            guidance_norm = larger * tl.sqrt(guidance_norm * guidance_norm + across_norm * across_norm)
-        limit = tl.zeros_like(square) + norm_threshold
-        if RELATIVE:
-            limit *= sparse_scale * length
-        # Divide length and limit by ||g||, so that cap returns the factor that shortens g.
-        gain = cap(1.0, limit / tl.maximum(guidance_norm, _TINY)) * guidance_scale
-        on_sparse = strength * (sparse_scale + gain * parallel)
-        on_dense = -strength * dense_scale
-        if ORTHOGONAL:
-            across = gain * orthogonal_scale
-            on_sparse += strength * across * (share * dense_scale)
-            on_dense -= strength * across * dense_scale
-    # A row without a direction is not changed.
-    known = (on_sparse == on_sparse) & (on_dense == on_dense)
-    if FP32_RANGE:
-        on_sparse = _clamp(on_sparse, _LARGEST_SCALE)
-        on_dense = _clamp(on_dense, _LARGEST_SCALE)
-    else:
-        on_sparse = _clamp(on_sparse, _MAX_FACTOR)
-        on_dense = _clamp(on_dense, _MAX_FACTOR)
-    return tl.where(known, on_sparse, 0.0), tl.where(known, on_dense, 0.0)
+def _square_of_rest(sparse, dense, share):
+    """Compute the square of ``share * sparse - dense`` of each row."""
+    rest = tl.zeros_like(share)
+    for i in tl.static_range(len(sparse)):
+        across = share[:, None] * sparse[i] - dense[i]
+        rest += tl.sum(across * across, 1)
+    return rest
 
 
 @triton.jit
@@ -743,7 +632,9 @@ def _finish(
     base,
     base_strides,
     joint_lse,
-    lse_strides,
+    lse_batch,
+    lse_head,
+    lse_query,
     batch,
     head,
     first_query,
@@ -766,28 +657,34 @@ def _finish(
 ):
     """Compute the output from the weighted sums over the keys, and write it to memory."""
     # Read-outs are the sums times these numbers.
-    sparse_scale = _reciprocal(tl.maximum(sparse_total, _TINY))
-    dense_scale = _reciprocal(tl.maximum(dense_total, _TINY))
+    sparse_scale = reciprocal(tl.maximum(sparse_total, TINY))
+    dense_scale = reciprocal(tl.maximum(dense_total, TINY))
     if FP32_RANGE:
         # Their squares must neither over- nor underflow.
-        scale, inverse = _power_of_two_scale(sparse)
+        scale, inverse = power_of_two_scale(_largest(sparse))
         sparse = _multiply(sparse, inverse)
-        sparse_scale = _clamp(sparse_scale * scale, _FP32_MAX)
-        scale, inverse = _power_of_two_scale(dense)
+        sparse_scale = clamp(sparse_scale * scale, FP32_MAX)
+        scale, inverse = power_of_two_scale(_largest(dense))
         dense = _multiply(dense, inverse)
-        dense_scale = _clamp(dense_scale * scale, _FP32_MAX)
-    on_sparse, on_dense = _guidance_factors(
-        sparse, dense, sparse_scale, dense_scale, guidance_scale, norm_threshold, orthogonal_scale, strength,
+        dense_scale = clamp(dense_scale * scale, FP32_MAX)
+    square = tl.zeros_like(sparse_scale)
+    share = square
+    rest = square
+    if RULE == "gag":
+        square, product = _inner_products(sparse, dense)
+        share = share_of_sparse(square, product)
+        if ORTHOGONAL:
+            rest = _square_of_rest(sparse, dense, share)
+    on_sparse, on_dense = guidance_factors(
+        square, share, rest, sparse_scale, dense_scale, guidance_scale, norm_threshold, orthogonal_scale, strength,
         RULE, RELATIVE, ORTHOGONAL, FP32_RANGE,
     )  # fmt: skip
     if JOINT:
-        pointers = _start(joint_lse, lse_strides, batch, head, first_query, 1) + rows * lse_strides[2]
+        pointers = joint_lse + batch * lse_batch + head * lse_head + (first_query + rows) * lse_query
         joint = tl.load(pointers, mask=rows < row_count, other=0.0).to(tl.float32)
-        mass = dense_total * tl.exp2((_clamp(maximum, _FP32_MAX) - joint) * _LOG2_E)
         if FP32_RANGE:
-            mass *= tl.exp2(_DENSE_SCALE_BITS * 1.0)
-        # Where no text may be read the mass is 0, and the line above gives NaN.
-        mass = tl.where(dense_total > 0.0, tl.where(mass > 1.0, 1.0, mass), 0.0)
+            dense_total *= tl.exp2(_DENSE_SCALE_BITS * 1.0)
+        mass = text_mass(dense_total, maximum, joint)
         on_sparse *= mass
         on_dense *= mass
     out = _start(out, out_strides, batch, head, first_query, ALIGNMENT)
@@ -795,12 +692,12 @@ def _finish(
         base = _start(base, base_strides, batch, head, first_query, ALIGNMENT)
     else:
         on_dense += dense_scale
-    for i in tl.static_range(len(TILES)):
+    for i in tl.static_range(TILES & 0xFF):
         guided = sparse[i] * on_sparse[:, None] + dense[i] * on_dense[:, None]
         if HAS_BASE:
-            unguided = _load(base, rows, row_count, base_strides, False, DIM, TILES[i][0], TILES[i][1], ALIGNMENT)
+            unguided = _load(base, rows, row_count, base_strides, False, DIM, TILES, i, ALIGNMENT)
             guided += unguided.to(tl.float32)
-        guided = _clamp(guided, OUT_MAX).to(out.dtype.element_ty)
-        dims = TILES[i][0] + tl.arange(0, TILES[i][1])
+        guided = clamp(guided, OUT_MAX).to(out.dtype.element_ty)
+        dims = ((TILES >> (16 * i + 12)) & 0xFFF) + tl.arange(0, 1 << ((TILES >> (16 * i + 8)) & 0xF))
         pointers = out + rows[:, None] * (out_strides[2] * ALIGNMENT) + dims[None, :] * out_strides[3]
         tl.store(pointers, guided, mask=(rows[:, None] < row_count) & (dims[None, :] < DIM))

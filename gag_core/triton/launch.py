@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Launches of the Triton kernels: checks that they can run, tile sizes, and the plain torch path where they fail."""
+"""Launches of the fused kernel: tile sizes, and the plain torch path where the kernel fails."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 import math
 import re
@@ -23,36 +22,15 @@ from ..entmax import newton_steps
 
 log = logging.getLogger("comfyui-gag")
 
-_MAX_HEAD_DIM = 256
+# Largest head dimension: queries and keys of so many numbers fit on chip.
+MAX_HEAD_DIM = 256
 _SMALLEST_TILE = 16
-_RULES = ("gag", "pladis")
-# Below this alpha a large power magnifies rounding in fp32 until it shows; see entmax.py.
-_LEAST_ALPHA = 1.05
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 _FP32 = torch.finfo(torch.float32)
 
-# Older cards have no matrix units that Triton can use.
-_OLDEST_NVIDIA = (8, 0)
-
-# Calls that failed once are not tried again: device, dtype, head dimensions, True for many keys, form of the power.
-_CallKey = tuple[torch.device, torch.dtype, int, int, bool, int]
+# Calls that failed once are not tried again: path, device, dtype, head dimensions, True for many keys, form of power.
+_CallKey = tuple[str, torch.device, torch.dtype, int, int, bool, int]
 _failed: set[_CallKey] = set()
 _warned: set[torch.device] = set()
-
-
-def _has_triton() -> bool:
-    """Return True if Triton can be imported.
-
-    A module without a spec in sys.modules, such as a stub for a missing package, makes find_spec raise a ValueError.
-    """
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ValueError:
-        return False
-
-
-_HAS_TRITON = _has_triton()
 
 
 class _Tiling(NamedTuple):
@@ -83,19 +61,6 @@ _WIDE_VALUES_TILING = _Tiling(16, 4, block_n=64, block_d=64)
 _FP32_TILING = _Tiling(16, 4, block_n=32, block_d=64)
 
 
-def can_run(q: Tensor, v: Tensor, config: GuidanceConfig) -> bool:
-    """Return True if the kernels support this call on this device, and have not failed at such a call before."""
-    return (
-        _runs_on(q.device)
-        and q.dtype in _DTYPES
-        and config.rule in _RULES
-        and config.alpha >= _LEAST_ALPHA
-        and _call_key(q, v, config) not in _failed
-        and not config.merge_heads
-        and max(q.shape[3], v.shape[3]) <= _MAX_HEAD_DIM
-    )
-
-
 def guide(
     out: Tensor,
     q: Tensor,
@@ -114,24 +79,43 @@ def guide(
     """
     if torch.compiler.is_compiling():
         _operator(out, q, k, v, base, mask, joint_lse, scale, *dataclasses.astuple(config))
-        return
+    elif not attempt("fused", _launch, out, q, k, v, config, base, mask, scale, joint_lse):
+        eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+
+
+def attempt(
+    path: str,
+    launch: Callable[..., None],
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    *rest: Tensor | float | None,
+) -> bool:
+    """Launch kernels, and return True if that worked. Such a call is not tried again after it failed."""
+    key = _call_key(path, q, v, config)
+    if key in _failed:
+        return False
     try:
-        _launch(out, q, k, v, config, base, mask, scale, joint_lse)
+        launch(out, q, k, v, config, *rest)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers, drivers and cards can raise anything
-        _failed.add(_call_key(q, v, config))
+        _failed.add(key)
         if q.device not in _warned:
             _warned.add(q.device)
             text = plain(error, 2000).replace("\\n", " ")  # compilers write many lines
             reason = plain(" ".join(f"{type(error).__name__}: {text}".split()), 300)
             log.warning(
-                "GAG's fused kernel does not work on %s, so the plain PyTorch path is used from now on: the same "
-                "picture, slower. Reason: %s",
+                "GAG's %s kernel does not work on %s, so the plain PyTorch path is used from now on: the same "
+                "picture, slower (GAG_KERNELS=eager in the environment chooses that path from the start). Reason: %s",
+                path,
                 q.device,
                 reason,
             )
-        eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+        return False
+    return True
 
 
 _SCHEMA = (
@@ -141,30 +125,33 @@ _SCHEMA = (
 )
 
 
-def _guide_by_fields(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    base: Tensor | None,
-    mask: Tensor | None,
-    joint_lse: Tensor | None,
-    scale: float,
-    *fields: Any,
-) -> None:
-    guide(out, q, k, v, GuidanceConfig(*fields), base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+def register_operator(guide: Callable[..., None]) -> Callable[..., None]:
+    """Register a function with the arguments of :func:`guide` as an operator of torch.
 
+    A compiled graph calls an operator without tracing into it. Its arguments are those of ``_SCHEMA``.
+    """
 
-def _register_operator() -> Callable[..., None]:
-    """Register :func:`guide` as an operator of torch, which a compiled graph calls without tracing into it."""
+    def by_fields(
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        base: Tensor | None,
+        mask: Tensor | None,
+        joint_lse: Tensor | None,
+        scale: float,
+        *fields: Any,
+    ) -> None:
+        guide(out, q, k, v, GuidanceConfig(*fields), base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+
     # More than one copy of this package may be loaded, and each registers an operator of its own.
-    name = re.sub(r"\W", "_", __name__) + f"_{id(guide):x}::guide"
-    operator = torch.library.custom_op(name, _guide_by_fields, mutates_args=("out",), schema=_SCHEMA)
+    name = re.sub(r"\W", "_", guide.__module__) + f"_{id(guide):x}::guide"
+    operator = torch.library.custom_op(name, by_fields, mutates_args=("out",), schema=_SCHEMA)
     operator.register_fake(lambda *args: None)
     return operator
 
 
-_operator = _register_operator()
+_operator = register_operator(guide)
 
 
 def tiles(length: int, largest: int) -> tuple[tuple[int, int], ...]:
@@ -186,10 +173,21 @@ def tiles(length: int, largest: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _runs_on(device: torch.device) -> bool:
-    if device.type == "cuda" and torch.version.hip is None:
-        return _HAS_TRITON and torch.cuda.get_device_capability(device) >= _OLDEST_NVIDIA
-    return _HAS_TRITON and device.type in ("cuda", "xpu")
+def rounded(keys: int, block_n: int) -> int:
+    """Round a number of keys up, so that prompts of other lengths share programs: there are 8 for up to 256 keys.
+
+    One, two and more prompts of 77 tokens stay as short as 16 tokens allow, 32 and 64. ``block_n`` is the widest tile.
+    Only the last tile of the result reaches beyond the keys.
+    """
+    step = 16 if 64 < keys <= 80 else 32 if keys <= 160 else 64
+    step = min(step, block_n)
+    return -(-keys // step) * step
+
+
+def packed(some_tiles: tuple[tuple[int, int], ...]) -> int:
+    """Pack a list of tiles into one integer, as ``kernels.py`` reads it."""
+    codes = (first << 4 | width.bit_length() - 1 for first, width in some_tiles)
+    return len(some_tiles) | sum(code << (16 * i + 8) for i, code in enumerate(codes))
 
 
 def _power(alpha: float) -> tuple[float, int]:
@@ -198,9 +196,9 @@ def _power(alpha: float) -> tuple[float, int]:
     return power, int(power) if power in (1.0, 2.0) else 0
 
 
-def _call_key(q: Tensor, v: Tensor, config: GuidanceConfig) -> _CallKey:
+def _call_key(path: str, q: Tensor, v: Tensor, config: GuidanceConfig) -> _CallKey:
     many_keys = v.shape[2] > _MAX_KEYS_ON_CHIP[q.dtype]
-    return q.device, q.dtype, q.shape[3], v.shape[3], many_keys, _power(config.alpha)[1]
+    return path, q.device, q.dtype, q.shape[3], v.shape[3], many_keys, _power(config.alpha)[1]
 
 
 def _launch(
@@ -229,14 +227,19 @@ def _launch(
         q.shape,
         v.shape,
         q.dtype,
-        q.device.type,
-        tuple(tensor.stride() for tensor in tensors),
+        precision_of(q.device),
+        (*(tensor.stride() for tensor in tensors[:6]), tensors[6].stride()[:3]),
         missing,
         mask is not None and mask.dtype == torch.uint8,
         (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
     )
     numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
-    pointers_and_strides = [part for pair in zip(tensors, plan.strides, strict=True) for part in pair]
+    pointers_and_strides: list[Any] = [
+        part for pair in zip(tensors[:5], plan.strides[:5], strict=True) for part in pair
+    ]
+    # Strides of the others are arguments of their own; see formulas.VARYING.
+    for tensor, strides in zip(tensors[5:], plan.strides[5:], strict=True):
+        pointers_and_strides += [tensor, *strides]
     with _current_device(q.device):
         plan.kernel[plan.grid](
             *pointers_and_strides,
@@ -267,7 +270,7 @@ def _plan(
     shape: tuple[int, ...],
     value_shape: tuple[int, ...],
     dtype: torch.dtype,
-    device: str,
+    precision: str,
     strides: tuple[tuple[int, ...], ...],
     missing: tuple[bool, bool, bool],
     mask_is_bool: bool,
@@ -279,7 +282,7 @@ def _plan(
     that is not given. ``variant`` has the settings that select the program: rule, alpha, norm_mode, and True if
     orthogonal_scale is not 0.
     """
-    from . import kernels
+    from . import formulas, kernels
 
     batch, heads, queries, dim = shape
     keys, value_dim = value_shape[2:]
@@ -302,15 +305,16 @@ def _plan(
         "JOINT": not no_lse,
         "ALIGNMENT": alignment,
         "FP32_RANGE": fp32_range,
-        "UPCAST": kernels.INTERPRETED and dtype == torch.bfloat16,
-        "PRECISION": "tf32x3" if device == "cuda" and torch.version.hip is None else "ieee",
+        "UPCAST": formulas.INTERPRETED and dtype == torch.bfloat16,
+        "PRECISION": precision,
         "OUT_MAX": torch.finfo(dtype).max,
     }
     if keys <= _MAX_KEYS_ON_CHIP[dtype]:
         kernel = kernels.guided_attention_kernel
-        tiling = _tiling(keys, value_dim, dtype)
+        tiling = _tiling(rounded(keys, _TILING.block_n), value_dim, dtype)
+        key_tiles = tiles(rounded(keys, tiling.block_n), tiling.block_n)
         warps_share_queries = tiling.block_m < 16 * tiling.num_warps
-        settings |= {"KEY_TILES": tiles(keys, tiling.block_n), "WARPS_SHARE_QUERIES": warps_share_queries}
+        settings |= {"KEY_TILES": packed(key_tiles), "WARPS_SHARE_QUERIES": warps_share_queries}
     else:
         kernel = kernels.guided_attention_long_kernel
         block_n = _FP32_TILING.block_n if dtype == torch.float32 else _TILING.block_n
@@ -318,8 +322,8 @@ def _plan(
         tiling = _tiling(block_n + max_key_blocks, value_dim, dtype)
         settings |= {"BLOCK_N": block_n, "MAX_KEY_BLOCKS": max_key_blocks}
     settings |= {
-        "DIM_TILES": tiles(dim, tiling.block_d),
-        "VALUE_TILES": tiles(value_dim, tiling.block_d),
+        "DIM_TILES": packed(tiles(dim, tiling.block_d)),
+        "VALUE_TILES": packed(tiles(value_dim, tiling.block_d)),
         "BLOCK_M": tiling.block_m,
         "num_warps": tiling.num_warps,
         "num_stages": 1 if dtype == torch.float32 else 2,
@@ -330,6 +334,14 @@ def _plan(
     return _Plan(kernel, grid, (*aligned, *strides[5:]), query_scale, power, settings)
 
 
+def numbers_of_query(keys: int, value_dim: int, dtype: torch.dtype) -> int:
+    """Return how many fp32 numbers a program holds for each query: its logits and both read-outs."""
+    if keys > _MAX_KEYS_ON_CHIP[dtype]:
+        block_n = _FP32_TILING.block_n if dtype == torch.float32 else _TILING.block_n
+        keys = block_n + (1 << (-(-keys // block_n) - 1).bit_length())
+    return keys + 2 * value_dim
+
+
 def _tiling(logits: int, value_dim: int, dtype: torch.dtype) -> _Tiling:
     """Choose the tiling of a program that holds ``logits`` logits for each query beside both read-outs."""
     numbers = logits + 2 * value_dim
@@ -338,6 +350,11 @@ def _tiling(logits: int, value_dim: int, dtype: torch.dtype) -> _Tiling:
     if numbers > 480 and value_dim > 128:
         return _WIDE_VALUES_TILING
     return next(tiling for most, tiling in _TILINGS if numbers <= most)
+
+
+def precision_of(device: torch.device) -> str:
+    """Return the precision of products in fp32, as ``tl.dot`` names it: NVIDIA's matrix units take three of tf32."""
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
 def _alignment(dtype: torch.dtype, strides: tuple[tuple[int, ...], ...]) -> int:

@@ -31,7 +31,7 @@ from gag_core import (
     guided_joint_attention,
     sparse_dense_attention,
 )
-from gag_core.triton import launch
+from gag_core.triton import choice
 from properties import ALPHAS, FUZZ_LAYOUTS, PROPERTY, SEEDS, Call, calls, examples
 from tolerances import ARITHMETIC, DTYPES, assert_close
 
@@ -867,11 +867,10 @@ def test_more_queries_need_their_output_only() -> None:
 # --- who computes it, and who cannot ------------------------------------------------------------------------------
 
 
-def test_the_kernels_do_not_run_rule_anderson(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_runs_on", lambda device: True)
-    q, _, v = cases.qkv(SMALL)
-    assert launch.can_run(q, v, dataclasses.replace(SOLVED, rule="gag"))
-    assert not launch.can_run(q, v, SOLVED)
+@pytest.mark.parametrize("path", ["fused", "row"])
+def test_the_kernels_do_not_run_rule_anderson(path: choice.Path) -> None:
+    assert choice.supports(path, torch.float16, 64, 64, dataclasses.replace(SOLVED, rule="gag"))
+    assert not choice.supports(path, torch.float16, 64, 64, SOLVED)
 
 
 def test_combine_refuses_rule_anderson() -> None:

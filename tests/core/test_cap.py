@@ -109,9 +109,9 @@ def test_a_soft_cap_in_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -
     """The kernels have the same function once more; replaced in it and in the reference, both agree."""
     import triton.language as tl
 
-    from gag_core.triton import kernels, launch
+    from gag_core.triton import formulas, launch
 
-    if not kernels.INTERPRETED:
+    if not formulas.INTERPRETED:
         pytest.skip("the interpreter is off")
 
     def soft_tile(length: Any, limit: Any) -> Any:
@@ -119,7 +119,7 @@ def test_a_soft_cap_in_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -
         return length / tl.sqrt(1.0 + ratio * ratio)
 
     monkeypatch.setattr(reference, "cap", soft_cap)
-    monkeypatch.setattr(kernels, "cap", soft_tile)
+    monkeypatch.setattr(formulas, "cap", soft_tile)
     q, k, v = cases.qkv(Shape(1, 2, 5, 20, 16))
     out = torch.empty_like(q)
     config = dataclasses.replace(CONFIGS[name], guidance_scale=2.0)

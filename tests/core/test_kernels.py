@@ -25,13 +25,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cases
+import kernel_calls
 import reference
 from cases import LAYOUTS, MASKS, Shape, shape_id
 from gag_core import GuidanceConfig, eager, guided_attention, guided_joint_attention
 from gag_core.attention import use_implementation
-from gag_core.triton import launch
+from gag_core.triton import choice, launch
+from kernel_calls import CONFIGS, DEVICE, DTYPES, LONG, SHAPES, SMALL
 from properties import SEEDS, examples
-from tolerances import SMALLEST_STEP
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton is published for Linux"),
@@ -39,91 +40,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-DEVICE = torch.device(os.environ.get("GAG_TEST_DEVICE", "cpu"))
 # Tests of the interpreter itself, and the test that starts the run on a card, are skipped on a card.
 interpreted_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="only for the interpreter")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Keys: one, one, two and three prompts, and long texts, which take several passes. Each needs other tiles.
-SHAPES = [
-    Shape(1, 1, 3, 1, 32),
-    Shape(2, 2, 20, 77, 40),
-    Shape(1, 2, 70, 77, 64),
-    Shape(1, 1, 18, 154, 80),
-    Shape(1, 1, 17, 231, 96),
-    Shape(1, 1, 9, 77, 160),
-    Shape(1, 1, 5, 512, 128),
-    Shape(1, 1, 20, 700, 48),
-    Shape(1, 1, 4, 33, 256),
-]
-SMALL = Shape(2, 2, 14, 77, 32)
-LONG = Shape(1, 1, 14, 530, 32)
-CONFIGS = {
-    "paper": GuidanceConfig(),
-    "gentle": GuidanceConfig(guidance_scale=2.0, norm_mode="relative", norm_threshold=0.1),
-    "orthogonal": GuidanceConfig(orthogonal_scale=0.5, norm_threshold=2.0),
-    "no-cap": GuidanceConfig(norm_threshold=math.inf, norm_mode="relative", guidance_scale=-1.0),
-    "pladis": GuidanceConfig(rule="pladis", guidance_scale=2.0),
-    "sparsemax-half": GuidanceConfig(alpha=2.0, strength=0.5, guidance_scale=3.0),
-    "alpha-1.25": GuidanceConfig(alpha=1.25, norm_threshold=1.0),
-    "alpha-1.9": GuidanceConfig(alpha=1.9, guidance_scale=2.0, norm_mode="relative", norm_threshold=0.1),
-}
-# Goals of the kernels: fp32 close to fp64 relative to the output's norm, half precision close to torch's attention.
-FP32_ERROR = 2e-5
-# The interpreter truncates bf16 where cards round.
-HALF_ERROR = {torch.float16: 4.0, torch.bfloat16: 8.0 if DEVICE.type == "cpu" else 4.0}
-
 
 def by_kernel(q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, **options: Any) -> Tensor:
-    out = torch.full((*q.shape[:3], v.shape[3]), math.nan, dtype=q.dtype)
-    return launched(out, q, k, v, config, **options)
+    return kernel_calls.by_kernel("fused", q, k, v, config, **options)
 
 
-def launched(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: GuidanceConfig,
-    base: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    joint_lse: Tensor | None = None,
-) -> Tensor:
-    """Let the kernel write to ``out``, and return the result."""
-    mask = mask if mask is None else mask[(None,) * (4 - mask.ndim)]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    out, q, k, v = (tensor.to(DEVICE) for tensor in (out, q, k, v))
-    base, mask, joint_lse = (one if one is None else one.to(DEVICE) for one in (base, mask, joint_lse))
-    launch._launch(out, q, k, v, config, base, mask, scale, joint_lse)
-    return out.cpu()
+def launched(out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, **options: Any) -> Tensor:
+    return kernel_calls.launched("fused", out, q, k, v, config, **options)
 
 
-def assert_matches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: GuidanceConfig,
-    *,
-    base: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-) -> None:
-    result = by_kernel(q, k, v, config, base=base, mask=mask, scale=scale)
-    expected = reference.guided_attention(q, k, v, config, base=base, mask=mask, scale=scale)
-    assert torch.isfinite(result).all()
-    size = expected.norm()
-    error = (result.double() - expected).norm()
-    if q.dtype == torch.float32:
-        assert error <= FP32_ERROR * size
-        return
-    wide = [tensor.double() for tensor in (q, k, v)]
-    additive = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
-    own = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=additive, scale=scale)
-    exact = reference.sparse_dense_attention(*wide, alpha=1.0, mask=mask, scale=scale)[1]
-    readable = torch.isfinite(own).all(dim=-1, keepdim=True)
-    own_error = torch.where(readable, own.double() - exact, 0.0).norm() / exact.norm()
-    assert error <= (HALF_ERROR[q.dtype] * own_error + SMALLEST_STEP[q.dtype]) * size
+def assert_matches(q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, **options: Any) -> None:
+    kernel_calls.assert_matches("fused", q, k, v, config, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -163,19 +93,20 @@ def test_reductions_as_a_card_does_them(dtype: torch.dtype, monkeypatch: pytest.
     """Custom reductions are used on cards. The interpreter calls them for each number, so only this test uses them."""
     from triton.language import constexpr
 
-    from gag_core.triton import kernels
+    from gag_core.triton import formulas, kernels
 
     tensors = cases.qkv(Shape(1, 1, 3, 20, 16), dtype=dtype, std=1.0)
     expected = by_kernel(*tensors, CONFIGS["gentle"])
     called = set()
-    for function in (kernels._add_pairs, kernels._keep):
+    for function in (formulas._add_pairs, kernels._keep):
 
         def recorded(*args: object, original: Any = function.fn) -> Any:
             called.add(original.__name__)
             return original(*args)
 
         monkeypatch.setattr(function, "fn", recorded)
-    monkeypatch.setattr(kernels, "FEW_EXCHANGES", constexpr(True))
+    for module in (formulas, kernels):
+        monkeypatch.setattr(module, "FEW_EXCHANGES", constexpr(True))
     torch.testing.assert_close(by_kernel(*tensors, CONFIGS["gentle"]), expected, rtol=1e-5, atol=1e-5)
     assert called == {"_add_pairs"}  # an axis of one number, as of _keep, needs no function to be called
 
@@ -312,7 +243,7 @@ def guide_as_on_a_card(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, **options: Tensor | float | None
 ) -> None:
     """Pick the implementation for CPU tensors as ``default_guide`` does for tensors on a card."""
-    guide = launch.guide if launch.can_run(q, v, config) else eager.guide
+    guide = launch.guide if choice.supports("fused", q.dtype, q.shape[3], v.shape[3], config) else eager.guide
     guide(out, q, k, v, config, **options)  # type: ignore[arg-type]
 
 
@@ -322,7 +253,6 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # In a run on a card (GAG_TEST_DEVICE) the interpreter is off, and only the interpreter takes CPU tensors.
     if DEVICE.type != "cpu":
         pytest.skip("the interpreter is off")
-    monkeypatch.setattr(launch, "_runs_on", lambda device: True)
     monkeypatch.setattr(launch, "_failed", set())
     monkeypatch.setattr(launch, "_warned", set())
     with use_implementation(guide_as_on_a_card):
@@ -361,11 +291,6 @@ def test_unsupported_settings_are_computed_without_the_kernels(
     )
 
 
-def test_a_cpu_is_not_given_the_kernels() -> None:
-    q, _, v = cases.qkv(SMALL)
-    assert not launch.can_run(q, v, CONFIGS["paper"])
-
-
 @pytest.mark.usefixtures("on_the_cpu")
 def test_a_kernel_that_fails_is_logged_once_and_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -398,7 +323,7 @@ def test_running_out_of_memory_does_not_count_as_a_broken_kernel(monkeypatch: py
     monkeypatch.setattr(launch, "_launch", full)
     with pytest.raises(torch.OutOfMemoryError):
         guided_attention(q, k, v, CONFIGS["paper"])
-    assert launch.can_run(q, v, CONFIGS["paper"])
+    assert not launch._failed
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -444,10 +369,22 @@ def test_tiles(length: int, largest: int, widths: list[int]) -> None:
     assert [first for first, _ in found] == [sum(widths[:i]) for i in range(len(widths))]
 
 
+@pytest.mark.parametrize("block_n", [32, 64])
+def test_only_the_last_tile_reaches_beyond_the_keys(block_n: int) -> None:
+    programs = set()
+    for keys in range(1, 513):
+        length = launch.rounded(keys, block_n)
+        found = launch.tiles(length, block_n)
+        assert sum(width for _, width in found) == length >= keys > found[-1][0]
+        programs.add(length) if keys <= 256 else None
+    assert len(programs) <= 8 if block_n == 64 else 11
+
+
 # Skipped where there is no such card. The interpreter runs the same tests there.
 @interpreted_only
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or not launch._runs_on(torch.device("cuda")), reason="no card that the kernels run on"
+    not torch.cuda.is_available() or choice.cannot_run("fused", torch.device("cuda")) is not None,
+    reason="no card that the kernels run on",
 )
 def test_the_same_tests_on_the_card_of_this_machine() -> None:
     environment = {**os.environ, "GAG_TEST_DEVICE": "cuda"}
