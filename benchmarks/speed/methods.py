@@ -22,7 +22,7 @@ from torch import Tensor
 import gag_core
 from gag_core import eager, geometry
 from gag_core.attention import use_implementation
-from gag_core.triton import launch
+from gag_core.triton import guard, launch
 
 CONFIG = gag_core.GuidanceConfig()
 
@@ -197,9 +197,9 @@ def available(
     return methods, notes
 
 
-def still_works(method: Method, q: Tensor, v: Tensor) -> bool:
+def still_works(method: Method) -> bool:
     """True if the method's own implementation ran: where a kernel fails, the plain path takes over."""
-    return method is not FUSED or launch.can_run(q, v, CONFIG)
+    return method is not FUSED or not guard.is_any_off("fused")
 
 
 class Exact(NamedTuple):

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Launches of the Triton kernels: checks that they can run, tile sizes, and the plain torch path where they fail."""
+"""Launches of the Triton kernels: checks that they can run, tile sizes, and the plain torch path where they cannot."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,10 +16,8 @@ from torch import Tensor
 
 from .. import eager
 from ..config import GuidanceConfig
-from ..echo import plain
 from ..entmax import newton_steps
-
-log = logging.getLogger("comfyui-gag")
+from . import compiled, guard, installation
 
 _MAX_HEAD_DIM = 256
 _SMALLEST_TILE = 16
@@ -30,29 +26,10 @@ _RULES = ("gag", "pladis")
 _LEAST_ALPHA = 1.05
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_FP32 = torch.finfo(torch.float32)
+_FP32_TINY, _FP32_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 # Older cards have no matrix units that Triton can use.
 _OLDEST_NVIDIA = (8, 0)
-
-# Calls that failed once are not tried again: device, dtype, head dimensions, True for many keys, form of the power.
-_CallKey = tuple[torch.device, torch.dtype, int, int, bool, int]
-_failed: set[_CallKey] = set()
-_warned: set[torch.device] = set()
-
-
-def _has_triton() -> bool:
-    """Return True if Triton can be imported.
-
-    A module without a spec in sys.modules, such as a stub for a missing package, makes find_spec raise a ValueError.
-    """
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ValueError:
-        return False
-
-
-_HAS_TRITON = _has_triton()
 
 
 class _Tiling(NamedTuple):
@@ -84,13 +61,12 @@ _FP32_TILING = _Tiling(16, 4, block_n=32, block_d=64)
 
 
 def can_run(q: Tensor, v: Tensor, config: GuidanceConfig) -> bool:
-    """Return True if the kernels support this call on this device, and have not failed at such a call before."""
+    """Return True if the kernels support such a call on this device."""
     return (
         _runs_on(q.device)
         and q.dtype in _DTYPES
         and config.rule in _RULES
         and config.alpha >= _LEAST_ALPHA
-        and _call_key(q, v, config) not in _failed
         and not config.merge_heads
         and max(q.shape[3], v.shape[3]) <= _MAX_HEAD_DIM
     )
@@ -108,29 +84,17 @@ def guide(
     scale: float,
     joint_lse: Tensor | None = None,
 ) -> None:
-    """Do the work of :func:`gag_core.eager.guide` by a kernel.
+    """Do the work of :func:`gag_core.eager.guide` by a kernel, or by that function where the kernel cannot be trusted.
 
-    If the kernel fails, this calls :func:`gag_core.eager.guide` instead, and logs the reason once per device.
+    Before the first call of each program :mod:`gag_core.triton.guard` checks its numbers.
     """
     if torch.compiler.is_compiling():
         _operator(out, q, k, v, base, mask, joint_lse, scale, *dataclasses.astuple(config))
         return
-    try:
-        _launch(out, q, k, v, config, base, mask, scale, joint_lse)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers, drivers and cards can raise anything
-        _failed.add(_call_key(q, v, config))
-        if q.device not in _warned:
-            _warned.add(q.device)
-            text = plain(error, 2000).replace("\\n", " ")  # compilers write many lines
-            reason = plain(" ".join(f"{type(error).__name__}: {text}".split()), 300)
-            log.warning(
-                "GAG's fused kernel does not work on %s, so the plain PyTorch path is used from now on: the same "
-                "picture, slower. Reason: %s",
-                q.device,
-                reason,
-            )
+    if not q.shape[2]:
+        return
+    ready = _prepare(out, q, k, v, config, base, mask, scale, joint_lse)
+    if not guard.attempt(ready.program.checked, ready.start, _launch, out, q, k, v, config, base, mask, joint_lse):
         eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
 
 
@@ -186,21 +150,17 @@ def tiles(length: int, largest: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+@lru_cache
 def _runs_on(device: torch.device) -> bool:
     if device.type == "cuda" and torch.version.hip is None:
-        return _HAS_TRITON and torch.cuda.get_device_capability(device) >= _OLDEST_NVIDIA
-    return _HAS_TRITON and device.type in ("cuda", "xpu")
+        return torch.cuda.get_device_capability(device) >= _OLDEST_NVIDIA and installation.is_usable()
+    return device.type in ("cuda", "xpu") and installation.is_usable()
 
 
 def _power(alpha: float) -> tuple[float, int]:
     """Return ``1 / (alpha - 1)``, and the form of it that kernels are built for: 2, 1, or 0 for any other power."""
     power = 1.0 / (alpha - 1.0)
     return power, int(power) if power in (1.0, 2.0) else 0
-
-
-def _call_key(q: Tensor, v: Tensor, config: GuidanceConfig) -> _CallKey:
-    many_keys = v.shape[2] > _MAX_KEYS_ON_CHIP[q.dtype]
-    return q.device, q.dtype, q.shape[3], v.shape[3], many_keys, _power(config.alpha)[1]
 
 
 def _launch(
@@ -214,45 +174,26 @@ def _launch(
     scale: float,
     joint_lse: Tensor | None,
 ) -> None:
-    batch, heads, queries, _ = q.shape
-    if queries == 0:
-        return
-    if scale < 0.0:
-        q, scale = -q, -scale
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, k.shape[2])
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    # A kernel is given q in the place of a tensor that is missing, and does not read it.
-    missing = base is None, mask is None, joint_lse is None
-    tensors = (q, k, v, out, *(q if tensor is None else tensor for tensor in (base, mask, joint_lse)))
-    plan = _plan(
-        q.shape,
-        v.shape,
-        q.dtype,
-        q.device.type,
-        tuple(tensor.stride() for tensor in tensors),
-        missing,
-        mask is not None and mask.dtype == torch.uint8,
-        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
-    )
-    numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
-    pointers_and_strides = [part for pair in zip(tensors, plan.strides, strict=True) for part in pair]
-    with _current_device(q.device):
-        plan.kernel[plan.grid](
-            *pointers_and_strides,
-            heads,
-            queries,
-            k.shape[2],
-            # Above 0, so that masked logits stay -inf, and finite, so that the largest logit stays 0.
-            min(max(scale * plan.query_scale, _FP32.tiny), _FP32.max),
-            plan.power,
-            *map(_to_fp32, numbers),
-            **plan.settings,
-        )
+    """Do the work of :func:`gag_core.eager.guide` by the kernel, checked or not."""
+    if q.shape[2]:
+        _prepare(out, q, k, v, config, base, mask, scale, joint_lse).start()
+
+
+class _Program:
+    """A program of a plan: what the guard knows of it, and the compiled kernel from its first start on."""
+
+    __slots__ = ("checked", "kept")
+
+    def __init__(self, checked: guard.Program) -> None:
+        self.checked = checked
+        self.kept: compiled.Kept | None = None
 
 
 class _Plan(NamedTuple):
-    """The parts of a launch that depend on shapes, strides and the program alone."""
+    """The parts of a launch that depend on shapes, strides and the program alone.
+
+    ``programs`` are the programs by the kinds of the pointers, see :func:`compiled.pointer_kinds`.
+    """
 
     kernel: Any
     grid: tuple[int]
@@ -260,6 +201,107 @@ class _Plan(NamedTuple):
     query_scale: float
     power: float
     settings: dict[str, Any]
+    programs: dict[Hashable, _Program]
+
+
+class _Ready(NamedTuple):
+    """A launch that is ready to start."""
+
+    plan: _Plan
+    program: _Program
+    arguments: list[Any]
+    device: torch.device
+
+    def start(self) -> None:
+        with _current_device(self.device):
+            kept = self.program.kept
+            if kept is None:
+                plan = self.plan
+                self.program.kept = compiled.start(plan.kernel, plan.grid, plan.settings, self.arguments)
+            else:
+                kept.run(*self.arguments, *kept.constants)
+
+
+def _prepare(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    base: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    joint_lse: Tensor | None,
+) -> _Ready:
+    """Make a call of :func:`gag_core.eager.guide`, with at least one query, ready to start."""
+    shape, value_shape = q.shape, v.shape
+    if scale < 0.0:
+        q, scale = -q, -scale
+    # A kernel is given q in the place of a tensor that is missing, and does not read it.
+    missing = base is None, mask is None, joint_lse is None
+    tensors = [q, k, v, out]
+    q_strides = base_strides = mask_strides = lse_strides = q.stride()
+    if base is None:
+        base = q
+    else:
+        base_strides = base.stride()
+        tensors.append(base)
+    if mask is None:
+        mask = q
+    else:
+        mask_strides = _expanded_strides(mask.stride(), mask.shape, shape, value_shape[2])
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        tensors.append(mask)
+    if joint_lse is None:
+        joint_lse = q
+    else:
+        lse_strides = joint_lse.stride()
+        tensors.append(joint_lse)
+    plan = _plan(
+        shape,
+        value_shape,
+        q.dtype,
+        q.device.type,
+        (q_strides, k.stride(), v.stride(), out.stride(), base_strides, mask_strides, lse_strides),
+        missing,
+        mask.dtype == torch.uint8,
+        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
+    )
+    kinds = compiled.pointer_kinds(tensors)
+    program = plan.programs.get(kinds)
+    if program is None:
+        program = plan.programs[kinds] = _Program(_checked(plan, kinds, q, v))
+    strides = plan.strides
+    # Above 0, so that masked logits stay -inf, and finite, so that the largest logit stays 0.
+    logit_scale = min(max(scale * plan.query_scale, _FP32_TINY), _FP32_MAX)
+    numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
+    arguments = [
+        *(q, strides[0], k, strides[1], v, strides[2], out, strides[3]),
+        *(base, strides[4], mask, strides[5], joint_lse, strides[6]),
+        *(shape[1], shape[2], value_shape[2], logit_scale, plan.power, *map(_to_fp32, numbers)),
+    ]
+    return _Ready(plan, program, arguments, q.device)
+
+
+@lru_cache(maxsize=1024)
+def _expanded_strides(
+    strides: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...], keys: int
+) -> tuple[int, ...]:
+    """Return the strides of a mask that is expanded to the logits of queries of ``shape``."""
+    own = zip(strides, sizes, (*shape[:3], keys), strict=True)
+    return tuple(stride if size == wanted else 0 for stride, size, wanted in own)
+
+
+def _checked(plan: _Plan, kinds: Hashable, q: Tensor, v: Tensor) -> guard.Program:
+    """Return what the guard knows of a program, by all that the compiler makes a binary of its own for."""
+    settings, name = plan.settings, plan.kernel.__name__
+    strides = tuple(compiled.integer_kind(stride) for of_tensor in plan.strides for stride in of_tensor)
+    present = [key.lower() for key in ("HAS_BASE", "JOINT", "ORTHOGONAL", "RELATIVE") if settings[key]]
+    description = (
+        f"{name}, {v.shape[2]} keys of {q.shape[3]}, {q.dtype}, mask {settings['MASK']}, "
+        f"{' '.join([settings['RULE'], *present])}, power {settings['POWER']}"
+    )
+    return guard.program("fused", (name, tuple(settings.items()), strides, kinds), description)
 
 
 @lru_cache(maxsize=1024)
@@ -327,7 +369,7 @@ def _plan(
     aligned = [(*(stride // alignment for stride in of_tensor[:-1]), of_tensor[-1]) for of_tensor in strides[:5]]
     grid = (-(-queries // tiling.block_m) * batch * heads,)
     query_scale = kernels.QUERY_SCALE if fp32_range else 1.0
-    return _Plan(kernel, grid, (*aligned, *strides[5:]), query_scale, power, settings)
+    return _Plan(kernel, grid, (*aligned, *strides[5:]), query_scale, power, settings, {})
 
 
 def _tiling(logits: int, value_dim: int, dtype: torch.dtype) -> _Tiling:
@@ -351,11 +393,15 @@ def _alignment(dtype: torch.dtype, strides: tuple[tuple[int, ...], ...]) -> int:
 
 def _to_fp32(value: float) -> float:
     """Return the value, or infinity where it does not fit into fp32, as in a tensor."""
-    return math.copysign(math.inf, value) if abs(value) > _FP32.max else float(value)
+    return math.copysign(math.inf, value) if abs(value) > _FP32_MAX else float(value)
 
 
 def _current_device(device: torch.device) -> AbstractContextManager[object]:
     """Make ``device`` the current device: kernels start on the current one, which may not be that of the tensors."""
     if device.type == "cpu":
-        return nullcontext()
-    return torch.cuda.device(device) if device.type == "cuda" else torch.xpu.device(device)
+        return _HERE
+    module = torch.cuda if device.type == "cuda" else torch.xpu
+    return _HERE if module.current_device() == device.index else module.device(device)
+
+
+_HERE = nullcontext()
