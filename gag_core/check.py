@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import eager, machine
+from . import machine
 from .attention import guided_attention, guided_joint_attention, use_implementation
 from .baselines import SHAPES, Exact, Guide, Shape, all_at_once, exact, random_inputs, sort_based_entmax15
 from .config import GuidanceConfig
-from .triton import launch
+from .triton import choice, guard
 
 FORMAT = 1
 # Seconds that a check takes. A call that runs is not broken off, so a check can take one call longer.
@@ -67,27 +67,36 @@ class GuidePath(NamedTuple):
 
     Attributes:
         name: its name in reports.
-        guide: the implementation, with the arguments of :func:`gag_core.eager.guide`.
-        can_run: returns True if it computes a call itself; the arguments are q, v and the settings.
+        guide: the implementation and no other, with the arguments of :func:`gag_core.eager.guide`.
+        can_run: returns True if it computes such a call here; the arguments are q, v and the settings.
     """
 
     name: str
     guide: Guide
     can_run: Callable[[Tensor, Tensor, GuidanceConfig], bool]
 
-    def check_ran(self, q: Tensor, v: Tensor, config: GuidanceConfig) -> None:
-        """Raise an error if another path computed the last call: where a kernel fails, it is not tried again."""
-        if not self.can_run(q, v, config):
-            raise KernelFailedError("its kernel failed, and another path took over")
+
+def _path(name: choice.Path) -> GuidePath:
+    """Return the path of this name."""
+
+    def can_run(q: Tensor, v: Tensor, config: GuidanceConfig) -> bool:
+        # Where the table chooses a later path, an earlier one may take minutes to compile.
+        if choice.PATHS.index(name) < choice.PATHS.index(_chosen(q, v, config)):
+            return False
+        supported = choice.supports(name, q.dtype, q.shape[3], v.shape[3], config)
+        return supported and choice.cannot_run(name, q.device) is None
+
+    return GuidePath(name, choice.guide_by(name), can_run)
 
 
-class KernelFailedError(Exception):
-    """A path did not compute a call itself."""
+def _chosen(q: Tensor, v: Tensor, config: GuidanceConfig) -> choice.Path:
+    """Return the path that guidance uses for such a call."""
+    return choice.path_for(q.device, q.dtype, q.shape[3], v.shape[3], v.shape[2], config)
 
 
-EAGER = GuidePath("eager", eager.guide, lambda q, v, config: True)
 # In the order in which gag_core prefers them.
-PATHS = (GuidePath("fused", launch.guide, launch.can_run), EAGER)
+PATHS = tuple(map(_path, choice.PATHS))
+EAGER = PATHS[-1]
 
 
 class Case(NamedTuple):
@@ -328,10 +337,10 @@ def check(
             if path.can_run(sample, sample, _SETTINGS):
                 paths.append(path)
             else:
-                report.notes.append(f"The path {path.name} does not run on this device.")
+                report.notes.append(f"The path {path.name} is not used on this device.")
         _compare(report, paths, device, begun + COMPARISON_SHARE * budget, progress, clock)
         _time(report, paths, device, begun + budget, progress, clock)
-        report.path = next(path.name for path in PATHS if path.can_run(sample, sample, _SETTINGS))
+        report.path = _chosen(sample, sample, _SETTINGS)
     if device.type == "cpu":
         report.notes.append("On a CPU some shapes have fewer heads and queries than in the model.")
     if busy:
@@ -349,11 +358,11 @@ def _warnings_as_notes(notes: list[str]) -> Iterator[None]:
             notes.append(f"In the log: {machine.without_names(record.getMessage(), 400)}")
 
     handler = Handler(logging.WARNING)
-    launch.log.addHandler(handler)
+    guard.log.addHandler(handler)
     try:
         yield
     finally:
-        launch.log.removeHandler(handler)
+        guard.log.removeHandler(handler)
 
 
 # --- comparison with fp64 -----------------------------------------------------------------------------------------
@@ -410,7 +419,6 @@ def _error(
         return None
     with use_implementation(path.guide):
         result = _guided(q, k, v, case.shape, case.config, None if mask is None else mask.to(device))
-    path.check_ran(q, v, case.config)
     return _error_in_roundings(result.cpu().double(), expected, q.dtype)
 
 
@@ -436,8 +444,6 @@ def _error_in_roundings(result: Tensor, expected: Exact, dtype: torch.dtype) -> 
 
 def _reason_of(error: Exception) -> str:
     """Return why a path or a method gave no result, in a few words."""
-    if isinstance(error, KernelFailedError):
-        return str(error)
     return "out of memory" if machine.is_out_of_memory(error) else machine.reason_of(error)
 
 
@@ -496,7 +502,6 @@ def _time_shape(
                 if number < 0:
                     # This call also does all one-time work, so that the timed calls are warm.
                     extra[method.name] = _extra_memory(partial(method.call, *inputs), device)
-                    method.check_ran(*inputs)
                     continue
                 seconds = _seconds(partial(method.call, *inputs), calls.get(method.name, 1), device, clock)
             except Exception as error:  # cards and drivers can raise anything
@@ -511,12 +516,11 @@ def _time_shape(
 
 
 class _Method(NamedTuple):
-    """A way to compute the attention of a shape: plain if ``guide`` is None; by sorting if only ``path`` is None."""
+    """A way to compute the attention of a shape: plain if ``guide`` is None."""
 
     name: str
     shape: Shape
     guide: Guide | None = None
-    path: GuidePath | None = None
 
     def call(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute the attention."""
@@ -525,11 +529,6 @@ class _Method(NamedTuple):
         with use_implementation(self.guide):
             return _guided(q, k, v, self.shape, _SETTINGS)
 
-    def check_ran(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Raise an error if another path computed the last call."""
-        if self.path is not None:
-            self.path.check_ran(q, v, _SETTINGS)
-
 
 def _methods(
     report: Report, paths: Sequence[GuidePath], inputs: tuple[Tensor, Tensor, Tensor], shape: Shape
@@ -537,7 +536,7 @@ def _methods(
     """Return the methods that can run at a shape."""
     q, _, v = inputs
     methods = [_Method(PLAIN, shape)]
-    methods += [_Method(path.name, shape, path.guide, path) for path in paths if path.can_run(q, v, _SETTINGS)]
+    methods += [_Method(path.name, shape, path.guide) for path in paths if path.can_run(q, v, _SETTINGS)]
     needed = _SORT_BYTES_PER_LOGIT * shape.batch * shape.heads * shape.queries * (shape.text or shape.keys)
     free = machine.free_memory(q.device)
     if free is None or 2 * needed < free:

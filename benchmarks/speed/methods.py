@@ -154,5 +154,3 @@ def available(
     if with_alphas:
         methods += ALPHAS
     return methods, notes
-
-

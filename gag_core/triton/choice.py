@@ -9,7 +9,6 @@ variable GAG_KERNELS chooses otherwise: ``auto`` (the table), ``fused``, ``row``
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -22,12 +21,10 @@ from torch import Tensor
 
 from .. import eager
 from ..config import GuidanceConfig
-from ..echo import echo, plain
-from . import environment, launch, row
+from ..echo import echo
+from . import environment, installation, launch, row
 from .environment import PATHS as PATHS
 from .environment import Path as Path
-
-log = logging.getLogger("comfyui-gag")
 
 # A program may spill so many bytes of a thread's registers to memory.
 MOST_SPILLED = 100
@@ -215,12 +212,10 @@ def card_of(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def triton_version() -> tuple[int, int] | None:
-    """Return the version of Triton, major and minor; None if Triton cannot be imported, or is only a stub."""
-    try:
-        import triton
-
-        major, minor = triton.__version__.split(".")[:2]
-        return int(major), int(minor)
-    except Exception as error:  # a broken installation can raise anything
-        log.debug("Triton cannot be used: %s", plain(error, 300))
+    """Return the version of Triton, major and minor; None if there is no Triton that makes kernels."""
+    if not installation.is_usable():
         return None
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)

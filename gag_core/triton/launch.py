@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Launches of the fused kernel: tile sizes, and the plain torch path where the kernel fails."""
+"""Launches of the fused kernel: tile sizes, and the row path where the kernel cannot be trusted."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,22 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import eager
 from ..config import GuidanceConfig
-from ..echo import plain
 from ..entmax import newton_steps
-
-log = logging.getLogger("comfyui-gag")
+from . import compiled, guard
 
 # Largest head dimension: queries and keys of so many numbers fit on chip.
 MAX_HEAD_DIM = 256
 _SMALLEST_TILE = 16
 _FP32 = torch.finfo(torch.float32)
-
-# Calls that failed once are not tried again: path, device, dtype, head dimensions, True for many keys, form of power.
-_CallKey = tuple[str, torch.device, torch.dtype, int, int, bool, int]
-_failed: set[_CallKey] = set()
-_warned: set[torch.device] = set()
+_FP32_TINY, _FP32_MAX = _FP32.tiny, _FP32.max
 
 
 class _Tiling(NamedTuple):
@@ -73,49 +65,20 @@ def guide(
     scale: float,
     joint_lse: Tensor | None = None,
 ) -> None:
-    """Do the work of :func:`gag_core.eager.guide` by a kernel.
+    """Do the work of :func:`gag_core.eager.guide` by the fused kernel, or by the row path where it cannot be trusted.
 
-    If the kernel fails, this calls :func:`gag_core.eager.guide` instead, and logs the reason once per device.
+    Before the first call of each program :mod:`gag_core.triton.guard` checks its numbers.
     """
     if torch.compiler.is_compiling():
         _operator(out, q, k, v, base, mask, joint_lse, scale, *dataclasses.astuple(config))
-    elif not attempt("fused", _launch, out, q, k, v, config, base, mask, scale, joint_lse):
-        eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+        return
+    if not q.shape[2]:
+        return
+    ready = _prepare(out, q, k, v, config, base, mask, scale, joint_lse)
+    if not guard.attempt(ready.program.checked, ready.start, _launch, out, q, k, v, config, base, mask, joint_lse):
+        from . import row  # which needs this module
 
-
-def attempt(
-    path: str,
-    launch: Callable[..., None],
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: GuidanceConfig,
-    *rest: Tensor | float | None,
-) -> bool:
-    """Launch kernels, and return True if that worked. Such a call is not tried again after it failed."""
-    key = _call_key(path, q, v, config)
-    if key in _failed:
-        return False
-    try:
-        launch(out, q, k, v, config, *rest)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers, drivers and cards can raise anything
-        _failed.add(key)
-        if q.device not in _warned:
-            _warned.add(q.device)
-            text = plain(error, 2000).replace("\\n", " ")  # compilers write many lines
-            reason = plain(" ".join(f"{type(error).__name__}: {text}".split()), 300)
-            log.warning(
-                "GAG's %s kernel does not work on %s, so the plain PyTorch path is used from now on: the same "
-                "picture, slower (GAG_KERNELS=eager in the environment chooses that path from the start). Reason: %s",
-                path,
-                q.device,
-                reason,
-            )
-        return False
-    return True
+        row.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
 
 
 _SCHEMA = (
@@ -196,11 +159,6 @@ def _power(alpha: float) -> tuple[float, int]:
     return power, int(power) if power in (1.0, 2.0) else 0
 
 
-def _call_key(path: str, q: Tensor, v: Tensor, config: GuidanceConfig) -> _CallKey:
-    many_keys = v.shape[2] > _MAX_KEYS_ON_CHIP[q.dtype]
-    return path, q.device, q.dtype, q.shape[3], v.shape[3], many_keys, _power(config.alpha)[1]
-
-
 def _launch(
     out: Tensor,
     q: Tensor,
@@ -212,50 +170,26 @@ def _launch(
     scale: float,
     joint_lse: Tensor | None,
 ) -> None:
-    batch, heads, queries, _ = q.shape
-    if queries == 0:
-        return
-    if scale < 0.0:
-        q, scale = -q, -scale
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, k.shape[2])
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    # A kernel is given q in the place of a tensor that is missing, and does not read it.
-    missing = base is None, mask is None, joint_lse is None
-    tensors = (q, k, v, out, *(q if tensor is None else tensor for tensor in (base, mask, joint_lse)))
-    plan = _plan(
-        q.shape,
-        v.shape,
-        q.dtype,
-        precision_of(q.device),
-        (*(tensor.stride() for tensor in tensors[:6]), tensors[6].stride()[:3]),
-        missing,
-        mask is not None and mask.dtype == torch.uint8,
-        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
-    )
-    numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
-    pointers_and_strides: list[Any] = [
-        part for pair in zip(tensors[:5], plan.strides[:5], strict=True) for part in pair
-    ]
-    # Strides of the others are arguments of their own; see formulas.VARYING.
-    for tensor, strides in zip(tensors[5:], plan.strides[5:], strict=True):
-        pointers_and_strides += [tensor, *strides]
-    with _current_device(q.device):
-        plan.kernel[plan.grid](
-            *pointers_and_strides,
-            heads,
-            queries,
-            k.shape[2],
-            # Above 0, so that masked logits stay -inf, and finite, so that the largest logit stays 0.
-            min(max(scale * plan.query_scale, _FP32.tiny), _FP32.max),
-            plan.power,
-            *map(_to_fp32, numbers),
-            **plan.settings,
-        )
+    """Do the work of :func:`gag_core.eager.guide` by the kernel, checked or not."""
+    if q.shape[2]:
+        _prepare(out, q, k, v, config, base, mask, scale, joint_lse).start()
+
+
+class _Program:
+    """A program of a plan: what the guard knows of it, and the compiled kernel from its first start on."""
+
+    __slots__ = ("checked", "kept")
+
+    def __init__(self, checked: guard.Program) -> None:
+        self.checked = checked
+        self.kept: compiled.Kept | None = None
 
 
 class _Plan(NamedTuple):
-    """The parts of a launch that depend on shapes, strides and the program alone."""
+    """The parts of a launch that depend on shapes, strides and the program alone.
+
+    ``programs`` are the programs by the kinds of the pointers, see :func:`compiled.pointer_kinds`.
+    """
 
     kernel: Any
     grid: tuple[int]
@@ -263,6 +197,110 @@ class _Plan(NamedTuple):
     query_scale: float
     power: float
     settings: dict[str, Any]
+    programs: dict[Hashable, _Program]
+
+
+class _Ready(NamedTuple):
+    """A launch that is ready to start."""
+
+    plan: _Plan
+    program: _Program
+    arguments: list[Any]
+    device: torch.device
+
+    def start(self) -> None:
+        with _current_device(self.device):
+            kept = self.program.kept
+            if kept is None:
+                plan = self.plan
+                self.program.kept = compiled.start(plan.kernel, plan.grid, plan.settings, self.arguments)
+            else:
+                kept.run(*self.arguments, *kept.constants)
+
+
+def _prepare(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    base: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    joint_lse: Tensor | None,
+) -> _Ready:
+    """Make a call of :func:`gag_core.eager.guide`, with at least one query, ready to start."""
+    shape, value_shape = q.shape, v.shape
+    if scale < 0.0:
+        q, scale = -q, -scale
+    # A kernel is given q in the place of a tensor that is missing, and does not read it.
+    missing = base is None, mask is None, joint_lse is None
+    tensors = [q, k, v, out]
+    q_strides = base_strides = mask_strides = q.stride()
+    lse_strides = q_strides[:3]
+    if base is None:
+        base = q
+    else:
+        base_strides = base.stride()
+        tensors.append(base)
+    if mask is None:
+        mask = q
+    else:
+        mask_strides = _expanded_strides(mask.stride(), mask.shape, shape, value_shape[2])
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        tensors.append(mask)
+    if joint_lse is None:
+        joint_lse = q
+    else:
+        lse_strides = joint_lse.stride()
+        tensors.append(joint_lse)
+    plan = _plan(
+        shape,
+        value_shape,
+        q.dtype,
+        precision_of(q.device),
+        (q_strides, k.stride(), v.stride(), out.stride(), base_strides, mask_strides, lse_strides),
+        missing,
+        mask.dtype == torch.uint8,
+        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
+    )
+    kinds = compiled.pointer_kinds(tensors)
+    program = plan.programs.get(kinds)
+    if program is None:
+        program = plan.programs[kinds] = _Program(_checked(plan, kinds, q, v))
+    strides = plan.strides
+    # Above 0, so that masked logits stay -inf, and finite, so that the largest logit stays 0.
+    logit_scale = min(max(scale * plan.query_scale, _FP32_TINY), _FP32_MAX)
+    numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
+    arguments = [
+        *(q, strides[0], k, strides[1], v, strides[2], out, strides[3]),
+        # Strides of the last two are arguments of their own; see formulas.VARYING.
+        *(base, strides[4], mask, *strides[5], joint_lse, *strides[6]),
+        *(shape[1], shape[2], value_shape[2], logit_scale, plan.power, *map(_to_fp32, numbers)),
+    ]
+    return _Ready(plan, program, arguments, q.device)
+
+
+@lru_cache(maxsize=1024)
+def _expanded_strides(
+    strides: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...], keys: int
+) -> tuple[int, ...]:
+    """Return the strides of a mask that is expanded to the logits of queries of ``shape``."""
+    own = zip(strides, sizes, (*shape[:3], keys), strict=True)
+    return tuple(stride if size == wanted else 0 for stride, size, wanted in own)
+
+
+def _checked(plan: _Plan, kinds: Hashable, q: Tensor, v: Tensor) -> guard.Program:
+    """Return what the guard knows of a program, by all that the compiler makes a binary of its own for."""
+    settings, name = plan.settings, plan.kernel.__name__
+    strides = tuple(compiled.integer_kind(stride) for of_tensor in plan.strides[:5] for stride in of_tensor)
+    varying = tuple(compiled.has_32_bits(stride) for of_tensor in plan.strides[5:] for stride in of_tensor)
+    present = [key.lower() for key in ("HAS_BASE", "JOINT", "ORTHOGONAL", "RELATIVE") if settings[key]]
+    description = (
+        f"{name}, {v.shape[2]} keys of {q.shape[3]}, {q.dtype}, mask {settings['MASK']}, "
+        f"{' '.join([settings['RULE'], *present])}, power {settings['POWER']}"
+    )
+    return guard.program("fused", (name, tuple(settings.items()), strides, varying, kinds), description)
 
 
 @lru_cache(maxsize=1024)
@@ -331,7 +369,7 @@ def _plan(
     aligned = [(*(stride // alignment for stride in of_tensor[:-1]), of_tensor[-1]) for of_tensor in strides[:5]]
     grid = (-(-queries // tiling.block_m) * batch * heads,)
     query_scale = kernels.QUERY_SCALE if fp32_range else 1.0
-    return _Plan(kernel, grid, (*aligned, *strides[5:]), query_scale, power, settings)
+    return _Plan(kernel, grid, (*aligned, *strides[5:]), query_scale, power, settings, {})
 
 
 def numbers_of_query(keys: int, value_dim: int, dtype: torch.dtype) -> int:
@@ -368,7 +406,7 @@ def _alignment(dtype: torch.dtype, strides: tuple[tuple[int, ...], ...]) -> int:
 
 def _to_fp32(value: float) -> float:
     """Return the value, or infinity where it does not fit into fp32, as in a tensor."""
-    return math.copysign(math.inf, value) if abs(value) > _FP32.max else float(value)
+    return math.copysign(math.inf, value) if abs(value) > _FP32_MAX else float(value)
 
 
 def _current_device(device: torch.device) -> AbstractContextManager[object]:

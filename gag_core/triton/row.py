@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from .. import eager
 from ..config import GuidanceConfig
 from ..entmax import newton_steps
 from ..numerics import mask_part
-from .launch import _FP32, _alignment, _current_device, _power, _to_fp32, attempt, register_operator
+from . import compiled, guard
+from .launch import _FP32, _alignment, _current_device, _power, _to_fp32, register_operator
 
 # Rows of logits and weights are padded to a multiple of so many keys, so that a card can read 16 bytes at once.
 _UNIT = 16
@@ -54,13 +56,28 @@ def guide(
     scale: float,
     joint_lse: Tensor | None = None,
 ) -> None:
-    """Do the work of :func:`gag_core.eager.guide` by products and row kernels.
+    """Do the work of :func:`gag_core.eager.guide` by products and row kernels, or by that function.
 
-    If a kernel fails, this calls :func:`gag_core.eager.guide` instead, and logs the reason once per device.
+    Before the first call of each pair of programs :mod:`gag_core.triton.guard` checks their numbers.
     """
     if torch.compiler.is_compiling():
         _operator(out, q, k, v, base, mask, joint_lse, scale, *dataclasses.astuple(config))
-    elif not attempt("row", launch, out, q, k, v, config, base, mask, scale, joint_lse):
+        return
+    if not q.shape[2]:
+        return
+    chunks: Iterator[None] = iter(())
+
+    def start() -> None:
+        nonlocal chunks
+        chunks = _launch_chunks(out, q, k, v, config, base, mask, scale, joint_lse)
+        next(chunks)
+
+    program = _checked(out, q, v, config, base, mask, joint_lse)
+    if guard.attempt(program, start, launch, out, q, k, v, config, base, mask, joint_lse):
+        # The first chunk is written. No other path could begin anew where out and base are one tensor.
+        for _ in chunks:
+            pass
+    else:
         eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
 
 
@@ -78,14 +95,30 @@ def launch(
     scale: float,
     joint_lse: Tensor | None,
 ) -> None:
-    """Do the work of :func:`gag_core.eager.guide` by products and row kernels, chunk by chunk."""
+    """Do the work of :func:`gag_core.eager.guide` by products and row kernels, checked or not."""
+    for _ in _launch_chunks(out, q, k, v, config, base, mask, scale, joint_lse):
+        pass
+
+
+def _launch_chunks(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    base: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    joint_lse: Tensor | None,
+) -> Iterator[None]:
+    """Compute one chunk of queries after the other, and yield after each."""
     batch, heads, queries, dim = q.shape
     keys, value_dim = v.shape[2:]
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     half_products = q.dtype != torch.float32 and has_half_products(q.device, q.dtype)
-    length = keys + -keys % _UNIT
+    length = _padded(keys)
     # The logits in fp32 and two weights, which take half of that with half_products; later both read-outs.
     per_query = (2 if half_products else 3 + dim // length) * length + 2 * value_dim
     parts = eager.chunks(q, per_query=per_query, per_head=length * (dim + value_dim))
@@ -107,6 +140,12 @@ def launch(
                     abs(scale),
                     None if joint_lse is None else joint_lse[chunk],
                 )
+                yield
+
+
+def _padded(keys: int) -> int:
+    """Return the length of a row of logits."""
+    return keys + -keys % _UNIT
 
 
 def _guide_chunk(
@@ -124,17 +163,7 @@ def _guide_chunk(
     """Compute one chunk from prepared keys ``[planes, D, length]`` and values ``[planes, length, D_v]``."""
     _, heads, queries, dim = q.shape
     planes, length, value_dim = values.shape
-    plan = _plan(
-        q.dtype,
-        length,
-        value_dim,
-        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
-        _alignment(q.dtype, tuple(tensor.stride() for tensor in (out, base) if tensor is not None)),
-        "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "additive",
-        mask is not None and queries > 1 and mask.stride(2) != 0,
-        base is not None,
-        joint_lse is not None,
-    )
+    plan = _plan_for(out, q, length, config, base, mask, joint_lse)
     logits = _product(q.reshape(planes, queries, dim), keys)
     weights = values.new_empty((planes, 2, queries, length))
     mass = logits.new_empty((planes, queries if joint_lse is not None else 0))
@@ -170,6 +199,53 @@ def _guide_chunk(
         *map(_to_fp32, numbers),
         **plan.guidance,
     )
+
+
+def _plan_for(
+    out: Tensor,
+    q: Tensor,
+    length: int,
+    config: GuidanceConfig,
+    base: Tensor | None,
+    mask: Tensor | None,
+    joint_lse: Tensor | None,
+) -> _Plan:
+    """Return the plan of a call or of a chunk of it; ``mask`` has a size or the stride 0 for each query."""
+    return _plan(
+        q.dtype,
+        length,
+        out.shape[3],
+        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
+        _alignment(q.dtype, tuple(tensor.stride() for tensor in (out, base) if tensor is not None)),
+        "none" if mask is None else "bool" if mask.dtype in (torch.bool, torch.uint8) else "additive",
+        mask is not None and q.shape[2] > 1 and mask.shape[2] > 1 and mask.stride(2) != 0,
+        base is not None,
+        joint_lse is not None,
+    )
+
+
+def _checked(
+    out: Tensor,
+    q: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    base: Tensor | None,
+    mask: Tensor | None,
+    joint_lse: Tensor | None,
+) -> guard.Program:
+    """Return what the guard knows of the two programs of a call, by all that the compiler makes binaries of."""
+    keys = v.shape[2]
+    plan = _plan_for(out, q, _padded(keys), config, base, mask, joint_lse)
+    given = [tensor for tensor in (out, base) if tensor is not None]
+    strides = tuple(compiled.integer_kind(stride) for tensor in given for stride in tensor.stride())
+    kinds = compiled.pointer_kinds([tensor for tensor in (*given, mask, joint_lse) if tensor is not None])
+    settings = (*plan.weights.items(), *plan.guidance.items())
+    present = [key.lower() for key in ("HAS_BASE", "JOINT", "ORTHOGONAL", "RELATIVE") if plan.guidance[key]]
+    description = (
+        f"{plan.weights_kernel.__name__}, {keys} keys, {out.shape[3]} numbers of a value, {q.dtype}, mask "
+        f"{plan.weights['MASK']}, {' '.join([config.rule, *present])}, power {plan.weights['POWER']}"
+    )
+    return guard.program("row", (plan.weights_kernel.__name__, settings, strides, kinds), description)
 
 
 class _Plan(NamedTuple):

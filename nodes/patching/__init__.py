@@ -22,7 +22,7 @@ steps               where in its run a model call is
 strength_curve      the strength as a function of the step
 compile             torch.compile for guided model calls, where the host's own compiled graph ignores patches
 measurements        ``Probe`` and ``Result``: what GAG Probe asks for and gets
-allocation          pause of ComfyUI's allocation recorder, for tensors that are kept
+allocation          pause of ComfyUI's allocation recorder, for tensors that are kept and for the check of kernels
 recorder            samples of each text attention, gathered during a run for a probe or a chart
 observer            the interface to whoever watches runs: the browser, in nodes/panel
 ==================  ====================================================================================

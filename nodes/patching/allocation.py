@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""ComfyUI's allocation recorder: pauses it while tensors are made that outlive a block.
+"""ComfyUI's allocation recorder: pauses it while tensors are made that outlive a block, or are made in one block only.
 
 From ComfyUI 0.34 on CUDA with dynamic VRAM the host records the allocations of a block and replays them in the next.
 Tensors that are kept past their block, or freed in a later one, can end the run with "aimdo memory compile error". So
-tensors that a recording keeps are copies, made while the recorder is paused.
+tensors that a recording keeps are copies, made while the recorder is paused. It is also paused while a program of the
+kernels is compiled and checked, because that happens in one block and not in the next.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from ...gag_core.triton import guard
 
 
 @contextmanager
@@ -42,3 +45,6 @@ def _graph_of_thread(module: Any) -> Any:
         if graph is not None and not getattr(graph, "_comfy_active", True):
             return None
     return graph
+
+
+guard.check_within(paused_recorder)

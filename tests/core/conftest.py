@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Run these tests on one thread: their tensors are small, and idle threads slow a busy machine down."""
+"""Run these tests on one thread: their tensors are small, and idle threads slow a busy machine down.
+
+Fixtures: ``new_guard``, a guard of the kernels that knows no program yet.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from gag_core.triton import guard, launch
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -15,3 +20,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def new_guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the guard of the kernels forget all programs, before and after the test."""
+    monkeypatch.setattr(guard, "_programs", {})
+    monkeypatch.setattr(guard, "_warned", set())
+    launch._plan.cache_clear()
+    yield
+    launch._plan.cache_clear()

@@ -9,7 +9,6 @@ does that where there is a card.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
 import subprocess
@@ -248,13 +247,11 @@ def guide_as_on_a_card(
 
 
 @pytest.fixture
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, new_guard: None) -> Iterator[None]:
     """Use the kernels for CPU tensors as on a card."""
     # In a run on a card (GAG_TEST_DEVICE) the interpreter is off, and only the interpreter takes CPU tensors.
     if DEVICE.type != "cpu":
         pytest.skip("the interpreter is off")
-    monkeypatch.setattr(launch, "_failed", set())
-    monkeypatch.setattr(launch, "_warned", set())
     with use_implementation(guide_as_on_a_card):
         yield
 
@@ -269,6 +266,9 @@ def test_the_public_functions_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -
     j = cases.qkv(Shape(1, 2, 40, 40, 32))
     expected = reference.guided_attention(q, k, v, CONFIGS["gentle"])
     expected_joint = reference.guided_joint_attention(*j, slice(0, 13), CONFIGS["gentle"])
+    # The first call of each program is checked against the eager path.
+    guided_attention(q, k, v, CONFIGS["gentle"])
+    guided_joint_attention(*j, slice(0, 13), CONFIGS["gentle"])
     monkeypatch.setattr(eager, "guide", not_eager)
     torch.testing.assert_close(guided_attention(q, k, v, CONFIGS["gentle"]).double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
@@ -282,48 +282,13 @@ def test_unsupported_settings_are_computed_without_the_kernels(
     config: GuidanceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = cases.qkv(SMALL)
-    monkeypatch.setattr(launch, "_launch", not_eager)
+    monkeypatch.setattr(launch, "_prepare", not_eager)
     torch.testing.assert_close(
         guided_attention(q, k, v, config).double(),
         reference.guided_attention(q, k, v, config),
         rtol=1e-4,
         atol=1e-4,
     )
-
-
-@pytest.mark.usefixtures("on_the_cpu")
-def test_a_kernel_that_fails_is_logged_once_and_replaced(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    calls = []
-
-    def broken(*args: object) -> None:
-        calls.append(args)
-        raise RuntimeError("ptxas died of\nold age")
-
-    q, k, v = cases.qkv(SMALL)
-    monkeypatch.setattr(launch, "_launch", broken)
-    with caplog.at_level(logging.WARNING):
-        results = [guided_attention(q, k, v, CONFIGS["paper"]) for _ in range(3)]
-        other = cases.qkv(Shape(1, 1, 4, 9, 16))
-        guided_attention(*other, CONFIGS["paper"])
-    monkeypatch.undo()
-    assert all(torch.equal(result, guided_attention(q, k, v, CONFIGS["paper"])) for result in results)
-    assert len(calls) == 2, "tried again after it failed, or not tried for other sizes"
-    [record] = caplog.records
-    assert "ptxas died of old age" in record.getMessage() and "cpu" in record.getMessage()
-
-
-@pytest.mark.usefixtures("on_the_cpu")
-def test_running_out_of_memory_does_not_count_as_a_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
-        raise torch.OutOfMemoryError("full")
-
-    q, k, v = cases.qkv(SMALL)
-    monkeypatch.setattr(launch, "_launch", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        guided_attention(q, k, v, CONFIGS["paper"])
-    assert not launch._failed
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -345,7 +310,7 @@ def test_a_compiled_graph_does_not_break(monkeypatch: pytest.MonkeyPatch) -> Non
         for ours, expected in zip(compiled(), expected_pair, strict=True):
             assert torch.equal(ours, expected)
             assert ours.stride() == expected.stride()
-    monkeypatch.setattr(launch, "_launch", lambda *args: 1 / 0)
+    monkeypatch.setattr(launch._Ready, "start", lambda *args: 1 / 0)
     for ours, expected in zip(compiled(), model(), strict=True):
         torch.testing.assert_close(ours, expected)
 

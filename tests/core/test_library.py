@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ import cases
 import gag_core
 from gag_core.attention import default_guide, use_implementation
 from gag_core.numerics import mask_part
-from gag_core.triton import choice
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = {
@@ -78,18 +76,6 @@ print(json.dumps([list(out.shape), bool(out.isfinite().all()), sorted(new), sort
     foreign = {name for name in new if name not in sys.stdlib_module_names} - {"gag_core", "torch"}
     assert not foreign, f"gag_core pulls in {sorted(foreign)}"
     assert not {name for name in modules if name.partition(".")[0].startswith("comfy") or name == "nodes"}
-
-
-def test_a_triton_without_a_spec_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stub in sys.modules, which other packs put there, has neither a spec nor a version."""
-    stub = ModuleType("triton")
-    stub.__spec__ = None
-    monkeypatch.setitem(sys.modules, "triton", stub)
-    choice.triton_version.cache_clear()
-    try:
-        assert choice.triton_version() is None
-    finally:
-        choice.triton_version.cache_clear()
 
 
 def test_the_implementation_is_replaced_for_the_time_of_a_block() -> None:

@@ -183,6 +183,27 @@ def test_what_a_probe_keeps_is_copied_while_the_recorder_is_paused(
     assert probe.result.layers
 
 
+def test_kernels_are_checked_while_the_recorder_is_paused(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of a check live in one block only, so they must not be recorded. The call itself is recorded."""
+    guard, eager = (host.pack_module(f"gag_core.{name}") for name in ("triton.guard", "eager"))
+    config = host.pack_module("gag_core").GuidanceConfig()
+    monkeypatch.setattr(guard, "_programs", {})
+    q = torch.randn(1, 2, 5, 8)
+    paused = []
+
+    def kernel(*args: Any, **options: Any) -> None:
+        paused.append(graph.paused)
+        eager.guide(*args, **options)
+
+    def start() -> None:
+        kernel(torch.empty_like(q), q, q, q, config, base=None, mask=None, scale=0.3)
+
+    for _ in range(2):
+        program = guard.program("fused", "one", "a case")
+        assert guard.attempt(program, start, kernel, torch.empty_like(q), q, q, q, config, None, None, None)
+    assert paused == [1, 0, 0] and graph.paused == 0
+
+
 def test_an_inactive_recorder_is_not_paused(graph: Graph) -> None:
     graph._comfy_active = False
     sys.modules["comfy.model_prefetch"].__dict__.pop("ACTIVE_MALLOC_GRAPHS", None)
