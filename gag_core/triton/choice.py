@@ -213,9 +213,4 @@ def card_of(device: torch.device) -> str:
 @lru_cache(maxsize=1)
 def triton_version() -> tuple[int, int] | None:
     """Return the version of Triton, major and minor; None if there is no Triton that makes kernels."""
-    if not installation.is_usable():
-        return None
-    import triton
-
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
+    return installation.version() if installation.is_usable() else None

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import installation
+
 log = logging.getLogger("comfyui-gag")
 
 # Before 3.3 a compiled kernel takes no compile-time arguments.
@@ -99,7 +101,8 @@ def _kept(kernel: Any, grid: tuple[int, ...], settings: dict[str, Any], argument
     """Return the compiled kernel for these arguments, or None where Triton has none."""
     import triton
 
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _FIRST_VERSION:
+    version = installation.version()
+    if version is None or version < _FIRST_VERSION:
         return None
     compiled = kernel.warmup(*arguments, grid=grid, **settings)
     if not isinstance(compiled, triton.compiler.CompiledKernel):

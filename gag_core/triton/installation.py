@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import sys
 from functools import lru_cache
 
@@ -32,17 +33,19 @@ def is_usable() -> bool:
 def _problem() -> str | None:
     """Return why Triton does not make kernels, or None if it does."""
     try:
-        import triton
-
         from . import kernels
-
-        [int(part) for part in triton.__version__.split(".")[:2]]
     except (Exception, SystemExit) as error:  # a broken installation can raise anything
         return f"{type(error).__name__}: {error}"
     kind = type(kernels.guided_attention_kernel)
     if kind.__module__.partition(".")[0] != "triton":
         return f"triton.jit makes a {kind.__module__}.{kind.__qualname__} and no kernel"
-    return None
+    return None if version() is not None else "its version is not known"
+
+
+def version() -> tuple[int, int] | None:
+    """Return the version of the imported Triton, major and minor; None if it has none."""
+    numbers = re.match(r"(\d+)\.(\d+)", str(getattr(sys.modules.get("triton"), "__version__", "")))
+    return None if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
 def _is_there() -> bool:

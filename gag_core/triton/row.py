@@ -162,7 +162,7 @@ def _guide_chunk(
 ) -> None:
     """Compute one chunk from prepared keys ``[planes, D, length]`` and values ``[planes, length, D_v]``."""
     _, heads, queries, dim = q.shape
-    planes, length, value_dim = values.shape
+    planes, length, _ = values.shape
     plan = _plan_for(out, q, length, config, base, mask, joint_lse)
     logits = _product(q.reshape(planes, queries, dim), keys)
     weights = values.new_empty((planes, 2, queries, length))

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 import cases
+import reference
 from cases import LAYOUTS, Shape
 from gag_core import GuidanceConfig, eager, guided_attention, guided_joint_attention
 from gag_core.attention import use_implementation
-from gag_core.triton import guard, launch
+from gag_core.triton import guard, launch, row
+from tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -34,6 +36,7 @@ DTYPES = (HALF, BF16, FP32)
 SMALL = Shape(2, 2, 9, 77, 48)
 TINY = Shape(1, 1, 9, 77, 48)
 PAPER = GuidanceConfig()
+ROW_GUIDE = row.guide  # a fixture replaces it
 GENTLE = GuidanceConfig(guidance_scale=2.0, norm_mode="relative", norm_threshold=0.1)
 
 
@@ -44,6 +47,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, new_guard: None) -> Iterator[No
         pytest.skip("Triton is published for Linux")
     if "GAG_TEST_DEVICE" in os.environ:
         pytest.skip("the interpreter is off")
+    # The eager path comes next at once, so that its result can be compared bit by bit.
+    monkeypatch.setattr(row, "guide", eager.guide)
     with use_implementation(launch.guide):
         yield
 
@@ -65,7 +70,9 @@ def changed(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[..., An
 
 
 def drop_a_key_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_the_last_tile(monkeypatch, SMALL.keys)
+    rounded = launch.rounded(SMALL.keys, launch._TILING.block_n)
+    monkeypatch.setattr(launch, "rounded", lambda keys, block_n: rounded)
+    without_the_last_tile(monkeypatch, rounded)
 
 
 def leave_out_a_block_of_head_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +111,7 @@ def leave_out_the_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read_the_mask_of_the_first_query(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(masked_logits: Callable[..., Any], *arguments: Any) -> Any:
-        return masked_logits(*arguments[:7], arguments[7] * 0, *arguments[8:])
+        return masked_logits(*arguments[:6], arguments[6] * 0, *arguments[7:])
 
     changed(monkeypatch, "_masked_logits", change)
 
@@ -566,3 +573,101 @@ def test_a_check_runs_within_the_context_of_the_host(monkeypatch: pytest.MonkeyP
     kernel.attempt()
     kernel.attempt()
     assert inside == [True, False, False] and depth == 0
+
+
+# --- the row path ------------------------------------------------------------------------------------------------
+
+
+def halve_the_mask_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed_in_rows(monkeypatch, "masked", lambda of, logits, mask, *rest: of(logits, mask * 0 + 1, *rest))
+
+
+def scale_the_guidance_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed_in_rows(monkeypatch, "guidance_factors", lambda of, *arguments: tuple(1.05 * x for x in of(*arguments)))
+
+
+def scale_the_logits_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed_in_rows(
+        monkeypatch, "scale_and_shift", lambda of, logits, maximum, scale: of(logits, maximum, scale * 1.05)
+    )
+
+
+def multiply_by_fewer_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = row._product
+    monkeypatch.setattr(row, "_product", lambda a, b: product(a, torch.cat([b[..., :-8], b[..., -8:] * 0.0], dim=-1)))
+
+
+def changed_in_rows(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[..., Any]) -> None:
+    """Replace a function of the row kernels; ``change`` gets the function and its arguments."""
+    from gag_core.triton import row_kernels
+
+    original = getattr(row_kernels, name)
+    monkeypatch.setattr(row_kernels, name, lambda *arguments: change(original, *arguments))
+
+
+ROW_FAULTS = [halve_the_mask_of_rows, scale_the_guidance_of_rows, scale_the_logits_of_rows, multiply_by_fewer_values]
+
+
+@pytest.mark.parametrize("fault", ROW_FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.usefixtures("interpreted")
+def test_a_broken_row_kernel_is_caught(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    q, k, v = cases.qkv(SMALL, dtype=dtype)
+    mask = cases.MASKS["bool-full"](SMALL)
+    with use_implementation(eager.guide):
+        expected = guided_attention(q, k, v, GENTLE, mask=mask)
+    fault(monkeypatch)
+    with use_implementation(ROW_GUIDE), caplog.at_level(logging.WARNING):
+        result = guided_attention(q, k, v, GENTLE, mask=mask)
+    assert torch.equal(result, expected)
+    assert "GAG's row kernel gives wrong numbers" in caplog.text
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_row_path_takes_over_from_a_fused_kernel_that_is_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    q, k, v = cases.qkv(SMALL)
+    expected = reference.guided_attention(q, k, v, GENTLE)
+    scale_the_guidance(monkeypatch)
+    monkeypatch.setattr(row, "guide", ROW_GUIDE)
+    monkeypatch.setattr(eager, "guide", only_for_the_check(eager.guide))
+    with caplog.at_level(logging.WARNING):
+        result = guided_attention(q, k, v, GENTLE)
+    assert_close(result, expected, error=1e-4)
+    assert "GAG's fused kernel gives wrong numbers" in caplog.text
+
+
+def only_for_the_check(guide: Callable[..., None]) -> Callable[..., None]:
+    """Return ``guide`` for the fp64 tensors of a check alone."""
+
+    def checked(out: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        assert out.dtype == torch.float64, "the eager path ran"
+        guide(out, *arguments, **options)
+
+    return checked
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_row_call_that_ends_in_its_second_chunk_is_not_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where out and base are one tensor, guidance would be added twice to the first chunk."""
+    q, k, v = cases.qkv(SMALL)
+    base = v.new_zeros(q.shape)
+    ROW_GUIDE(base.clone(), q, k, v, GENTLE, base=base.clone(), mask=None, scale=0.2)  # the check passes
+    chunk, done = row._guide_chunk, []
+
+    def fails_in_the_second(*arguments: Any) -> None:
+        if done:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        done.append(chunk(*arguments))
+
+    monkeypatch.setattr(row, "_guide_chunk", fails_in_the_second)
+    rows = [((slice(i, i + 1), slice(None)), [(slice(i, i + 1), slice(None), slice(None))]) for i in range(2)]
+    monkeypatch.setattr(eager, "chunks", lambda *args, **options: rows)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        ROW_GUIDE(base, q, k, v, GENTLE, base=base, mask=None, scale=0.2)
