@@ -659,12 +659,13 @@ def test_a_row_call_that_ends_in_its_second_chunk_is_not_begun_anew(monkeypatch:
     q, k, v = cases.qkv(SMALL)
     base = v.new_zeros(q.shape)
     ROW_GUIDE(base.clone(), q, k, v, GENTLE, base=base.clone(), mask=None, scale=0.2)  # the check passes
-    chunk, done = row._guide_chunk, []
+    chunk, done = row._guide_chunk, [False]
 
     def fails_in_the_second(*arguments: Any) -> None:
-        if done:
+        if done[0]:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        done.append(chunk(*arguments))
+        chunk(*arguments)
+        done[0] = True
 
     monkeypatch.setattr(row, "_guide_chunk", fails_in_the_second)
     rows = [((slice(i, i + 1), slice(None)), [(slice(i, i + 1), slice(None), slice(None))]) for i in range(2)]
