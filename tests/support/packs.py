@@ -42,6 +42,9 @@ class Prompts:
     positive: int = 77
     negative: int = 77
 
+    def __str__(self) -> str:
+        return f"{self.batch} of {self.positive} and {self.negative} tokens"
+
     def rows(self, *regions: int, copies: int = 1) -> Rows:
         """Return the rows of a model call that has both prompts. ComfyUI puts the negative prompt first.
 
