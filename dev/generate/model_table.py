@@ -29,19 +29,27 @@ large checkpoints themselves were not run.
 NOTES = """
 Some attention is never guided: attention among image tokens, the refiners of some models, which process text and
 image before they meet, control networks and the control blocks of VACE, and attention of video models to other inputs
-than the text (an embedded picture, sound, a face, a pose).
+than the text (an embedded picture, sound, a face, a pose). In models that make sound along with the video the sound's
+attention to the text is not guided. What ComfyUI keeps of the text from step to step (HiDream O1, Qwen-Image 2.1,
+SenseNova U1.5) is the same with and without GAG.
 
 Text means all tokens in a model's text stream. These include the padding of a prompt, because models read it (Flux.2
 fills the prompt up to 512 tokens at its front), all three text encoders of HiDream, and the words that HunyuanVideo
-and HunyuanImage are to write into the picture. Reference pictures count as image. Padding that a model masks or cuts
-off is not read and not guided.
+and HunyuanImage are to write into the picture. Reference pictures count as image. A picture that a text encoder read
+along with the prompt counts as text (Qwen-Image-Edit, SenseNova U1.5), except where ComfyUI says which tokens it is
+(HiDream O1, MiniMax H3). Padding that a model masks or cuts off is not read and not guided. Where ComfyUI repeats a
+prompt to give a batch one length (UNets, Stable Cascade), each token counts once.
 
 Wan 2.2 S2V is guided from ComfyUI 0.6.0 on. Earlier versions give its attention no options, and the node says after
 the run that nothing was guided.
 
 Some models belong to a family because they are of the same class, but were not run: Redux, HiDream E1, PiD, Z-Image
 in pixel space, Kandinsky 5 for images, CogVideoX 1.5, the image-to-video models of HunyuanVideo, Cosmos and
-CogVideoX, and Fun control, SCAIL, FlowRVS, WanDancer and Animate 2 of Wan.
+CogVideoX, LTX-2.5, and Fun control, SCAIL, FlowRVS, WanDancer and Animate 2 of Wan.
+
+Not yet known: FLUX.3 Klein, MOSS-Image and FIBO 2 are in ComfyUI's templates, but their classes in ComfyUI could not
+be had for a test. If such a class inherits from one of a family above, it is guided as that family. Otherwise the node
+stops with a message that names the class.
 
 ## Refused
 

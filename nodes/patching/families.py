@@ -326,7 +326,7 @@ FAMILIES = (
     ),
     Family(
         name="ltx-av",
-        title="LTX-2 (video with sound)",
+        title="LTX-2 and LTX-2.5 (video with sound)",
         model_class="comfy.ldm.lightricks.av_model.LTXAVModel",
         attention="cross",
         # The attention of the sound to the text is not guided.
@@ -377,7 +377,7 @@ REFUSED = (
     (
         "Stable Cascade's stage B",
         "comfy.ldm.cascade.stage_b.StageB",
-        "it gets the prompt as one vector, without words",
+        "it gets the prompt as one vector and no words",
     ),
     ("Hunyuan3D 2", "comfy.ldm.hunyuan3d.model.Hunyuan3Dv2", _NO_TEXT),
     ("Hunyuan3D 2.1", "comfy.ldm.hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain", _NO_TEXT),

@@ -227,8 +227,8 @@ class GuidedTransformer:
 
     def _indexed_layer(self, kwargs: dict[str, Any]) -> Layer | None:
         """Return the layer that runs, by the options of its attention call."""
-        index: Any = (kwargs.get("transformer_options") or {}).get("block_index")
-        layer = Layer(self.family.parts[0].host_name, index)
+        options = kwargs.get("transformer_options") or {}
+        layer = Layer(self.family.parts[0].host_name, options.get("block_index", -1))
         return layer if layer in self.text.caught else None
 
     def _arrived_groups(self, batch: int, layer: Layer) -> list[RowGroup] | None:

@@ -266,13 +266,19 @@ def test_the_public_functions_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -
     j = cases.qkv(Shape(1, 2, 40, 40, 32))
     expected = reference.guided_attention(q, k, v, CONFIGS["gentle"])
     expected_joint = reference.guided_joint_attention(*j, slice(0, 13), CONFIGS["gentle"])
+    fewer, text = (j[0][:, :, 23:], *j[1:]), [slice(0, 9), slice(12, 20)]
+    expected_fewer = reference.guided_joint_attention(*fewer, text, CONFIGS["gentle"])
     # The first call of each program is checked against the eager path.
     guided_attention(q, k, v, CONFIGS["gentle"])
     guided_joint_attention(*j, slice(0, 13), CONFIGS["gentle"])
+    guided_joint_attention(*fewer, text, CONFIGS["gentle"])
     monkeypatch.setattr(eager, "guide", not_eager)
     torch.testing.assert_close(guided_attention(q, k, v, CONFIGS["gentle"]).double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
         guided_joint_attention(*j, slice(0, 13), CONFIGS["gentle"]).double(), expected_joint, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        guided_joint_attention(*fewer, text, CONFIGS["gentle"]).double(), expected_fewer, rtol=1e-4, atol=1e-4
     )
 
 

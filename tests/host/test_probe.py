@@ -7,6 +7,7 @@ import copy
 import gc
 import itertools
 import json
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,9 +35,11 @@ measures = host.pack_module("gag_core.measures")
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 DEFAULT = host.pack_module("nodes.presets").DEFAULT
 NAMES = list(measures.MEASURES)
-# One model for each way in which the text is found: attn2, wrapped blocks, a watched module, a measured stream.
-MODELS = ["sd15", "sdxl", "flux", "wan-t2v", "mochi"]
-TOKENS = {"wan-t2v": 12, "mochi": 12}
+# One model for each way in which the text is found: attn2, wrapped blocks, a watched module, a measured stream, and the
+# inputs of the model call.
+MODELS = ["sd15", "sdxl", "flux", "wan-t2v", "mochi", "stable-cascade"]
+LATER = ["minimax-h3-reference", "hidream-o1-edit", "qwen-image-2.1-edit", "sensenova", "ming-image-edit"]
+MODELS += [name for name in LATER if name in TRANSFORMERS]
 
 
 def probed(model: Any, **inputs: Any) -> tuple[Any, Any]:
@@ -67,7 +70,7 @@ def reads_text(name: str, call: Call) -> bool:
     """Return True for a call of a text attention."""
     if name in ("sd15", "sdxl"):
         return call.module.endswith("attn2")
-    return call.module.endswith("cross_attn") if name == "wan-t2v" else True
+    return name in host.CONFIGS or TRANSFORMERS[name].reads_text(call, 12)
 
 
 def expected_measures(name: str, call: Call, config: Any, tokens: int) -> dict[str, list[float]]:
@@ -75,11 +78,14 @@ def expected_measures(name: str, call: Call, config: Any, tokens: int) -> dict[s
     if name in ("sd15", "sdxl", "wan-t2v"):
         picked = measures.sample_queries(call.q.shape[2], recorder_module.sample_size(call.q.shape[1]))
         return measures_reference.measures(call.q[:, :, picked], call.k, call.v, config)
-    text = TRANSFORMERS[name].text(call.k.shape[2], tokens)
-    image = torch.tensor([n for n in range(call.q.shape[2]) if not text.start <= n < text.stop])
+    tiny, keys = TRANSFORMERS[name], call.k.shape[2]
+    text = tiny.text(keys, tokens)
+    words, image = reference.text_indices(text, keys), reference.image_queries(text, call.q.shape[2], keys)
+    if tiny.sound is not None:  # the video's tokens are the last
+        image = image[-math.prod(tiny.latent[1:]) // tiny.patch**2 :]
     q = call.q[:, :, image[measures.sample_queries(len(image), recorder_module.sample_size(call.q.shape[1]))]]
     mass = reference.text_mass(q, call.k, text, mask=call.mask)
-    return measures_reference.measures(q, call.k[:, :, text], call.v[:, :, text], config, mass=mass)
+    return measures_reference.measures(q, call.k[:, :, words], call.v[:, :, words], config, mass=mass)
 
 
 def check_run(name: str, model: Any, probe: Any, config: Any, **settings: Any) -> int:
@@ -101,12 +107,13 @@ def check_run(name: str, model: Any, probe: Any, config: Any, **settings: Any) -
     assert len(texts) == layers * len(order) > 0
     checked = 0
     for index, call in enumerate(texts):
-        step, layer = index // layers, index % layers
-        expected = expected_measures(name, call, config, settings.get("tokens", TOKENS.get(name, 77)))
-        kinds = order[step]
+        model_call, layer = divmod(index, layers)
+        expected = expected_measures(name, call, config, 77 if name in host.CONFIGS else 12)
+        kinds = order[model_call]
         size = call.q.shape[0] // len(kinds)
         for branch in set(kinds):
             rows = [p * size + i for p, kind in enumerate(kinds) if kind == branch for i in range(size)]
+            step = sum(branch in earlier for earlier in order[:model_call])
             actual = measures_at(result, branch, layer, step)
             for measure, values in expected.items():
                 mean = sum(values[row] for row in rows) / len(rows)
@@ -186,7 +193,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("words", [False, True], ids=["numbers", "words"])
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["sd15", "flux", "wan-t2v", "mochi"])
+@pytest.mark.parametrize("name", ["sd15", "flux", "wan-t2v", "mochi", "stable-cascade"])
 def test_the_picture_does_not_change_by_a_bit(
     name: str, setting: str, words: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -603,20 +610,24 @@ def positive_first(call: Call, first: Call) -> bool:
     return bool((keys[3:] - keys[3]).norm() > (call.k[-1, 0, 3:] - call.k[-1, 0, 3]).norm())
 
 
-def test_maps_of_a_joint_attention_are_right() -> None:
+@pytest.mark.parametrize(
+    ("name", "image", "text", "size"),
+    [("flux", slice(19, None), slice(0, 19), (4, 4)), ("stable-cascade", slice(None), slice(24, 43), (4, 6))],
+)
+def test_maps_of_a_joint_attention_are_right(name: str, image: slice, text: slice, size: tuple[int, int]) -> None:
     words = ((0, 4), (18,))
-    tiny = TRANSFORMERS["flux"]
+    tiny = TRANSFORMERS[name]
     model, probe = probed(tiny.build())
     probe.words = tuple(measurements.Word(str(word), word) for word in words)
     with record_calls(model) as calls:
         tiny.sample(model, tokens=19)
     expected = torch.stack(
-        [measures_reference.word_shares(call.q[:, :, 19:], call.k[:, :, :19], list(words)) for call in calls]
+        [measures_reference.word_shares(call.q[:, :, image], call.k[:, :, text], list(words)) for call in calls]
     ).mean(0)
     ((share, count),) = probe.result.maps
     assert count == len(calls)
     torch.testing.assert_close(share.double().flatten(2), expected, atol=1e-5, rtol=0)
-    assert share.shape == (1, 2, 4, 4)
+    assert share.shape == (1, 2, *size)
 
 
 def test_a_note_says_that_the_text_is_shorter_than_the_prompt() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 import host_process as host
 import reference
 from recorder import Call, record_calls
+from tiny import Tiny
 from transformers_of_host import TRANSFORMERS
 
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
@@ -101,40 +102,40 @@ def kept(net: Any) -> list[Tensor]:
     return [net.prefix_cache.take(block, torch.device("cpu"), torch.float32, 1).clone() for block in range(2)]
 
 
-@here("hidream-o1", "hidream-o1-edit", "qwen-image-2.1", "qwen-image-2.1-edit")
-@pytest.mark.parametrize("with_probe", [False, True], ids=["GAG", "GAG and probe"])
-def test_what_the_host_keeps_of_the_text_is_that_of_a_run_without_nodes(
-    name: str, with_probe: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing guided gets into it, and it stays in use: from the second step on each block makes one call."""
-    tiny = TRANSFORMERS[name]
-    found: list[list[Tensor]] = []
+def run_and_look(tiny: Tiny, model: Any) -> tuple[list[int], list[Tensor]]:
+    """Run a model without CFG; return the number of attention calls in each step, and what was kept at the end."""
+    net = model.model.diffusion_model
     calls_of_steps: list[int] = []
-    for model in (tiny.build(), guided(tiny.build())):
-        if with_probe:
-            model, _ = host.run_node("GAGProbe", model=model)
-        net = model.model.diffusion_model
-        per_step: list[int] = []
-        seen: list[Call] = []
+    last: list[Tensor] = []
+    with record_calls(model) as calls:
 
-        def count(apply: Any, args: dict[str, Any], net: Any = net, per_step: Any = per_step) -> Tensor:
-            before = len(seen)
+        def count(apply: Any, args: dict[str, Any]) -> Tensor:
+            before = len(calls)
             out: Tensor = apply(args["input"], args["timestep"], **args["c"])
-            per_step.append(len(seen) - before)
-            if len(per_step) == 2:
-                found.append(kept(net))
+            calls_of_steps.append(len(calls) - before)
+            last[:] = kept(net)
             return out
 
         model = model.clone()
         model.set_model_unet_function_wrapper(count)
-        with record_calls(model) as seen:
-            tiny.sample(model, tokens=TOKENS)
-        assert per_step[1] == tiny.guided
-        calls_of_steps.append(per_step[0])
-    assert calls_of_steps[0] == calls_of_steps[1]
-    plain, with_gag = found
-    assert len(plain) == len(with_gag) > 0
-    assert all(torch.equal(a, b) for a, b in zip(plain, with_gag, strict=True))
+        tiny.sample(model, tokens=TOKENS)
+    return calls_of_steps, last
+
+
+@here("hidream-o1", "hidream-o1-edit", "qwen-image-2.1", "qwen-image-2.1-edit")
+@pytest.mark.parametrize("with_probe", [False, True], ids=["GAG", "GAG and probe"])
+def test_what_the_host_keeps_of_the_text_is_that_of_a_run_without_nodes(name: str, with_probe: bool) -> None:
+    """Nothing guided gets into it, and it stays in use: from the second step on each block makes one call."""
+    tiny = TRANSFORMERS[name]
+    calls, expected = run_and_look(tiny, tiny.build())
+    model = guided(tiny.build())
+    if with_probe:
+        model, _ = host.run_node("GAGProbe", model=model)
+    guided_calls, tensors = run_and_look(tiny, model)
+    assert guided_calls == calls
+    assert calls[1] == tiny.guided
+    assert len(tensors) == len(expected) > 0
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -182,7 +183,8 @@ def test_a_text_that_is_read_anew_in_each_step_stays_as_it_is(name: str) -> None
         call.check_plain()
     changed = 0
     for call in texts:
-        plain, wanted = reference.sparse_dense_attention(call.q, call.k, call.v)[1], tiny.guided_output(call, PAPER, TOKENS)
+        plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
+        wanted = tiny.guided_output(call, PAPER, TOKENS)
         for row in range(call.q.shape[0]):
             is_guided = not torch.allclose(call.out[row].double(), plain[row], atol=1e-4)
             changed += is_guided
