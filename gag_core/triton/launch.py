@@ -91,11 +91,11 @@ def guide(
     if torch.compiler.is_compiling():
         _operator(out, q, k, v, base, mask, joint_lse, scale, *dataclasses.astuple(config))
         return
-    if not q.shape[2]:
-        return
-    ready = _prepare(out, q, k, v, config, base, mask, scale, joint_lse)
-    if not guard.attempt(ready.program.checked, ready.start, _launch, out, q, k, v, config, base, mask, joint_lse):
-        eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+    if q.shape[2] and installation.is_usable():
+        ready = _prepare(out, q, k, v, config, base, mask, scale, joint_lse)
+        if guard.attempt(ready.program.checked, ready.start, _launch, out, q, k, v, config, base, mask, joint_lse):
+            return
+    eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
 
 
 _SCHEMA = (
@@ -150,11 +150,22 @@ def tiles(length: int, largest: int) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-@lru_cache
 def _runs_on(device: torch.device) -> bool:
+    if torch.compiler.is_compiling():
+        # This is traced, and imports cannot be traced. The operator finds out if Triton is usable when it runs.
+        return _is_supported(device)
+    return _is_ready(device)
+
+
+def _is_supported(device: torch.device) -> bool:
     if device.type == "cuda" and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= _OLDEST_NVIDIA and installation.is_usable()
-    return device.type in ("cuda", "xpu") and installation.is_usable()
+        return installation.IS_THERE and torch.cuda.get_device_capability(device) >= _OLDEST_NVIDIA
+    return installation.IS_THERE and device.type in ("cuda", "xpu")
+
+
+@lru_cache
+def _is_ready(device: torch.device) -> bool:
+    return _is_supported(device) and installation.is_usable()
 
 
 def _power(alpha: float) -> tuple[float, int]:
@@ -180,7 +191,7 @@ def _launch(
 
 
 class _Program:
-    """A program of a plan: what the guard knows of it, and the compiled kernel from its first start on."""
+    """A program of a plan: its state with the guard, and the compiled kernel from its first start on."""
 
     __slots__ = ("checked", "kept")
 
@@ -293,7 +304,7 @@ def _expanded_strides(
 
 
 def _checked(plan: _Plan, kinds: Hashable, q: Tensor, v: Tensor) -> guard.Program:
-    """Return what the guard knows of a program, by all that the compiler makes a binary of its own for."""
+    """Return the state of a program, by all that the compiler makes a binary of its own for."""
     settings, name = plan.settings, plan.kernel.__name__
     strides = tuple(compiled.integer_kind(stride) for of_tensor in plan.strides for stride in of_tensor)
     present = [key.lower() for key in ("HAS_BASE", "JOINT", "ORTHOGONAL", "RELATIVE") if settings[key]]
