@@ -52,7 +52,7 @@ _DRIVER_ERROR = re.compile(r"(cuda|hip|xpu|triton)( driver)? error|native api", 
 
 
 class Program:
-    """What is known of one compiled program of a kernel path.
+    """One compiled program of a kernel path, and its state.
 
     Attributes:
         path: name of the path, such as ``"fused"``.

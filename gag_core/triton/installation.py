@@ -14,10 +14,23 @@ from ..echo import plain
 log = logging.getLogger("comfyui-gag")
 
 
+def _is_there() -> bool:
+    """Return True if ``import triton`` would find something, whatever that is."""
+    if "triton" in sys.modules:
+        return sys.modules["triton"] is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except Exception:  # finders of other packages can raise anything
+        return True
+
+
+IS_THERE = _is_there()
+
+
 @lru_cache(maxsize=1)
 def is_usable() -> bool:
     """Return True if Triton makes kernels here. If a Triton is there that does not, the log says once why."""
-    if not _is_there():
+    if not IS_THERE:
         return False
     problem = _problem()
     if problem is not None:
@@ -46,10 +59,3 @@ def version() -> tuple[int, int] | None:
     """Return the version of the imported Triton, major and minor; None if it has none."""
     numbers = re.match(r"(\d+)\.(\d+)", str(getattr(sys.modules.get("triton"), "__version__", "")))
     return None if numbers is None else (int(numbers[1]), int(numbers[2]))
-
-
-def _is_there() -> bool:
-    """Return True if ``import triton`` would find something."""
-    if "triton" in sys.modules:
-        return sys.modules["triton"] is not None
-    return importlib.util.find_spec("triton") is not None

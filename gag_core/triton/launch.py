@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import GuidanceConfig
 from ..entmax import newton_steps
-from . import compiled, guard
+from . import compiled, guard, installation
 
 # Largest head dimension: queries and keys of so many numbers fit on chip.
 MAX_HEAD_DIM = 256
@@ -72,13 +72,13 @@ def guide(
     if torch.compiler.is_compiling():
         _operator(out, q, k, v, base, mask, joint_lse, scale, *dataclasses.astuple(config))
         return
-    if not q.shape[2]:
-        return
-    ready = _prepare(out, q, k, v, config, base, mask, scale, joint_lse)
-    if not guard.attempt(ready.program.checked, ready.start, _launch, out, q, k, v, config, base, mask, joint_lse):
-        from . import row  # which needs this module
+    if q.shape[2] and installation.is_usable():
+        ready = _prepare(out, q, k, v, config, base, mask, scale, joint_lse)
+        if guard.attempt(ready.program.checked, ready.start, _launch, out, q, k, v, config, base, mask, joint_lse):
+            return
+    from . import row  # which needs this module
 
-        row.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+    row.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
 
 
 _SCHEMA = (
@@ -176,7 +176,7 @@ def _launch(
 
 
 class _Program:
-    """A program of a plan: what the guard knows of it, and the compiled kernel from its first start on."""
+    """A program of a plan: its state with the guard, and the compiled kernel from its first start on."""
 
     __slots__ = ("checked", "kept")
 
@@ -291,7 +291,7 @@ def _expanded_strides(
 
 
 def _checked(plan: _Plan, kinds: Hashable, q: Tensor, v: Tensor) -> guard.Program:
-    """Return what the guard knows of a program, by all that the compiler makes a binary of its own for."""
+    """Return the state of a program, by all that the compiler makes a binary of its own for."""
     settings, name = plan.settings, plan.kernel.__name__
     strides = tuple(compiled.integer_kind(stride) for of_tensor in plan.strides[:5] for stride in of_tensor)
     varying = tuple(compiled.has_32_bits(stride) for of_tensor in plan.strides[5:] for stride in of_tensor)

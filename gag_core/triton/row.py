@@ -21,7 +21,7 @@ from .. import eager
 from ..config import GuidanceConfig
 from ..entmax import newton_steps
 from ..numerics import mask_part
-from . import compiled, guard
+from . import compiled, guard, installation
 from .launch import _FP32, _alignment, _current_device, _power, _to_fp32, register_operator
 
 # Rows of logits and weights are padded to a multiple of so many keys, so that a card can read 16 bytes at once.
@@ -63,7 +63,8 @@ def guide(
     if torch.compiler.is_compiling():
         _operator(out, q, k, v, base, mask, joint_lse, scale, *dataclasses.astuple(config))
         return
-    if not q.shape[2]:
+    if not (q.shape[2] and installation.is_usable()):
+        eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
         return
     chunks: Iterator[None] = iter(())
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The guard of the kernels: kernels that are broken on purpose are caught, right ones pass, failures are remembered.
 
-The first part breaks the code of the kernels, which run in Triton's interpreter. The second part breaks the eager path
+The first part breaks the code of the kernels, which run in Triton's interpreter, and lets right ones pass, which run on
+the card if GAG_TEST_DEVICE names one. The second part breaks the eager path
 in the place of a kernel, in many more cases. The last part concerns errors, and needs no kernel.
 """
 
@@ -31,6 +32,7 @@ from tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+DEVICE = torch.device(os.environ.get("GAG_TEST_DEVICE", "cpu"))
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = (HALF, BF16, FP32)
 SMALL = Shape(2, 2, 9, 77, 48)
@@ -41,16 +43,21 @@ GENTLE = GuidanceConfig(guidance_scale=2.0, norm_mode="relative", norm_threshold
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch, new_guard: None) -> Iterator[None]:
-    """Use the kernels for CPU tensors as on a card, in Triton's interpreter."""
+def kernels_run(monkeypatch: pytest.MonkeyPatch, new_guard: None) -> Iterator[None]:
+    """Use the kernels on any device, on a CPU in Triton's interpreter."""
     if sys.platform != "linux":
         pytest.skip("Triton is published for Linux")
-    if "GAG_TEST_DEVICE" in os.environ:
-        pytest.skip("the interpreter is off")
     # The eager path comes next at once, so that its result can be compared bit by bit.
     monkeypatch.setattr(row, "guide", eager.guide)
     with use_implementation(launch.guide):
         yield
+
+
+@pytest.fixture
+def interpreted(kernels_run: None) -> None:
+    """Use the kernels in Triton's interpreter, in which their functions can be replaced."""
+    if DEVICE.type != "cpu":
+        pytest.skip("the interpreter is off")
 
 
 # --- kernels that are broken -------------------------------------------------------------------------------------
@@ -174,11 +181,11 @@ def re_found(text: str, *parts: str) -> bool:
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels_run")
 def test_a_right_kernel_passes(shape: Shape, dtype: torch.dtype, config: GuidanceConfig, options: str) -> None:
-    q, k, v = cases.qkv(shape, dtype=dtype)
-    base = cases.random(*q.shape, seed=20, dtype=dtype) if "base" in options else None
-    mask = cases.MASKS[options.split()[-1]](shape) if options.split()[1:] else None
+    q, k, v = (one.to(DEVICE) for one in cases.qkv(shape, dtype=dtype))
+    base = cases.random(*q.shape, seed=20, dtype=dtype).to(DEVICE) if "base" in options else None
+    mask = cases.MASKS[options.split()[-1]](shape).to(DEVICE) if options.split()[1:] else None
     guided_attention(q, k, v, config, base=base, mask=mask)
     assert [known.is_checked for known in guard._programs.values()] == [True]
 

@@ -6,10 +6,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from gag_core import GuidanceConfig
+from gag_core.triton import choice, installation
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each kind of module runs in the same process, with a new copy of gag_core. A card is simulated as far as the question
@@ -94,7 +99,10 @@ for kind, make in KINDS.items():
     choice = importlib.import_module("gag_core.triton.choice")
     at_import = len(warnings)
     runs = [choice.cannot_run("fused", torch.device("cuda", index)) is None for index in (0, 1)]
-    finite = bool(gag_core.guided_attention(q, q, q, gag_core.GuidanceConfig()).isfinite().all())
+    # A compiled graph asks for the kernels without this knowledge.
+    out, config = torch.empty_like(q), gag_core.GuidanceConfig()
+    importlib.import_module("gag_core.triton.launch").guide(out, q, q, q, config, base=None, mask=None, scale=8**-0.5)
+    finite = bool(torch.equal(out, gag_core.guided_attention(q, q, q, config)))
     found[kind] = [at_import, runs, finite, warnings]
     sys.path[:] = path
 print(json.dumps(found))
@@ -125,10 +133,10 @@ def test_gag_core_computes_without_the_kernels(found: dict[str, Any]) -> None:
 
 def test_the_log_says_once_why(found: dict[str, Any]) -> None:
     """Not at the import, because the reader may have no card. A missing Triton is nothing to warn of."""
-    for kind, (at_import, _, _, warnings) in found.items():
+    for kind, (at_import, _, _, said) in found.items():
         assert at_import == 0, kind
-        assert len(warnings) == (kind not in SILENT), (kind, warnings)
-    reasons = {kind: warnings[0] for kind, (_, _, _, warnings) in found.items() if warnings}
+        assert len(said) == (kind not in SILENT), (kind, said)
+    reasons = {kind: said[0] for kind, (_, _, _, said) in found.items() if said}
     assert all("GAG cannot use the installed Triton" in reason for reason in reasons.values())
     assert "ImportError: DLL load failed" in reasons["import fails"]
     assert "SystemExit: 3" in reasons["import exits"]
@@ -139,6 +147,22 @@ def test_the_log_says_once_why(found: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is published for Linux")
 def test_the_real_triton_is_usable() -> None:
-    from gag_core.triton import installation
-
     assert installation.is_usable()
+
+
+def test_a_compiled_graph_asks_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo warns of caches, and cannot trace imports."""
+    torch.compiler.reset()
+    choice._known_line_of.cache_clear()
+    monkeypatch.setattr(choice, "triton_version", lambda: (3, 7))
+    monkeypatch.setattr(choice, "card_of", lambda device: "sm_90")
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        path = choice.path_for(torch.device("cuda", 0), torch.float16, 64, 64, 77, GuidanceConfig())
+        return x + 1 if path == "fused" else x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+    choice._known_line_of.cache_clear()

@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
+GUARD = Path(__file__).with_name("test_guard.py")
 # Tests of the interpreter itself, and the test that starts the run on a card, are skipped on a card.
 interpreted_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="only for the interpreter")
 
@@ -361,7 +362,7 @@ def test_the_same_tests_on_the_card_of_this_machine() -> None:
     environment = {**os.environ, "GAG_TEST_DEVICE": "cuda"}
     environment.pop("TRITON_INTERPRET")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, str(GUARD)],
         cwd=Path(__file__).resolve().parents[2],
         env=environment,
         capture_output=True,
