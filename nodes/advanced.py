@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..gag_core import GuidanceConfig
 from ..gag_core.config import RULES
-from .checks import check_option, check_switch, check_text
+from .input_checks import check_option, check_switch, check_text
 from .presets import DEFAULT
 from .shared_inputs import (
     alpha_input,

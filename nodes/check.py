@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..gag_core.baselines import Shape
 from ..gag_core.check import CASES, PLAIN, SORT, Comparison, Report, check, dtype_name, environment_lines, milliseconds
-from .checks import check_switch
+from .input_checks import check_switch
 from .output_files import NotSavedError, save_json, save_preview
 from .panel.browser import BROWSER
 from .panel.messages import without_markup

@@ -9,9 +9,9 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from .checks import check_whole
 from .demo.architecture import CHANNELS, SIZE
 from .demo_loader import DEMO_CATEGORY
+from .input_checks import check_whole
 
 _MOST_PICTURES = 64
 

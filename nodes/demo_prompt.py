@@ -7,10 +7,10 @@ import torch
 from comfy_api.latest import io
 
 from ..gag_core.echo import plain
-from .checks import check_text
 from .demo.architecture import POOLED
 from .demo.text_encoder import DemoTextEncoder
 from .demo_loader import DEMO_CATEGORY, DemoText
+from .input_checks import check_text
 
 
 class GAGDemoPrompt(io.ComfyNode):

@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .checks import check_option
+from .input_checks import check_option
 from .presets import DEFAULT_PRESET, PRESETS
 from .shared_inputs import (
     end_input,

@@ -18,7 +18,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ..gag_core.echo import echo, plain
-from .checks import check_whole
+from .input_checks import check_whole
 from .plots import BACKGROUND, INK
 from .shared_inputs import CATEGORY
 

@@ -15,9 +15,9 @@ from comfy import sd1_clip
 from comfy_api.latest import io
 
 from ..gag_core.echo import echo, plain
-from .checks import check_text
 from .demo.text_encoder import DemoTextEncoder, words_of
 from .demo_loader import DemoText
+from .input_checks import check_text
 from .panel.browser import BROWSER
 from .patching.families import Blocks, Family, Layer, all_layers, family_of
 from .patching.guidance import Guidance

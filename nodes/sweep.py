@@ -16,7 +16,7 @@ from ..gag_core import GuidanceConfig
 from ..gag_core.config import NORM_MODES, RULES
 from ..gag_core.echo import echo, plain
 from .advanced import APPLY_TO
-from .checks import check_option, check_switch, check_text
+from .input_checks import check_option, check_switch, check_text
 from .panel.browser import BROWSER
 from .patching.block_syntax import parse_blocks
 from .patching.families import Blocks, Family, all_layers, default_layers, family_of

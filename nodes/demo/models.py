@@ -21,7 +21,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
 from ...gag_core.echo import echo, plain
-from ..checks import check_option
+from ..input_checks import check_option
 from .architecture import CHANNELS, PATCH, TRANSFORMER_CONFIG, UNET_CONFIG
 from .text_encoder import DemoTextEncoder
 

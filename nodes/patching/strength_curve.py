@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...gag_core.echo import echo, plain
-from ..checks import check_option
+from ..input_checks import check_option
 
 KINDS = ("constant", "linear", "cosine", "interval", "bump")
 OVER = ("steps", "sigma")

@@ -35,7 +35,7 @@ class TextPosition(NamedTuple):
 
 
 class JointCall(NamedTuple):
-    """What tells a joint attention call from others: numbers of queries and keys, True with a mask, and the options."""
+    """A joint attention call by its numbers of queries and keys, its options, and True if it has a mask."""
 
     queries: int
     keys: int

@@ -19,7 +19,14 @@ DEVELOPING = ROOT / "docs" / "developing.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 # Files with messages for users. Messages of other files of gag_core are for callers of the library.
 CORE = ROOT / "gag_core"
-MODULES = sorted([*ROOT.glob("nodes/**/*.py"), CORE / "check.py", CORE / "config.py", *CORE.glob("triton/*.py")])
+MODULES = sorted(
+    [
+        *ROOT.glob("nodes/**/*.py"),
+        CORE / "check.py",
+        CORE / "config.py",
+        *(CORE / "triton" / f"{name}.py" for name in ("environment", "guard", "installation")),
+    ]
+)
 MESSAGE_CALLS = {"log.warning", "log.info", "log.error", "send_text", "_error", "notes.append", "parser.error"}
 ANYTHING = "…"
 

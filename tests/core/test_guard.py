@@ -662,7 +662,7 @@ def only_for_the_check(guide: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.mark.usefixtures("interpreted")
 def test_a_row_call_that_ends_in_its_second_chunk_is_not_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where out and base are one tensor, guidance would be added twice to the first chunk."""
+    """Guidance would be added twice to the first chunk if out and base are one tensor."""
     q, k, v = cases.qkv(SMALL)
     base = v.new_zeros(q.shape)
     ROW_GUIDE(base.clone(), q, k, v, GENTLE, base=base.clone(), mask=None, scale=0.2)  # the check passes

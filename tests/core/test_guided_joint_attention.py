@@ -491,7 +491,7 @@ def test_nothing_is_computed_when_off() -> None:
 
 @pytest.mark.parametrize("with_base", [False, True], ids=["own-joint", "base"])
 def test_fewer_queries_than_keys_cost_no_more_than_they_need(with_base: bool) -> None:
-    """As above, with two text slices whose keys are joined: one joint attention and three text-sized products."""
+    """The same with two text slices whose keys are joined: one joint attention and three text-sized products."""
     queries, tokens, heads, dim = 200, 600, 2, 16
     text = [slice(0, 40), slice(90, 110)]
     q, k, v = cases.qkv(Shape(1, heads, queries, tokens, dim))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a check says about a machine, on cards that are not here: stand-ins answer as torch does for them."""
+"""The description of a machine in a check, on cards that are not here: stand-ins answer as torch does for them."""
 
 from __future__ import annotations
 
