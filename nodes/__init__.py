@@ -14,7 +14,7 @@ check              "GAG Check": correctness and speed on this machine
 demo_loader        "GAG demo": the demo models
 demo_prompt        "GAG demo prompt": their prompts
 demo_empty_latent  "GAG demo empty latent": their empty picture
-checks             checks of single inputs, with their sentences
+input_checks       checks of single inputs, with their sentences
 output_files       the files that nodes save: checked prefixes, written beside and renamed
 presets            settings behind the preset names, and the defaults
 shared_inputs      inputs, schema and output that several nodes share
