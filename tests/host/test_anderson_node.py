@@ -130,7 +130,7 @@ def test_unets_get_the_reference_output(name: str, settings: dict[str, Any]) -> 
     assert count
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen-image"])
+@pytest.mark.parametrize("name", ["flux", "qwen-image", "stable-cascade"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_joint_attention_gets_the_reference_output(settings: dict[str, Any], name: str) -> None:
     tiny = TRANSFORMERS[name]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import comfy.hooks
 import comfy.sample
@@ -22,6 +23,7 @@ from recorder import Call, record_calls
 from tiny import Tiny
 from transformers_of_host import TRANSFORMERS
 
+prompt_rows = host.pack_module("nodes.patching.prompt_rows")
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 PAPER = GuidanceConfig()
 TOKENS = 12
@@ -158,6 +160,40 @@ def test_rows_of_two_pictures_belong_to_their_prompts(name: str) -> None:
         plain = reference.sparse_dense_attention(call.q, call.k, call.v)[1]
         rows = [not torch.allclose(call.out[row].double(), plain[row], atol=1e-4) for row in range(4)]
         assert rows in ([True, True, False, False], [False, False, True, True])
+
+
+def _keys(seed: int) -> list[Tensor]:
+    return [torch.randn(1, 2, 7, 16, generator=torch.Generator().manual_seed(seed))] * 2
+
+
+def _ids(seed: int) -> Tensor:
+    return torch.randint(1000, 9000, (1, 7), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("name", "made"), [("prefix_keys", _keys), ("input_ids", _ids)])
+def test_rows_that_another_node_interleaves_are_told_by_keys_and_by_ids(name: str, made: Any) -> None:
+    """Rows of a text that is none of the prompts belong to the prompt of the row before them.
+
+    All but one of its token ids are those of the negative prompt. Ids are no vectors, which a node could multiply.
+    """
+    positive, negative = made(1), made(2)
+
+    class Guider:
+        original_conds: ClassVar[dict[str, Any]] = {}
+        conds: ClassVar[dict[str, Any]] = {
+            key: [{"model_conds": {name: SimpleNamespace(cond=own)}}]
+            for key, own in (("positive", positive), ("negative", negative))
+        }
+
+    guider = Guider()
+    rows = prompt_rows.PromptRows.of_run(guider, 1, (name,))
+    texts = [prompt_rows.text_of({name: one}, (name,), 1) for one in (positive, negative)]
+    other = texts[1].clone()
+    other[:, 0] = other[:, 0] + 1 if name == "input_ids" else -other[:, 0]
+    batch = torch.cat((texts[0], other, texts[1], texts[0], texts[1], other))
+    groups = rows.groups(batch, {"cond_or_uncond": [0, 1]})
+    sides = [group.is_positive for group in groups for _ in range(group.rows.start, group.rows.stop)]
+    assert sides == [True, True, False, True, False, False]
 
 
 @here("sensenova")
