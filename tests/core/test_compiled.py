@@ -89,7 +89,7 @@ result["same"] = is_kept(kept) and len(first) == 1 and repr(first) == repr(secon
 # Kinds that are equal mean one binary.
 binaries, count = {}, 0
 for dtype, other, offset, strides, number in itertools.product(
-    (torch.float16, torch.float32), (torch.float32, torch.uint8), (0, 1), ((1, 1), (16, 1), (3, 48)), (1, 16, 2**40)
+    (torch.float16, torch.float32), (torch.float32, torch.uint8), (0, 1), ((1, 1), (3, 1), (16, 48)), (1, 16, 2**40)
 ):
     x, y = memory(dtype, offset), memory(other)
     kinds = (compiled.pointer_kinds((x, y)), *map(compiled.integer_kind, (*strides, number)))
