@@ -2,10 +2,9 @@
 """Functions that the fused kernel and the row kernels share: masks, weights of both read-outs, the guidance.
 
 ``entmax.py`` and ``geometry.py`` explain the mathematics. These functions keep to what Triton 3.0 can do: no tuples of
-tensors as arguments.
+tensors as arguments. Nor is there ``from __future__ import annotations``, because the interpreter of that Triton tells
+constants by their annotations.
 """
-
-from __future__ import annotations
 
 import os
 

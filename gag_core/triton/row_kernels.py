@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Triton kernels of the row path: the weights of both read-outs from logits, and the guided output from read-outs.
 
-They keep to what Triton 3.0 can do: no ``tl.dot``, no tuples of tensors or of numbers. So they compile for cards
-without matrix units too. ``row.py`` computes the products between them.
+They keep to what Triton 3.0 can do, as ``formulas.py`` does, and have no ``tl.dot``. So they compile for cards without
+matrix units too. ``row.py`` computes the products between them.
 
 Arguments that several kernels take:
     heads, query_count: sizes of the call. A plane is one head of one batch row.
@@ -11,8 +11,6 @@ Arguments that several kernels take:
     POWER, STEPS, RULE, RELATIVE, ORTHOGONAL, MASK, MASK_PER_QUERY, OUT_MAX: as in ``kernels.py``.
     UNIT: number of elements that lengths and strides of rows are counted in, so that a card can read many at once.
 """
-
-from __future__ import annotations
 
 import triton
 import triton.language as tl
