@@ -608,7 +608,6 @@ _OWN_WORDS = "Each row is guided by the words of its own text"
 _OF_REGIONS = f"{_OWN_WORDS}. The rows of regions count as the positive prompt's."
 _ALL_BLOCKS = "All blocks are guided, as without it."
 _SHORT = ((12, 12),)
-_NOT_RUN = "Nothing guided: none of its attentions ran."
 
 
 def _tiles(prompts: Prompts) -> list[Rows]:
@@ -738,7 +737,7 @@ PACKS = (
         packs.with_classes_exchanged,
         source="RES4LYF 022c873c",
         batches=(1,),
-        says=_NOT_RUN,
+        says="Nothing guided: the blocks run code of packs (ReCrossAttention).",
     ),
     Pack(
         "Fluxtapoz",
@@ -746,7 +745,7 @@ PACKS = (
         packs.with_blocks_of_its_own_class,
         model="flux",
         source="ComfyUI-Fluxtapoz 17c71bea",
-        says=_NOT_RUN,
+        says="Nothing guided: the blocks run code of packs (DoubleStreamBlock).",
     ),
     Pack(
         "IPAdapter-Flux",
@@ -754,7 +753,7 @@ PACKS = (
         packs.with_other_blocks,
         model="flux",
         source="ComfyUI-IPAdapter-Flux eef22b68",
-        says=_NOT_RUN,
+        says="Nothing guided: the blocks run code of packs (OtherBlock).",
     ),
     Pack(
         "samplers of Extra Samplers that differentiate the model (ttm)",
