@@ -107,9 +107,13 @@ def compile_case(kind: str, card: Card, case: Case) -> None:
         (launch._launch if kind == "fused" else row.launch)(*arguments)
 
 
-def measured(kind: str, card: Card, case: Case, cache: Path) -> Result:
-    """Compile a case, and return what is recorded of it."""
-    driver = Driver(card, CARDS.index(card))
+def measured(kind: str, card: Card, case: Case, number: int, cache: Path) -> Result:
+    """Compile a case, and return what is recorded of it.
+
+    ``number`` is that of the device. Each case needs another one: for the same device Triton keeps programs that two
+    cases share, and the driver would not be given them again.
+    """
+    driver = Driver(card, number)
     driver.install()
     start = time.perf_counter()
     try:
@@ -153,8 +157,8 @@ def work(kind: str, card_name: str, cases: Sequence[str]) -> None:
 
     card = next(card for card in CARDS if card.name == card_name)
     cache = Path(os.environ["TRITON_CACHE_DIR"])
-    for name in cases:
-        found = {"case": name, "triton": triton.__version__, **measured(kind, card, CASES[name], cache)}
+    for number, name in enumerate(cases):
+        found = {"case": name, "triton": triton.__version__, **measured(kind, card, CASES[name], number, cache)}
         print(json.dumps(found), flush=True)
 
 

@@ -120,8 +120,9 @@ def _launch_chunks(
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     half_products = q.dtype != torch.float32 and has_half_products(q.device, q.dtype)
     length = _padded(keys)
-    # The logits in fp32 and two weights, which take half of that with half_products; later both read-outs.
-    per_query = (2 if half_products else 3 + dim // length) * length + 2 * value_dim
+    # The logits in fp32 and both weights, which take half of that with half_products; later both read-outs. Without
+    # half_products queries are copied.
+    per_query = 2 * length + 2 * value_dim if half_products else 3 * length + 2 * value_dim + dim
     parts = eager.chunks(q, per_query=per_query, per_head=length * (dim + value_dim))
     with _current_device(q.device):
         for part, chunks_of_part in parts:
