@@ -175,7 +175,8 @@ def _threshold_by_newton(shifted: Tensor) -> tuple[Tensor, Tensor]:
         # tau + size (size - root) / excess, where size ** 2 = deviation ** 2 + excess ** 2
         tau = torch.addcdiv(mean, size.addcmul_(deviation, deviation, value=-1.0 / root), excess, value=-root)
     assert tau is not None
-    return tau, above.clamp_min_(tau)
+    # Not from ``above``: rounding may put tau below -2, and then keys far below it would get a weight.
+    return tau, torch.maximum(shifted, tau, out=above)
 
 
 def _threshold_by_parabolas(shifted: Tensor) -> Tensor:

@@ -118,35 +118,46 @@ class Count(NamedTuple):
 
 
 @contextmanager
-def wide_products_on_meta() -> Iterator[None]:
-    """Multiply half-precision tensors on device "meta" as CUDA does; torch's "meta" has only the product without factor."""
+def wide_products_on_meta(available: bool) -> Iterator[None]:
+    """Let device "meta" multiply half-precision matrices with a result in fp32, as CUDA does, or not.
+
+    torch's "meta" has this product without the factor alone, which moves as many bytes.
+    """
 
     def multiply(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
         torch.bmm(a, b, out_dtype=torch.float32, out=out)
 
-    has_products = mock.patch.object(numerics, "_multiplies_wide", lambda device, dtype: True)
+    has_products = mock.patch.object(numerics, "_multiplies_wide", lambda device, dtype: available)
     with has_products, mock.patch.object(numerics, "_multiply_wide", multiply):
         yield
 
 
-def count(call: Call, *, on_card: bool = True, base: bool = False) -> Count:
-    """Count one guided call. ``base`` gives the host's output, as for a batch in which some rows are guided."""
+def count(call: Call, *, on_card: bool = True, wide_products: bool = True) -> Count:
+    """Count one guided call.
+
+    Args:
+        call: the call.
+        on_card: False for the plain path.
+        wide_products: False for a torch or a device that multiplies half-precision matrices with a result in half
+            precision alone.
+    """
 
     def tensor(tokens: int) -> Tensor:
         merged = torch.empty(call.batch, tokens, call.heads, call.dim, dtype=call.dtype, device="meta")
         return merged.transpose(1, 2)
 
     q, k, v, out = map(tensor, (call.queries, call.keys, call.keys, call.queries))
-    own = tensor(call.queries) if base or call.joint else None
+    base = tensor(call.queries) if call.joint else None
     lse = torch.empty(call.batch, call.heads, call.queries, device="meta") if call.joint else None
 
     def guide() -> None:
         eager.guide(
-            out, q, k, v, gag_core.GuidanceConfig(), base=own, mask=None, scale=call.dim**-0.5, joint_lse=lse,
+            out, q, k, v, gag_core.GuidanceConfig(), base=base, mask=None, scale=call.dim**-0.5, joint_lse=lse,
             on_card=on_card,
         )  # fmt: skip
 
-    with torch.no_grad(), wide_products_on_meta(), LaunchCounter() as launches, StorageTracker() as storages:
+    products = wide_products_on_meta(wide_products)
+    with torch.no_grad(), products, LaunchCounter() as launches, StorageTracker() as storages:
         guide()
     return Count(launches.launches, launches.bytes, storages.peak)
 
