@@ -12,6 +12,7 @@ The files, in reading order:
     attention.py    the public calls: argument checks, choice of the implementation
     geometry.py     the formulas of the paper, each once: decomposition, cap, extrapolation, text mass
     eager.py        the implementation in plain torch: chunks of queries, both read-outs, joint attention
+    card.py         the work of eager.py on a chunk in few operations, for other devices than the CPU
     entmax.py       alpha-entmax without sorting
     numerics.py     care for dtypes and ranges: scales, prepared keys and values, masks, saturating writes
     anderson.py     Anderson acceleration, and rule "anderson", which solves for its coefficients

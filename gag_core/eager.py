@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import card
 from .anderson import KeySpace, retrieve_with_coefficients
 from .config import GuidanceConfig
-from .entmax import dense_weights_, logsumexp_from_sum, reusable, scale_and_shift_, sparse_weights
+from .entmax import dense_weights_, is_forward_mode, logsumexp_from_sum, reusable, scale_and_shift_, sparse_weights
 from .geometry import guidance_factors, text_mass
 from .numerics import (
     ConfigNumbers,
     Keys,
     config_numbers,
+    has_wide_products,
     mask_part,
     prepare_values,
     weighted_sum_,
@@ -31,12 +33,13 @@ from .numerics import (
 
 # Largest number of tensor elements that the work on a chunk of queries holds at once. On a CPU it should stay near the
 # size of the caches and, with copies of keys and values, below twice the size of the output (_CPU_CHUNK_OF_OUTPUT).
-# Elsewhere many small kernels cost more than memory.
 _CPU_CHUNK = 3 << 19
 _CPU_CHUNK_OF_OUTPUT = 1.9
 # A megabyte is always allowed: in smaller chunks most of the time goes into starting operations.
 _LEAST_CPU_CHUNK = 1 << 18
-_CHUNK = 3 << 23
+# On other devices each operation is a launch. These are 512 MiB in fp32, less than the feed-forward layer of a large
+# model takes.
+_CHUNK = 1 << 27
 # Fraction of the chunk budget for copies of keys and values. Where copies for all heads need more, heads are split.
 _COPIES_OF_CHUNK = 0.25
 # On a CPU products of a multiple of 16 keys take a fifth less time than products of a few keys less.
@@ -178,6 +181,7 @@ def guide(
     mask: Tensor | None,
     scale: float,
     joint_lse: Tensor | None = None,
+    on_card: bool | None = None,
 ) -> None:
     """Write ``base + mass * strength * (guided - dense)`` to ``out``, chunk by chunk.
 
@@ -188,7 +192,12 @@ def guide(
         mask: as in :func:`gag_core.guided_attention`, of rank 4.
         joint_lse: ``[B, H, N_q]``, logsumexp of the logits of a longer sequence that these keys are part of. The mass
             is the share of the softmax over that sequence that falls on these keys. None is a mass of 1.
+        on_card: True to compute the chunks by :mod:`gag_core.card`, if it supports the config. None leaves it to the
+            device.
     """
+    if (_is_card(q.device) if on_card is None else on_card) and card.supports(config):
+        _guide_on_card(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+        return
     # Without a sparse retrieval there is no coefficient to solve for.
     solve = config.rule == "anderson" and config.alpha != 1.0 and config.strength != 0.0
     pad = 0 if solve else padding(k.shape[2])
@@ -226,6 +235,41 @@ def guide(
             del result  # otherwise it is held beside the tensors of the next chunk
 
 
+def _is_card(device: torch.device) -> bool:
+    """Return True if tensors on a device are computed by :mod:`gag_core.card`, at this moment."""
+    return device.type in card.DEVICES and not is_forward_mode() and not torch.compiler.is_compiling()
+
+
+def _guide_on_card(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: GuidanceConfig,
+    *,
+    base: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    joint_lse: Tensor | None,
+) -> None:
+    """Do the work of :func:`guide` by :mod:`gag_core.card`."""
+    per_query, per_head = card.elements_per_query(q, k, v, config), k.shape[2] * (k.shape[3] + v.shape[3])
+    numbers = config_numbers(config, work_dtype(q))
+    for part, chunks_of_part in chunks(q, per_query=per_query, per_head=per_head, whole_heads=config.merge_heads):
+        memory = card.prepare(k[part], v[part], scale, config)
+        for chunk in chunks_of_part:
+            card.guided_chunk(
+                out[chunk],
+                q[chunk],
+                memory,
+                config,
+                numbers,
+                mask_part(mask, *chunk),
+                None if base is None else base[chunk],
+                None if joint_lse is None else joint_lse[chunk],
+            )
+
+
 def attention_with_logsumexp(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -239,10 +283,10 @@ def attention_with_logsumexp(
     """
     bias = _additive_mask(mask, q)
     # In forward-mode differentiation torch has no derivative of its fused attention.
-    is_forward_mode = forward_ad._current_level >= 0
-    fused = None if is_forward_mode else _fused_attention(q, k, v, bias, scale)
+    is_forward = forward_ad._current_level >= 0
+    fused = None if is_forward else _fused_attention(q, k, v, bias, scale)
     if fused is None:
-        exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if is_forward_mode else nullcontext()
+        exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if is_forward else nullcontext()
         with exact:
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         fused = out, logsumexp_of_logits(q, k, mask, scale)
@@ -253,12 +297,19 @@ def attention_with_logsumexp(
     return fused[0].masked_fill(unreadable, 0.0), fused[1].masked_fill(unreadable.squeeze(-1), -torch.inf)
 
 
-def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Compute the logsumexp over the keys, ``[B, H, N_q]`` in the work dtype; ``-inf`` where no key may be read."""
+def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, on_card: bool | None = None) -> Tensor:
+    """Compute the logsumexp over the keys, ``[B, H, N_q]`` in the work dtype; ``-inf`` where no key may be read.
+
+    ``on_card`` is True to compute chunks by :mod:`gag_core.card`. None leaves it to the device.
+    """
     result = torch.empty(q.shape[:3], dtype=work_dtype(q), device=q.device)
+    on_card = _is_card(q.device) if on_card is None else on_card
     for part, chunks_of_part in chunks(q, per_query=2 * k.shape[2], per_head=k.shape[2] * k.shape[3]):
-        keys = Keys.prepare(k[part], scale)
+        keys = (Keys.prepare_half if on_card and has_wide_products(k) else Keys.prepare)(k[part], scale)
         for chunk in chunks_of_part:
+            if on_card:
+                result[chunk] = card.logsumexp(q[chunk], keys, mask_part(mask, *chunk))
+                continue
             logits, logits_scale = keys.logits(q[chunk], mask_part(mask, *chunk))
             # Clamped above, because differences of infinities are NaN. A logit that overflows below weighs nothing.
             logits.mul_(logits_scale).clamp_(max=torch.finfo(logits.dtype).max)

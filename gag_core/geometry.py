@@ -34,7 +34,7 @@ def norm_axes(config: GuidanceConfig) -> tuple[int, ...]:
     return _MERGED_HEADS if config.merge_heads else _PER_HEAD
 
 
-def cap(length: Tensor, limit: Tensor) -> Tensor:
+def cap(length: Tensor, limit: Tensor | float) -> Tensor:
     """Compute the length of the guidance vector after the cap: a hard minimum of the length and the limit.
 
     The shape of the cap is written here and nowhere else, except that the same function is also ``cap`` in
@@ -48,17 +48,26 @@ def cap(length: Tensor, limit: Tensor) -> Tensor:
     return torch.clamp(length, -limit, limit)
 
 
-def is_capped(length: Tensor, limit: Tensor) -> Tensor:
+def is_capped(length: Tensor, limit: Tensor | float) -> Tensor:
     """Return True where the cap shortens a guidance vector of this length, which is not negative."""
     return cap(length, limit) < length
 
 
-def cap_limit(sparse_norm: Tensor, scale: Tensor, norm_threshold: float, norm_mode: str) -> Tensor:
+def cap_limit(sparse_norm: Tensor, scale: Tensor | float, norm_threshold: float, norm_mode: str) -> Tensor | float:
     """Compute the largest length that the cap allows: eta, or ``eta ||S||`` if ``norm_mode`` is "relative".
 
     ``sparse_norm`` is ||S|| of read-outs that were divided by ``scale``. The limit is in the same scale.
     """
     return sparse_norm * norm_threshold if norm_mode == "relative" else norm_threshold / scale
+
+
+def _limit(
+    sparse_norm: Tensor, scale: Tensor | float, config: GuidanceConfig, numbers: ConfigNumbers
+) -> Tensor | float | None:
+    """Return :func:`cap_limit` for a config, or None where there is no cap."""
+    if config.norm_threshold == math.inf:
+        return None
+    return cap_limit(sparse_norm, scale, numbers.norm_threshold, config.norm_mode)
 
 
 def decompose(vector: Tensor, sparse: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -69,6 +78,20 @@ def decompose(vector: Tensor, sparse: Tensor, axes: tuple[int, ...]) -> tuple[Te
     tiny = torch.finfo(sparse.dtype).tiny
     sparse_norm = torch.linalg.vector_norm(sparse, dim=axes, keepdim=True).clamp_min_(tiny)
     return (vector * sparse).sum(dim=axes, keepdim=True).div_(sparse_norm), sparse_norm
+
+
+def decompose_read_outs(sparse: Tensor, dense: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what :func:`decompose` computes of ``r = S - D`` and S, with ``S = share * sparse``, per head.
+
+    No tensor of r is needed: ``<r, S> / ||S|| = ||S|| - <D, S> / ||S||``.
+
+    Returns:
+        ``along``, ||S|| and ||sparse||.
+    """
+    norm = torch.linalg.vector_norm(sparse, dim=_PER_HEAD, keepdim=True).clamp_min_(torch.finfo(sparse.dtype).tiny)
+    product = (sparse * dense).sum(dim=_PER_HEAD, keepdim=True)
+    sparse_norm = norm * share
+    return torch.addcdiv(sparse_norm, product, norm, value=-1.0), sparse_norm, norm
 
 
 def orthogonal_norm(vector: Tensor, along: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -91,7 +114,7 @@ def guidance_norm(along: Tensor, across: Tensor, zeta: float) -> Tensor:
 def guidance_factors(
     sparse: Tensor,
     discrepancy: Tensor,
-    scale: Tensor,
+    scale: Tensor | float,
     config: GuidanceConfig,
     numbers: ConfigNumbers,
     anderson_vector: Tensor | None = None,
@@ -121,9 +144,7 @@ def guidance_factors(
     vector = discrepancy if anderson_vector is None else anderson_vector
     axes, zeta = norm_axes(config), config.orthogonal_scale
     along, sparse_norm = decompose(vector, sparse, axes)
-    limit = None
-    if config.norm_threshold != math.inf:
-        limit = cap_limit(sparse_norm, scale, numbers.norm_threshold, config.norm_mode)
+    limit = _limit(sparse_norm, scale, config, numbers)
     if zeta == 0.0:
         # The guidance vector is r_par alone.
         capped = along if limit is None else cap(along, limit)
@@ -137,6 +158,35 @@ def guidance_factors(
     on_sparse = along.div_(sparse_norm).mul_(capped).mul_(numbers.gain * ((1.0 - zeta) / zeta_scale))
     on_vector = capped.mul_(numbers.gain * (zeta / zeta_scale)).nan_to_num_(nan=0.0)
     return on_sparse.nan_to_num_(nan=0.0), on_vector.add_(on_discrepancy)
+
+
+def read_out_factors(
+    sparse: Tensor,
+    dense: Tensor,
+    total: Tensor,
+    scale: Tensor | float,
+    config: GuidanceConfig,
+    numbers: ConfigNumbers,
+) -> tuple[Tensor, float]:
+    """Compute the factors a and b of each query with ``strength * (guided - D) = a * sparse + b * D``.
+
+    The same as :func:`guidance_factors` in fewer passes over memory, for norms per head and an orthogonal_scale of 0.
+
+    Args:
+        sparse: ``total * S``, ``[B, H, N, D]``, in the work dtype, divided by ``scale``.
+        dense: D, the same.
+        total: ``[B, H, N, 1]``, positive.
+        scale, config, numbers: as for :func:`guidance_factors`.
+    """
+    share = total.reciprocal()
+    on_discrepancy = numbers.gain if config.rule == "pladis" else numbers.strength
+    on_sparse = share if on_discrepancy == 1.0 else share * on_discrepancy
+    if config.rule == "gag" and numbers.gain != 0.0:
+        along, sparse_norm, norm = decompose_read_outs(sparse, dense, share)
+        limit = _limit(sparse_norm, scale, config, numbers)
+        capped = along if limit is None else cap(along, limit)
+        on_sparse = torch.addcdiv(on_sparse, capped, norm, value=numbers.gain)
+    return on_sparse, -on_discrepancy
 
 
 def text_mass(lse: Tensor, joint_lse: Tensor) -> Tensor:

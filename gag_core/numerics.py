@@ -8,6 +8,7 @@ rounds nothing, and afterwards no product and no square of finite numbers leaves
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ _ALL = slice(None)
 # The power of two just below the largest number of fp16. fp32 has room on both sides of it, so values in fp16 need no
 # scale that is measured.
 _FP16_SCALE = 2.0**15
+# 2 to this power, times a product of queries and keys in fp16, is in the range of fp32.
+_LARGEST_FP16_EXPONENT = 80
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -35,7 +38,7 @@ def work_copy(x: Tensor, pad: int = 0) -> Tensor:
     copy = torch.empty((batch, heads, tokens + pad, dim), dtype=work_dtype(x), device=x.device)
     copy[:, :, :tokens] = x
     if pad:
-        copy[:, :, tokens:] = 0.0
+        copy[:, :, tokens:].zero_()
     return copy
 
 
@@ -91,12 +94,12 @@ def config_numbers(config: GuidanceConfig, dtype: torch.dtype) -> ConfigNumbers:
 def power_of_two_scale(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Compute a power of two such that ``x / scale`` lies below 2, exactly; ``axes`` are kept with size 1.
 
-    ``x`` is of a work dtype. The scale is just below the norm over these axes, and at least 2^-64. A tensor of
-    smaller numbers needs no scale, and the product of a smaller scale with another number could leave the range. So an
+    The scale is of the work dtype. It is just below the norm over these axes, and at least 2^-64. A tensor of smaller
+    numbers needs no scale, and the product of a smaller scale with another number could leave the range. So an
     underflow of the squares in the norm does not matter.
     """
-    largest = 2.0 ** (math.frexp(torch.finfo(x.dtype).max)[1] - 1)
-    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    largest = 2.0 ** (math.frexp(torch.finfo(work_dtype(x)).max)[1] - 1)
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=work_dtype(x))
     return norm.clamp_(2.0**-64, largest).log2_().floor_().exp2_()
 
 
@@ -111,14 +114,18 @@ class Keys(NamedTuple):
     The keys carry the factor of the logits, because there are fewer keys than queries.
 
     Attributes:
-        transposed: ``[B, H, D, N_k + padding]`` in the work dtype.
+        transposed: ``[B, H, D, N_k + padding]`` in the work dtype, or ``[B, H, D, N_k]`` in half precision.
         scale: a positive number, or ``[B, H, 1, 1]``.
         tokens: N_k.
+        columns: N_k + padding.
+        factor: number that the product is multiplied by: 1, except for keys in half precision.
     """
 
     transposed: Tensor
     scale: Tensor | float
     tokens: int
+    columns: int
+    factor: float = 1.0
 
     @classmethod
     def prepare(cls, k: Tensor, logit_scale: float, pad: int = 0) -> Keys:
@@ -126,28 +133,49 @@ class Keys(NamedTuple):
 
         ``pad`` is the number of tokens of padding behind the keys.
         """
-        wide = work_copy(k, pad)
+        wide, tokens = work_copy(k, pad), k.shape[2]
         small_factor, large_factor = split_scale(logit_scale, wide.dtype)
         if k.dtype == torch.float16:  # fp16 ends long before fp32 does
-            return cls(wide.mul_(small_factor).transpose(-1, -2), large_factor, k.shape[2])
+            return cls(wide.mul_(small_factor).transpose(-1, -2), large_factor, tokens, tokens + pad)
         largest, terms, scale = torch.finfo(wide.dtype).max, 4.0 * k.shape[3], power_of_two_scale(wide, (-2, -1))
         wide.div_(scale).mul_(small_factor / terms)
         scale.mul_(terms).clamp_(max=largest)
         if large_factor != 1.0:
             scale.mul_(large_factor).clamp_(max=largest)
-        return cls(wide.transpose(-1, -2), scale, k.shape[2])
+        return cls(wide.transpose(-1, -2), scale, tokens, tokens + pad)
+
+    @classmethod
+    def prepare_half(cls, k: Tensor, logit_scale: float, pad: int = 0) -> Keys:
+        """Prepare keys in half precision, where :func:`has_wide_products`; arguments as for :meth:`prepare`.
+
+        Keys and scale take powers of two alone, which round nothing. Keys in fp16 are not even copied: the product of
+        two numbers of fp16 is far from the end of fp32.
+        """
+        tokens = k.shape[2]
+        factor, exponent = math.frexp(logit_scale)
+        if k.dtype == torch.float16:
+            scale = 2.0 ** min(max(exponent, -126), _LARGEST_FP16_EXPONENT)
+            return cls(k.transpose(-1, -2), scale, tokens, tokens + pad, factor)
+        terms = math.ceil(math.log2(4.0 * k.shape[3]))
+        scales = power_of_two_scale(k, (-2, -1))
+        keys = (k / scales.to(k.dtype)).mul_(2.0**-terms)
+        scales.mul_(2.0 ** min(max(exponent + terms, -126), 127)).clamp_(2.0**-126, 2.0**127)
+        return cls(keys.transpose(-1, -2), scales, tokens, tokens + pad, factor)
 
     def logits(self, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """Compute logits ``[B, H, N_q, N_k + padding]`` in the work dtype, and the scale to multiply them by.
 
         Masked keys and padding are ``-inf``.
         """
-        # The product would copy queries that are not contiguous. So a copy to another dtype is made contiguous.
-        q = q.to(self.transposed.dtype, memory_format=torch.contiguous_format) if q.dtype != work_dtype(q) else q
-        padded = torch.matmul(q, self.transposed)
+        if self.transposed.dtype == work_dtype(q):
+            # The product would copy queries that are not contiguous. So a copy to another dtype is made contiguous.
+            q = q.to(self.transposed.dtype, memory_format=torch.contiguous_format) if q.dtype != work_dtype(q) else q
+            padded = torch.matmul(q, self.transposed)
+        else:
+            padded = _wide_product(q, self.transposed, self.columns, self.factor)
         logits = padded[..., : self.tokens]
         if self.tokens < padded.shape[-1]:
-            padded[..., self.tokens :] = -torch.inf
+            padded[..., self.tokens :].fill_(-torch.inf)
         if mask is None:
             return padded, self.scale
         if mask.dtype == torch.bool:
@@ -156,6 +184,47 @@ class Keys(NamedTuple):
         largest = torch.finfo(logits.dtype).max
         logits.mul_(self.scale).clamp_(-largest, largest).add_(mask).clamp_(max=largest)
         return padded, 1.0
+
+
+def has_wide_products(x: Tensor) -> bool:
+    """Return True if torch multiplies half-precision matrices like x with a result in fp32.
+
+    torch can from 2.8 on, on CUDA. There ComfyUI's option "fp16_accumulation" sums products of fp16 in fp16.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if x.dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):
+        return False
+    return _multiplies_wide(x.device, x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _multiplies_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda":
+        return False
+    ones = torch.ones((1, 16, 16), dtype=dtype, device=device)
+    try:
+        _multiply_wide(ones, ones, 1.0, torch.empty((1, 16, 16), device=device))
+    except (AttributeError, RuntimeError):  # an older torch, or a card whose library refuses
+        return False
+    return True
+
+
+def _multiply_wide(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
+    """Write ``factor`` times the product of two half-precision matrices ``[H, ., .]`` to ``out``, which is fp32."""
+    torch.ops.aten.baddbmm.dtype_out(out, a, b, torch.float32, beta=0.0, alpha=factor, out=out)
+
+
+def _wide_product(a: Tensor, b: Tensor, columns: int, factor: float) -> Tensor:
+    """Multiply ``[B, H, N, D]``, ``[B, H, D, N_k]`` in half precision and a factor: ``[B, H, N, columns]`` in fp32.
+
+    Columns behind N_k are not written. Batch rows are multiplied one by one, because the heads of several rows do not
+    lie at equal distances in the layout that models have, and would be copied.
+    """
+    product = torch.empty((*a.shape[:3], columns), dtype=torch.float32, device=a.device)
+    for row, matrix in enumerate(product[..., : b.shape[-1]]):
+        _multiply_wide(a[row], b[row], factor, matrix)
+    return product
 
 
 def prepare_values(v: Tensor, axes: tuple[int, ...], pad: int = 0) -> tuple[Tensor, Tensor]:

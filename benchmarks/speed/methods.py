@@ -76,13 +76,14 @@ def guided_by(guide: Guide) -> Callable[[], list[Swap]]:
 
 
 def compiled() -> list[Swap]:
-    """Return ``swaps`` for the plain path with a compiled :func:`guided_chunk`.
+    """Return ``swaps`` for the plain path, on any device, with a compiled :func:`guided_chunk`.
 
     Only the work on one chunk of queries is compiled, because compiling the loop over all chunks takes far longer.
     """
     torch.compiler.reset()  # otherwise torch stops compiling after some shapes
     compiled_chunk = torch.compile(eager.guided_chunk, dynamic=False)
-    return [*guided_by(eager.guide)(), partial(mock.patch.object, eager, "guided_chunk", compiled_chunk)]
+    plain = partial(eager.guide, on_card=False)
+    return [*guided_by(plain)(), partial(mock.patch.object, eager, "guided_chunk", compiled_chunk)]
 
 
 def package_entmax15(logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cases
+from gag_core import GuidanceConfig
 
 PROPERTY = settings(
     max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -34,6 +35,19 @@ SHAPES = st.builds(
     queries=st.integers(1, 20),
     keys=st.integers(1, 40),
     dim=st.sampled_from([4, 8, 16, 40]),
+)
+
+# All settings up to both ends of their ranges, and beyond the ranges of the nodes.
+ANY_CONFIGS = st.builds(
+    GuidanceConfig,
+    rule=st.sampled_from(["gag", "pladis"]),
+    guidance_scale=st.sampled_from([10.0, 0.0, 1.0, -3.0, 1e30, -1e38, 1e300]),
+    norm_threshold=st.sampled_from([15.0, 0.0, 0.1, 1e-300, 1e30, math.inf]),
+    norm_mode=st.sampled_from(["absolute", "relative"]),
+    orthogonal_scale=st.sampled_from([0.0, 1.0, 0.5, -1e30, 1e300]),
+    alpha=st.sampled_from([1.5, 1.0, 1.0 + 1e-12, 1.001, 1.1, 1.75, 2.0 - 1e-12, 2.0, 1, 2]),
+    strength=st.sampled_from([1.0, 0.0, -1.0, 0.5, 1e30]),
+    merge_heads=st.booleans(),
 )
 
 # --- whole attention calls, for fuzzing ---------------------------------------------------------------------------
