@@ -109,10 +109,12 @@ class Driver:
         from triton.runtime import driver
 
         if self.card.name == "xpu":
-            from triton.backends.intel import compiler
+            from triton.backends import backends
 
             # A C++ program that asks Intel's own compiler, if there is one, what the card can do.
-            compiler.compile_module_from_src = lambda *args: SimpleNamespace(parse_device_arch=lambda arch: "")
+            answer = SimpleNamespace(parse_device_arch=lambda architecture: "")
+            names = backends["intel"].compiler.__init__.__globals__
+            names["compile_module_from_src"] = lambda *arguments: answer
         driver.set_active(self)
 
     @staticmethod

@@ -63,7 +63,7 @@ _TABLE = (
     _Line("sm_7[0-5]", (3, 3), fused=0, fused_keys_fp32=0, row=_ALL),
     _Line("sm_7[0-5]", (3, 0), fused=0, fused_keys_fp32=0, row=_NO_BF16),
     _Line("gfx11..", (3, 7), fused=206, fused_keys_fp32=80, row=_ALL),
-    _Line("gfx9..|gfx103.|gfx11..|gfx12..", (3, 0), fused=0, fused_keys_fp32=0, row=_ALL),
+    _Line("gfx90a|gfx94.|gfx103.|gfx11..|gfx12..", (3, 0), fused=0, fused_keys_fp32=0, row=_ALL),
 )
 
 

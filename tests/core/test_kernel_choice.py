@@ -52,14 +52,17 @@ def test_no_program_is_chosen_that_fails_or_spills(version: str) -> None:
                     assert "failed" not in result, (card, name, result)
                     assert result["spilled"] <= choice.MOST_SPILLED, (card, name, result)
                     checked += 1
-    assert checked
+    assert checked or set(MATRIX[version]["row"]) == {"xpu"}
 
 
 @pytest.mark.parametrize("version", sorted(MATRIX))
 def test_every_card_has_a_path_with_kernels(version: str) -> None:
     """In fp16, whatever the Triton; fp32 and bf16 too, where the card and the compiler have them."""
-    for card in MATRIX[version].get("row", {}):
+    for card in MATRIX[version].get("row", {}).keys() - {"xpu"}:
         made = {name for name, case in CASES.items() if chosen(card, version, case) != "eager"}
+        if all("failed" in result for result in MATRIX[version]["row"][card].values()):
+            assert card in ("gfx906", "sm_120") and not made  # that Triton refuses the card
+            continue
         assert made >= {name for name, case in CASES.items() if case.dtype != torch.bfloat16}, card
         assert made == set(CASES) or (card in ("sm_70", "sm_75") and version_of(version) < (3, 3)), card
 
@@ -73,7 +76,7 @@ def test_the_matrix_of_the_pinned_triton_is_complete() -> None:
     for card in cards:
         for name, case in CASES.items():
             path = chosen(card, pinned, case)
-            assert name in MATRIX[pinned][path][card], (card, name, path)
+            assert path == "eager" or name in MATRIX[pinned][path][card], (card, name, path)
 
 
 def test_the_page_has_the_tables() -> None:
@@ -93,7 +96,9 @@ def test_the_page_has_the_tables() -> None:
         ("sm_89", (3, 2), "row"),
         ("sm_89", (2, 3), "eager"),
         ("gfx1030", (3, 7), "row"),
-        ("gfx803", (3, 7), "eager"),
+        ("gfx906", (3, 7), "eager"),
+        ("gfx1100", (3, 7), "fused"),
+        ("gfx1100", (3, 6), "row"),
         ("unknown", (3, 7), "eager"),
     ],
 )

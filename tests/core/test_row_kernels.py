@@ -91,9 +91,11 @@ def test_many_ties_at_the_edge_of_the_support(keys: int, alpha: float) -> None:
 def test_layouts(layout: str) -> None:
     change = LAYOUTS[layout]
     q, k, v = cases.qkv(SMALL)
-    out = launched("row", change(torch.zeros_like(q)), change(q), change(k), change(v), CONFIGS["paper"], scale=0.2)
-    torch.testing.assert_close(out, by_kernel("row", q, k, v, CONFIGS["paper"], scale=0.2), rtol=1e-5, atol=1e-5)
-    assert_matches("row", change(q), change(k), change(v), CONFIGS["paper"], base=change(v[:, :, :5] * 2))
+    base = cases.random(*q.shape, seed=20)
+    out = change(torch.zeros_like(q))
+    result = launched("row", out, change(q), change(k), change(v), CONFIGS["gentle"], base=change(base), scale=0.2)
+    expected = reference.guided_attention(q, k, v, CONFIGS["gentle"], base=base, scale=0.2)
+    assert (result - expected).norm() <= kernel_calls.FP32_ERROR * expected.norm()
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -285,12 +287,10 @@ def test_few_launches(shape: Shape, dtype: torch.dtype, most: int, monkeypatch: 
 
 
 @pytest.fixture
-def by_row_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def by_row_path(new_guard: None) -> Iterator[None]:
     """Use the row path for CPU tensors as on a card."""
     if DEVICE.type != "cpu":
         pytest.skip("the interpreter is off")
-    monkeypatch.setattr(launch, "_failed", set())
-    monkeypatch.setattr(launch, "_warned", set())
     with use_implementation(row.guide):
         yield
 
@@ -302,11 +302,11 @@ def test_a_kernel_that_fails_is_logged_once_and_replaced(
     q, k, v = cases.qkv(SMALL)
     calls = []
 
-    def broken(*args: object) -> None:
+    def broken(*args: object, **options: object) -> None:
         calls.append(args)
         raise RuntimeError("ptxas died")
 
-    monkeypatch.setattr(row, "launch", broken)
+    monkeypatch.setattr(row, "launch", broken)  # for the check
     with caplog.at_level(logging.WARNING):
         results = [guided_attention(q, k, v, CONFIGS["paper"]) for _ in range(3)]
     expected = torch.empty_like(results[0])

@@ -124,7 +124,7 @@ def test_what_a_check_allocates_is_freed(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("few_cases")
 def test_a_wrong_path_is_said_in_title_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(out: torch.Tensor, *args: Any, **options: Any) -> None:
-        core.eager.guide(out, *args, **options)
+        core.EAGER.guide(out, *args, **options)
         out.mul_(1.2)
 
     def failing(*args: Any, **options: Any) -> None:
@@ -142,7 +142,7 @@ def test_a_wrong_path_is_said_in_title_and_text(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(node, "to_image", draw_and_note)
     out = check()
-    assert titles == ["GAG Check: WRONG: 6 of 18 results. GAG uses the path broken here."]
+    assert titles == ["GAG Check: WRONG: 6 of 18 results. GAG uses the path eager here."]
     assert "failing, float16, SDXL, 77 tokens: no result (out of memory)" in out.result[1]
     assert json.loads(out.result[2])["is_right"] is False
 
