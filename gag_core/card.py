@@ -25,13 +25,7 @@ from torch import Tensor
 from .config import GuidanceConfig
 from .entmax import FREE_OUTPUTS, sparse_weights, square_weights, sums_in_one_pass
 from .geometry import guidance_factors, read_out_factors, text_mass
-from .numerics import (
-    ConfigNumbers,
-    Keys,
-    has_wide_products,
-    work_copy,
-    work_dtype,
-)
+from .numerics import ConfigNumbers, Keys, has_wide_products, work_copy, work_dtype
 
 # Rows of logits with a spare column begin at multiples of so many elements.
 _ALIGNMENT = 4
@@ -194,6 +188,7 @@ def guided_chunk(
     sparse, total, dense, lse = read_outs(q, memory, config.alpha, mask, joint_lse is not None)
     scale = memory.value_scale
     on_sparse: Tensor | float
+    on_second: Tensor | float
     in_few_passes = config.orthogonal_scale == 0.0 and not config.merge_heads
     if in_few_passes:
         second = dense
@@ -230,6 +225,6 @@ def _write(out: Tensor, base: Tensor | None, scale: Tensor | float, *parts: tupl
             total = torch.addcmul(total, vectors, factor, out=target)
         else:
             total = torch.add(total, vectors, alpha=factor, out=target)
-    if total is not out:
+    if total is not None and total is not out:
         out.copy_(total)
     out.clamp_(-torch.finfo(out.dtype).max, torch.finfo(out.dtype).max)

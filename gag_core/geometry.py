@@ -45,7 +45,7 @@ def cap(length: Tensor, limit: Tensor | float) -> Tensor:
       or by ||g||;
     - never longer than the length.
     """
-    return torch.clamp(length, -limit, limit)
+    return torch.clamp(length, -limit, limit)  # type: ignore[arg-type] # torch takes either
 
 
 def is_capped(length: Tensor, limit: Tensor | float) -> Tensor:
