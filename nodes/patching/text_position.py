@@ -48,7 +48,7 @@ Locate = Callable[[JointCall], TextPosition | None]
 
 
 def behind_image(inputs: Inputs) -> Locate:
-    """Stable Cascade: keys are the image, then the text, then pooled vectors; all queries are the image's."""
+    """Find the text of Stable Cascade: keys are the image, the text, pooled vectors; all queries are the image."""
     tokens = inputs["clip_text"].shape[1]
 
     def locate(call: JointCall) -> TextPosition | None:
@@ -60,7 +60,7 @@ def behind_image(inputs: Inputs) -> Locate:
 
 
 def before_image(inputs: Inputs) -> Locate:
-    """SenseNova: keys are the text, which is read apart, then the image; all queries are the image's."""
+    """Find the text of SenseNova: keys are the text, which is read apart, then the image; all queries are the image."""
 
     def locate(call: JointCall) -> TextPosition | None:
         tokens = call.keys - call.queries
@@ -70,7 +70,7 @@ def before_image(inputs: Inputs) -> Locate:
 
 
 def before_image_by_ids(inputs: Inputs) -> Locate:
-    """HiDream O1: as in SenseNova, and the token ids tell the words from reference pictures among them."""
+    """Find the text of HiDream O1, as of SenseNova; the token ids tell the words from reference pictures among them."""
     from comfy.ldm.hidream_o1.model import IMAGE_TOKEN_ID
 
     # The host lays pictures out by the first row too: they have the same place in all rows.
@@ -83,7 +83,7 @@ def before_image_by_ids(inputs: Inputs) -> Locate:
 
 
 def between_references(inputs: Inputs) -> Locate:
-    """Qwen-Image 2.1: text with reference pictures between its stretches, then the image.
+    """Find the text of Qwen-Image 2.1: keys are text with reference pictures between its stretches, then the image.
 
     Each stretch of text and each picture has an attention call of its own, which reads all keys up to its end. The
     image's call is the last. ComfyUI keeps what the other calls computed for later steps, so only that one is guided.
@@ -108,7 +108,7 @@ def between_references(inputs: Inputs) -> Locate:
 
 
 def in_layout(inputs: Inputs) -> Locate:
-    """MiniMax H3: text, reference pictures and sounds, the sound and the video in one sequence.
+    """Find the text of MiniMax H3: text, reference pictures and sounds, the sound and the video are one sequence.
 
     The queries of the video are guided. The host's layout of the sequence is in the options; 0.33 had it only among the
     inputs.

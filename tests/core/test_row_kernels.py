@@ -197,7 +197,7 @@ def test_the_text_part_of_a_joint_attention(in_blocks: bool, request: pytest.Fix
     options = {"base": base, "mask": mask, "joint_lse": joint_lse.float()}
     result = by_kernel("row", q, k, v, CONFIGS["gentle"], **options)
     expected = torch.empty_like(result)
-    eager.guide(expected, q, k, v, CONFIGS["gentle"], scale=q.shape[3] ** -0.5, **options)
+    eager.guide(expected, q, k, v, CONFIGS["gentle"], scale=q.shape[3] ** -0.5, **options)  # type: ignore[arg-type]
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(result[:, :, 1], base[:, :, 1])
 
