@@ -6,15 +6,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from gag_core import GuidanceConfig
-from gag_core.triton import choice, installation
+from gag_core.triton import installation
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each kind of module runs in the same process, with a new copy of gag_core. A card is simulated as far as the question
@@ -150,19 +147,27 @@ def test_the_real_triton_is_usable() -> None:
     assert installation.is_usable()
 
 
-def test_a_compiled_graph_asks_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo warns of caches, and cannot trace imports."""
-    torch.compiler.reset()
-    choice._known_line_of.cache_clear()
-    monkeypatch.setattr(choice, "triton_version", lambda: (3, 7))
-    monkeypatch.setattr(choice, "card_of", lambda device: "sm_90")
+def test_a_compiled_graph_asks_without_a_break() -> None:
+    """Dynamo warns of caches, and cannot trace imports. In a new process no other test has changed its settings."""
+    run = subprocess.run([sys.executable, "-c", GRAPH], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
 
-    def model(x: torch.Tensor) -> torch.Tensor:
-        path = choice.path_for(torch.device("cuda", 0), torch.float16, 64, 64, 77, GuidanceConfig())
-        return x + 1 if path == "fused" else x
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
-    choice._known_line_of.cache_clear()
+GRAPH = """
+import warnings
+import torch
+from gag_core import GuidanceConfig
+from gag_core.triton import choice
+choice.triton_version = lambda: (3, 7)
+choice.card_of = lambda device: "sm_90"
+
+def model(x):
+    path = choice.path_for(torch.device("cuda", 0), torch.float16, 64, 64, 77, GuidanceConfig())
+    return x + 1 if path == "fused" else x
+
+torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2))  # imports all of Dynamo, which may warn
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+"""
