@@ -43,14 +43,15 @@ class _Line(NamedTuple):
         triton: the oldest version of Triton for which the line holds.
         fused: largest number of fp32 numbers for each query, its logits and both read-outs, for which the fused kernel
             is chosen; 0 for none.
-        fused_keys_fp32: largest number of keys for which it is chosen in fp32.
+        keys, keys_fp32: largest number of keys for which it is chosen, in half precision and in fp32.
         row: dtypes of the row kernels.
     """
 
     cards: str
     triton: tuple[int, int]
     fused: float
-    fused_keys_fp32: int
+    keys: float
+    keys_fp32: int
     row: tuple[torch.dtype, ...]
 
 
@@ -58,12 +59,12 @@ _ALL = _DTYPES
 _NO_BF16 = (torch.float16, torch.float32)
 # For each card the first line that fits counts.
 _TABLE = (
-    _Line("sm_8[0-9]|sm_90|sm_1[0-2][0-9]", (3, 3), fused=math.inf, fused_keys_fp32=128, row=_ALL),
-    _Line("sm_8[0-9]|sm_90", (3, 0), fused=0, fused_keys_fp32=0, row=_ALL),
-    _Line("sm_7[0-5]", (3, 3), fused=0, fused_keys_fp32=0, row=_ALL),
-    _Line("sm_7[0-5]", (3, 0), fused=0, fused_keys_fp32=0, row=_NO_BF16),
-    _Line("gfx11..", (3, 7), fused=206, fused_keys_fp32=80, row=_ALL),
-    _Line("gfx90a|gfx94.|gfx103.|gfx11..|gfx12..", (3, 0), fused=0, fused_keys_fp32=0, row=_ALL),
+    _Line("sm_8[0-9]|sm_90|sm_1[0-2][0-9]", (3, 3), fused=math.inf, keys=math.inf, keys_fp32=128, row=_ALL),
+    _Line("sm_8[0-9]|sm_90", (3, 0), fused=0, keys=0, keys_fp32=0, row=_ALL),
+    _Line("sm_7[0-5]", (3, 3), fused=0, keys=0, keys_fp32=0, row=_ALL),
+    _Line("sm_7[0-5]", (3, 0), fused=0, keys=0, keys_fp32=0, row=_NO_BF16),
+    _Line("gfx11..", (3, 7), fused=206, keys=80, keys_fp32=80, row=_ALL),
+    _Line("gfx90a|gfx94.|gfx103.|gfx11..|gfx12..", (3, 0), fused=0, keys=0, keys_fp32=0, row=_ALL),
 )
 
 
@@ -98,7 +99,7 @@ def path_by_line(
         return "eager"
     line = _TABLE[index]
     fused = supports("fused", dtype, head_dim, value_dim, config)
-    fused = fused and (dtype != torch.float32 or keys <= line.fused_keys_fp32)
+    fused = fused and keys <= (line.keys_fp32 if dtype == torch.float32 else line.keys)
     if fused and launch.numbers_of_query(keys, value_dim, dtype) <= line.fused:
         return "fused"
     if dtype in line.row and supports("row", dtype, head_dim, value_dim, config):

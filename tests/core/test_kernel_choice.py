@@ -261,3 +261,10 @@ def test_a_path_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match=r"^Path 'fused' needs rule 'gag' or 'pladis', .* merge_heads True, "):
         guided_by("fused", q, dataclasses.replace(CONFIG, merge_heads=True))
     assert math.isfinite(choice.MOST_SPILLED)
+
+
+@pytest.mark.parametrize("keys, dim", [(1024, 40), (154, 16)])
+def test_narrow_heads_do_not_bring_more_keys_to_the_fused_kernel_of_rdna_3(keys: int, dim: int) -> None:
+    """No such program was measured, and its neighbour with 1024 keys of 64 spills."""
+    line = choice.line_for("gfx1100", (3, 7))
+    assert choice.path_by_line(line, torch.float16, dim, dim, keys, CONFIG) == "row"
