@@ -204,13 +204,13 @@ def _multiplies_wide(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     ones = torch.ones((1, 16, 16), dtype=dtype, device=device)
     try:
-        _multiply_wide(ones, ones, 1.0, torch.empty((1, 16, 16), device=device))
+        multiply_wide(ones, ones, 1.0, torch.empty((1, 16, 16), device=device))
     except (AttributeError, RuntimeError):  # an older torch, or a card whose library refuses
         return False
     return True
 
 
-def _multiply_wide(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
+def multiply_wide(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
     """Write ``factor`` times the product of two half-precision matrices ``[H, ., .]`` to ``out``, which is fp32."""
     torch.ops.aten.baddbmm.dtype_out(out, a, b, torch.float32, beta=0.0, alpha=factor, out=out)
 
@@ -223,7 +223,7 @@ def _wide_product(a: Tensor, b: Tensor, columns: int, factor: float) -> Tensor:
     """
     product = torch.empty((*a.shape[:3], columns), dtype=torch.float32, device=a.device)
     for row, matrix in enumerate(product[..., : b.shape[-1]]):
-        _multiply_wide(a[row], b[row], factor, matrix)
+        multiply_wide(a[row], b[row], factor, matrix)
     return product
 
 

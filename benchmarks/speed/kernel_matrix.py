@@ -101,7 +101,7 @@ def compile_case(kind: str, card: Card, case: Case) -> None:
     precision = "tf32x3" if card.is_nvidia else "ieee"
     with (
         mock.patch.object(launch, "precision_of", lambda device: precision),
-        mock.patch.object(row, "has_half_products", lambda device, dtype: True),
+        mock.patch.object(row, "has_wide_products", lambda x: x.dtype != torch.float32),
         mock.patch.object(row, "_product", lambda a, b: torch.zeros(*a.shape[:2], b.shape[2])),
     ):
         (launch._launch if kind == "fused" else row.launch)(*arguments)

@@ -128,7 +128,7 @@ def wide_products_on_meta(available: bool) -> Iterator[None]:
         torch.bmm(a, b, out_dtype=torch.float32, out=out)
 
     has_products = mock.patch.object(numerics, "_multiplies_wide", lambda device, dtype: available)
-    with has_products, mock.patch.object(numerics, "_multiply_wide", multiply):
+    with has_products, mock.patch.object(numerics, "multiply_wide", multiply):
         yield
 
 

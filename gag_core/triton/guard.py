@@ -77,11 +77,6 @@ def program(path: str, key: Hashable, description: str) -> Program:
     return _programs.setdefault((path, key), Program(path, description))
 
 
-def is_any_off(path: str) -> bool:
-    """Return True if a program of this path has failed."""
-    return any(known.is_off for known in _programs.values() if known.path == path)
-
-
 _check_context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
@@ -158,7 +153,7 @@ def _try(action: Callable[[], None], program: Program, device: torch.device, *, 
             raise error  # it has ended the capture
         try:
             _wait(device)
-        except Exception:
+        except Exception:  # drivers can raise anything; it is raised again below
             # The card takes no more work from this process. There was no error before the check, so the program of a
             # check is to blame. Later anything may be.
             if not program.is_checked:

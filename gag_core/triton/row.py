@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import eager
+from .. import eager, numerics
 from ..config import GuidanceConfig
 from ..entmax import newton_steps
-from ..numerics import mask_part
+from ..numerics import has_wide_products, mask_part
 from . import compiled, guard, installation
 from .launch import _FP32, _alignment, _current_device, _power, _to_fp32, register_operator
 
@@ -118,7 +118,7 @@ def _launch_chunks(
     if mask is not None:
         mask = mask.expand(batch, heads, queries, keys)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    half_products = q.dtype != torch.float32 and has_half_products(q.device, q.dtype)
+    half_products = has_wide_products(q)
     length = _padded(keys)
     # The logits in fp32 and both weights, which take half of that with half_products; later both read-outs. Without
     # half_products queries are copied.
@@ -351,17 +351,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply ``[planes, n, m]`` by ``[planes, m, l]`` in the dtype of b, with a result in fp32."""
     if b.dtype == torch.float32:
         return torch.bmm(a.to(torch.float32), b)
-    return torch.bmm(a, b, out_dtype=torch.float32)
-
-
-@lru_cache(maxsize=64)
-def has_half_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return True if this torch multiplies tensors of half precision with a result in fp32 on this device.
-
-    It came with torch 2.8, for some devices. Where it is missing, products are computed from copies in fp32.
-    """
-    sample = torch.ones((1, 16, 16), dtype=dtype, device=device)
-    try:
-        return torch.bmm(sample, sample, out_dtype=torch.float32).dtype == torch.float32
-    except (TypeError, RuntimeError):
-        return False
+    product = torch.empty((*a.shape[:2], b.shape[2]), dtype=torch.float32, device=a.device)
+    numerics.multiply_wide(a, b, 1.0, product)
+    return product

@@ -125,7 +125,7 @@ def memory_of(tensor: Tensor) -> int | None:
     """Return the address of a tensor's memory; None for a tensor without one, as in a transform of torch.func."""
     try:
         return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # which of the two depends on the torch version and the transform
         return None
 
 

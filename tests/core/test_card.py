@@ -34,13 +34,13 @@ entmax: Any = sys.modules["gag_core.entmax"]  # gag_core.entmax is the function
 
 
 def multiply_wide(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
-    """Do what ``numerics._multiply_wide`` does, on a CPU."""
+    """Do what ``numerics.multiply_wide`` does, on a CPU."""
     torch.baddbmm(out, a.float(), b.float(), beta=0.0, alpha=factor, out=out)
 
 
 def as_cuda(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(numerics, "_multiplies_wide", lambda device, dtype: True)
-    patch.setattr(numerics, "_multiply_wide", multiply_wide)
+    patch.setattr(numerics, "multiply_wide", multiply_wide)
 
 
 def as_mps(patch: pytest.MonkeyPatch) -> None:

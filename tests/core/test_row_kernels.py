@@ -11,20 +11,20 @@ import dataclasses
 import logging
 import math
 import sys
-from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
 import kernel_calls
 import reference
+from benchmarks.speed.launches import LaunchCounter, wide_products_on_meta
 from cases import LAYOUTS, MASKS, Shape, shape_id
-from gag_core import GuidanceConfig, eager, guided_attention
+from gag_core import GuidanceConfig, eager, guided_attention, numerics
 from gag_core.attention import use_implementation
 from gag_core.triton import launch, row
 from kernel_calls import CONFIGS, DEVICE, DTYPES, SHAPES, assert_matches, by_kernel, launched
@@ -44,10 +44,10 @@ interpreted_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="only for the
 def half_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both kinds of products. A CPU lacks those of half precision, so their results are computed from copies."""
     if request.param and DEVICE.type == "cpu":
-        monkeypatch.setattr(row, "has_half_products", lambda device, dtype: True)
+        monkeypatch.setattr(row, "has_wide_products", lambda x: x.dtype != torch.float32)
         monkeypatch.setattr(row, "_product", lambda a, b: torch.bmm(a.float(), b.float()))
     elif not request.param:
-        monkeypatch.setattr(row, "has_half_products", lambda device, dtype: False)
+        monkeypatch.setattr(row, "has_wide_products", lambda x: False)
     return bool(request.param)
 
 
@@ -226,20 +226,6 @@ def test_the_result_may_overwrite_the_base() -> None:
 # --- launches ------------------------------------------------------------------------------------------------------
 
 
-class Launches(TorchDispatchMode):
-    """Counts operations that a card would be sent, which views and allocations are not."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function)
-        if not any(word in name for word in ("view", "slice", "empty", "transpose", "alias")):
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
 @interpreted_only
 @pytest.mark.parametrize(
     "shape, dtype, most",
@@ -265,7 +251,6 @@ def test_few_launches(shape: Shape, dtype: torch.dtype, most: int, monkeypatch: 
         def __getitem__(self, grid: tuple[int]) -> Any:
             return lambda *arguments, **settings: started.append(self.name)
 
-    monkeypatch.setattr(row, "has_half_products", lambda device, dtype: True)
     monkeypatch.setattr(row, "_current_device", lambda device: launch._current_device(torch.device("cpu")))
     from gag_core.triton import row_kernels
 
@@ -275,12 +260,11 @@ def test_few_launches(shape: Shape, dtype: torch.dtype, most: int, monkeypatch: 
     joint = shape.dim == 128
     lse = torch.empty(*q.shape[:3], device="meta") if joint else None
     out = torch.empty_like(q)
-    with Launches() as launches:
+    with wide_products_on_meta(True), LaunchCounter() as counter:
         row.launch(out, q, k, v, CONFIGS["gentle"], out if joint else None, None, 0.1, lse)
     row._plan.cache_clear()
-    total = sum(launches.counts.values()) + len(started)
     assert started.count("row_weights_kernel") == started.count("row_guidance_kernel") > 0
-    assert total <= most, (launches.counts, Counter(started))
+    assert counter.launches + len(started) <= most
 
 
 # --- failures ------------------------------------------------------------------------------------------------------
@@ -334,3 +318,20 @@ def test_kernel_calls_are_those_of_the_row_path(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(row, "launch", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         kernel_calls.by_kernel("row", *cases.qkv(SMALL), CONFIGS["paper"])
+
+
+def test_sums_in_fp16_are_computed_from_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's option "fp16_accumulation" would sum products of fp16 in fp16."""
+    dtypes = []
+    product = row._product
+    monkeypatch.setattr(numerics, "_multiplies_wide", lambda device, dtype: True)
+    # torch's own object reads and writes a setting of the process, which a CPU has too.
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
+
+    def noted(a: Tensor, b: Tensor) -> Tensor:
+        dtypes.append(b.dtype)
+        return product(a, b)
+
+    monkeypatch.setattr(row, "_product", noted)
+    by_kernel("row", *cases.qkv(Shape(1, 1, 3, 5, 16), dtype=torch.float16), CONFIGS["paper"])
+    assert dtypes == [torch.float32, torch.float32]
