@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Watches an attn2 replacement of another node: which part of the text that it was handed does it read?
+"""The tokens that an attn2 replacement of another node reads, of the text that it was handed.
 
 A replacement may read all of the text (image adapters), some of its tokens or other tokens for each query (regional
 prompts), or texts of its own. It may call any attention function. But each of them passes the keys to operations of
@@ -21,8 +21,6 @@ _READING = {
     *("reshape", "contiguous", "clone", "to", "flatten", "float", "half", "bfloat16", "type", "repeat_interleave"),
     *("matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"),
 }
-
-
 # Operations that mask the logits of an attention.
 _MASKING = {"masked_fill", "masked_fill_"}
 
