@@ -244,8 +244,8 @@ def combine(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> Tensor:
         ``[B, H, N, D]`` in the dtype of the inputs; computed in fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: the two read-outs differ in shape, dtype or device, or are not of rank 4; or the rule is
-            "anderson", whose coefficients come from queries and keys.
+        ValueError: the two read-outs differ in shape, dtype or device, or are not of rank 4; or the rule is another
+            one, which needs more than two read-outs.
         TypeError: they are not floating-point tensors, or config is not a GuidanceConfig.
 
     Source: arXiv 2603.02531 v2, eq. 12-13; rule "pladis": arXiv 2503.07677.
@@ -394,10 +394,10 @@ def _check_read_outs(sparse: Tensor, dense: Tensor, config: GuidanceConfig) -> N
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense floating-point tensor, got {dtype_of(tensor)}.")
     check_config(config)
-    if config.rule == "anderson":
+    if config.rule not in ("gag", "pladis"):
         raise ValueError(
-            "rule must be 'gag' or 'pladis' where two read-outs are all there is ('anderson' needs queries and keys: "
-            "call guided_attention), got 'anderson'."
+            "rule must be 'gag' or 'pladis' where a sparse and a dense read-out are all there is (the others need "
+            f"values or keys: call guided_attention), got {echo(config.rule)}."
         )
     if sparse.ndim != 4 or sparse.shape != dense.shape:
         raise ValueError(

@@ -189,6 +189,10 @@ def _guided(
     logits: Tensor, dense: Tensor, q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, mask: Tensor | None
 ) -> Tensor:
     """Compute the guided read-out ``[B, H, N, D]`` from the logits ``[B, H, N, N_k]`` and the dense read-out."""
+    if config.rule == "uniform":
+        allowed = torch.ones_like(logits) if mask is None else mask.to(logits.dtype).expand_as(logits)
+        mean = torch.matmul(allowed / allowed.sum(dim=-1, keepdim=True).clamp_min(1.0), v)
+        return dense + config.strength * config.guidance_scale * (dense - mean)
     if config.rule == "anderson" or config.merge_heads:
         return guided_attention(q, k, v, config, mask=mask)
     sparse = torch.matmul(_entmax_by_bisection(logits, config.alpha), v)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .echo import echo, plain
 
-RULES = ("gag", "pladis", "anderson")
+RULES = ("gag", "uniform", "pladis", "anderson")
 NORM_MODES = ("absolute", "relative")
 MOST_ANDERSON_DEPTH = 5
 
@@ -20,17 +20,22 @@ class GuidanceConfig:
 
     Attributes:
         rule: ``"gag"`` extrapolates from the sparse read-out along the capped, geometry-aware discrepancy;
+            ``"uniform"`` extrapolates from the uniform read-out U, the mean of the values, beyond the dense one,
+            ``D + guidance_scale (D - U)`` (see :mod:`gag_core.uniform`);
             ``"pladis"`` is the plain extrapolation ``D + guidance_scale (S - D)`` of arXiv 2503.07677;
             ``"anderson"`` is ``"gag"`` with a lambda that is solved for each token and head (see
             :func:`gag_core.anderson.retrieve_with_coefficients`).
         guidance_scale: lambda, the factor of the extrapolation. 0 is plain sparse attention with ``"gag"`` and
-            ``"anderson"``. With ``"anderson"`` it is only the bound of the coefficients, and is at least 0.
-        norm_threshold: eta, the largest norm of the guidance vector; ``inf`` switches the cap off. Rule ``"pladis"``
-            has no cap.
+            ``"anderson"``, and plain attention with the others. With ``"anderson"`` it is only the bound of the
+            coefficients, and is at least 0.
+        norm_threshold: eta, the largest norm of the guidance vector; ``inf`` switches the cap off. Rules
+            ``"uniform"`` and ``"pladis"`` have no cap.
         norm_mode: ``"absolute"`` caps at ``norm_threshold``; ``"relative"`` at ``norm_threshold * ||S||``, so that
             one setting means the same on models whose values have other norms.
-        orthogonal_scale: zeta, the factor of the part orthogonal to the sparse read-out. Not used by ``"pladis"``.
-        alpha: sparsity of the sparse read-out: 1 is softmax (no guidance), 1.5 the paper's, 2 is sparsemax.
+        orthogonal_scale: zeta, the factor of the part orthogonal to the sparse read-out. Not used by ``"uniform"`` and
+            ``"pladis"``.
+        alpha: sparsity of the sparse read-out: 1 is softmax (no guidance), 1.5 the paper's, 2 is sparsemax. Not used by
+            ``"uniform"``.
         strength: blend with plain attention, ``D + strength (guided - D)``; 0 is off.
         merge_heads: True to take norms and inner products over the concatenated heads instead of per head.
         anderson_depth: number of differences of retrievals that the coefficients are solved over, 1 to 5. Each beyond

@@ -195,6 +195,11 @@ def guide(
         on_card: True to compute the chunks by :mod:`gag_core.card`, if it supports the config. None leaves it to the
             device.
     """
+    if config.rule == "uniform":
+        from . import uniform  # which needs this module
+
+        uniform.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
+        return
     if (_is_card(q.device) if on_card is None else on_card) and card.supports(config):
         _guide_on_card(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
         return
@@ -282,19 +287,35 @@ def attention_with_logsumexp(
         The attention output ``[B, H, N_q, D_v]`` in the dtype of q, and the logsumexp ``[B, H, N_q]``.
     """
     bias = _additive_mask(mask, q)
-    # In forward-mode differentiation torch has no derivative of its fused attention.
-    is_forward = forward_ad._current_level >= 0
-    fused = None if is_forward else _fused_attention(q, k, v, bias, scale)
+    fused = None if _is_forward() else _fused_attention(q, k, v, bias, scale)
     if fused is None:
-        exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if is_forward else nullcontext()
-        with exact:
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-        fused = out, logsumexp_of_logits(q, k, mask, scale)
+        return plain_attention(q, k, v, mask, scale), logsumexp_of_logits(q, k, mask, scale)
     if bias is None:
         return fused
-    # torch's kernels disagree about queries that may read no key.
-    unreadable = (bias == -torch.inf).all(dim=-1, keepdim=True)
+    unreadable = _unreadable(bias)
     return fused[0].masked_fill(unreadable, 0.0), fused[1].masked_fill(unreadable.squeeze(-1), -torch.inf)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Compute softmax attention ``[B, H, N_q, D_v]`` by torch; zeros where no key may be read.
+
+    ``mask`` is None or of rank 4.
+    """
+    bias = _additive_mask(mask, q)
+    # In forward-mode differentiation torch has no derivative of its fused attention.
+    exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if _is_forward() else nullcontext()
+    with exact:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out if bias is None else out.masked_fill(_unreadable(bias), 0.0)
+
+
+def _is_forward() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _unreadable(bias: Tensor) -> Tensor:
+    """Return True for queries that may read no key, ``[..., N_q, 1]``. torch's kernels disagree about these."""
+    return (bias == -torch.inf).all(dim=-1, keepdim=True)
 
 
 def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, on_card: bool | None = None) -> Tensor:

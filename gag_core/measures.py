@@ -22,6 +22,7 @@ from .eager import chunks
 from .entmax import dense_weights_, logsumexp_from_sum, scale_and_shift_, sparse_weights
 from .geometry import cap_limit, guidance_factors, is_capped, text_mass
 from .numerics import Keys, config_numbers, mask_part, power_of_two_scale, weighted_sum_, work_dtype
+from .uniform import uniform_read_out
 
 # The golden section in 16 bits. Its multiples modulo 1 lie evenly between 0 and 1, however many there are.
 _GOLDEN = 40503
@@ -174,7 +175,9 @@ def _geometry(
     sparse, dense = torch.matmul(weights.sparse, values), torch.matmul(weights.dense, values)
     r = sparse - dense
     guidance: Tensor | None = None
-    if config.rule == "anderson":
+    if config.rule == "uniform":
+        change = (dense - uniform_read_out(values, mask)) * config_numbers(config, v.dtype).gain
+    elif config.rule == "anderson":
         # The guidance vector is solved for, and only the result shows it.
         full = guided_attention(q.to(v.dtype), k, v, replace(config, strength=1.0), mask=mask, scale=scale)
         full = full / value_scale

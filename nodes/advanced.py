@@ -37,38 +37,38 @@ class GAGuidanceAdvanced(io.ComfyNode):
         return guidance_schema(
             node_id="GAGuidanceAdvanced",
             display_name="GAG (advanced)",
-            description="Geometry-Aware Attention Guidance with every setting. "
-            "The defaults are those of GAG: the preset gentle at a quarter of its strength.",
+            description="Geometry-Aware Attention Guidance with every setting. The defaults are those of GAG.",
             settings=[
                 io.Combo.Input(
                     "rule",
                     options=_RULES,
-                    default=DEFAULT.rule,
-                    tooltip="gag: geometry-aware, with a cap. pladis: the plain extrapolation of the preceding method, "
+                    default=DEFAULT.config.rule,
+                    tooltip="gag: geometry-aware, with a cap. uniform: away from the mean of all words; the fastest, "
+                    "with guidance_scale and strength alone. pladis: the plain extrapolation of the preceding method, "
                     "which changes the picture more and breaks it sooner.",
                 ),
                 io.Float.Input(
                     "guidance_scale",
-                    default=DEFAULT.guidance_scale,
+                    default=DEFAULT.config.guidance_scale,
                     min=-100.0,
                     max=100.0,
                     step=0.1,
                     tooltip="How far guidance pushes. Higher follows the prompt harder, up to burnt or broken "
-                    "pictures. With gag 0 is plain sparse attention; with pladis 0 is no change and 1 plain sparse "
-                    "attention.",
+                    "pictures. With uniform 0 is no change, and 0.25 to 1 are usual. With gag 0 is plain sparse "
+                    "attention; with pladis 0 is no change and 1 plain sparse attention.",
                 ),
-                norm_threshold_input(DEFAULT.norm_threshold, note=" gag only."),
-                norm_mode_input(DEFAULT.norm_mode),
+                norm_threshold_input(DEFAULT.config.norm_threshold, note=" gag only."),
+                norm_mode_input(DEFAULT.config.norm_mode),
                 orthogonal_scale_input(
-                    DEFAULT.orthogonal_scale,
+                    DEFAULT.config.orthogonal_scale,
                     "0 makes the attention output only stronger or weaker; higher changes content more and adds "
                     "artefacts. gag only.",
                 ),
-                alpha_input(DEFAULT.alpha),
+                alpha_input(DEFAULT.config.alpha),
                 strength_input(),
                 io.Boolean.Input(
                     "merge_heads",
-                    default=DEFAULT.merge_heads,
+                    default=DEFAULT.config.merge_heads,
                     tooltip="Measure all attention heads of a query token together instead of each alone. On is "
                     "calmer: heads that disagree hold each other back.",
                 ),
@@ -90,6 +90,12 @@ class GAGuidanceAdvanced(io.ComfyNode):
                 start_input(),
                 end_input(),
                 io.Boolean.Input(
+                    "adapt_to_cfg",
+                    default=DEFAULT.adapt_to_cfg,
+                    tooltip="Divide strength by the square of the CFG scale: full without CFG, little left at CFG 4. "
+                    "CFG enlarges what guidance does, and needs less of it. Off keeps strength as set.",
+                ),
+                io.Boolean.Input(
                     "verbose",
                     default=False,
                     tooltip="Write to the log which attentions were guided, and how often. The picture stays the same.",
@@ -106,11 +112,13 @@ class GAGuidanceAdvanced(io.ComfyNode):
         blocks: str,
         start_percent: float,
         end_percent: float,
+        adapt_to_cfg: bool,
         verbose: bool,
         schedule: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
         check_option("apply_to", apply_to, APPLY_TO)
+        check_switch("adapt_to_cfg", adapt_to_cfg)
         check_switch("verbose", verbose)
         check_text("blocks", blocks)
         return guided_output(
@@ -119,6 +127,7 @@ class GAGuidanceAdvanced(io.ComfyNode):
             GuidanceConfig(**settings),
             start_percent=start_percent,
             end_percent=end_percent,
+            adapt_to_cfg=adapt_to_cfg,
             apply_to=apply_to,
             blocks=blocks,
             verbose=verbose,

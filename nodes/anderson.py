@@ -27,6 +27,7 @@ from .shared_inputs import (
 DEFAULT = GuidanceConfig(
     rule="anderson", guidance_scale=3.0, norm_threshold=0.5, norm_mode="relative", orthogonal_scale=1.0
 )
+_DEFAULT_START = 0.3
 
 
 class GAGAnderson(io.ComfyNode):
@@ -77,7 +78,7 @@ class GAGAnderson(io.ComfyNode):
                 ),
                 alpha_input(DEFAULT.alpha),
                 strength_input(DEFAULT.strength),
-                start_input(),
+                start_input(_DEFAULT_START),
                 end_input(),
                 schedule_input(),
             ],

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,11 +10,9 @@ from comfy_api.latest import io
 from .input_checks import check_option
 from .presets import DEFAULT_PRESET, PRESETS
 from .shared_inputs import (
-    end_input,
     guidance_schema,
     guided_output,
     schedule_input,
-    start_input,
     strength_input,
 )
 
@@ -35,13 +32,11 @@ class GAGuidance(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default=DEFAULT_PRESET,
-                    tooltip="How far guidance pushes. gentle: small changes, good to begin with. paper: far stronger, "
-                    "the published settings for SDXL with CFG 5, which use strength 1; can distort the picture on "
-                    "other models.",
+                    tooltip="All settings in one name. any CFG: for models with and without CFG; good to begin with. "
+                    "no CFG: GAG itself for cfg 1; harms pictures beside CFG. beside CFG: GAG itself, very mild. "
+                    "paper: exactly the published settings for SDXL at CFG 5; can distort other models' pictures.",
                 ),
                 strength_input(),
-                start_input(),
-                end_input(),
                 schedule_input(),
             ],
         )
@@ -52,16 +47,16 @@ class GAGuidance(io.ComfyNode):
         model: Any,
         preset: str,
         strength: float,
-        start_percent: float,
-        end_percent: float,
         schedule: Any = None,
     ) -> io.NodeOutput:
         check_option("preset", preset, PRESETS)
+        chosen = PRESETS[preset]
         return guided_output(
             cls,
             model,
-            replace(PRESETS[preset], strength=strength),
-            start_percent=start_percent,
-            end_percent=end_percent,
+            chosen.scaled(strength),
+            start_percent=chosen.start_percent,
+            end_percent=chosen.end_percent,
+            adapt_to_cfg=chosen.adapt_to_cfg,
             schedule=schedule,
         )

@@ -1,22 +1,57 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Settings behind the preset names, and the defaults of the nodes."""
+"""The presets: every setting of a guidance node behind one name, and the defaults of the nodes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..gag_core import GuidanceConfig
 
-PRESETS: dict[str, GuidanceConfig] = {
-    # Small steps, and a cap that follows the size of the model's own values.
-    "gentle": GuidanceConfig(guidance_scale=2.0, norm_threshold=0.1, norm_mode="relative"),
+
+@dataclass(frozen=True)
+class Preset:
+    """All settings that a preset stands for.
+
+    Attributes:
+        config: settings of the guidance rule, the strength included.
+        start_percent, end_percent: stretch of the run in which guidance acts, 0 to 1.
+        adapt_to_cfg: True if the strength falls with the CFG scale of the run.
+    """
+
+    config: GuidanceConfig
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    adapt_to_cfg: bool = False
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return the settings under the names of the inputs of GAG (advanced)."""
+        others = {name: value for name, value in vars(self).items() if name != "config"}
+        return {**vars(self.config), **others}
+
+    def scaled(self, strength: float) -> GuidanceConfig:
+        """Return the config at a multiple of the preset's strength.
+
+        Raises:
+            ValueError, TypeError: the multiple is no finite number.
+        """
+        checked = replace(self.config, strength=strength)
+        return replace(self.config, strength=checked.strength * self.config.strength)
+
+
+_CAPPED = GuidanceConfig(norm_threshold=0.1, norm_mode="relative")
+# docs/evidence.md has the measurements behind each preset.
+PRESETS: dict[str, Preset] = {
+    # On the demo models this did good without CFG on every one of them, and little harm beside CFG.
+    "any CFG": Preset(replace(_CAPPED, rule="uniform", guidance_scale=0.5), adapt_to_cfg=True),
+    # The best setting of GAG itself without CFG; it did much harm beside CFG.
+    "no CFG": Preset(replace(_CAPPED, guidance_scale=10.0, strength=0.5)),
+    # Most of the harm that GAG does beside CFG comes from the first steps.
+    "beside CFG": Preset(replace(_CAPPED, guidance_scale=2.0, strength=0.25), start_percent=0.3),
     # The settings of arXiv 2603.02531 v2 for SDXL at CFG 5.
-    "paper": GuidanceConfig(guidance_scale=10.0, norm_threshold=15.0, norm_mode="absolute"),
+    "paper": Preset(GuidanceConfig(guidance_scale=10.0, norm_threshold=15.0, norm_mode="absolute")),
 }
-DEFAULT_PRESET = "gentle"
-# The settings of a new node. On the demo models a higher strength did more good in the cases where guidance did good,
-# and far more harm in the cases where it did harm (docs/evidence.md).
-DEFAULT = replace(PRESETS[DEFAULT_PRESET], strength=0.25)
-# On the demo models most of the harm beside CFG came from guidance in the first steps; on the models into which CFG had
-# been distilled, all of the harm.
-DEFAULT_START = 0.3
+DEFAULT_PRESET = "any CFG"
+# The settings of a new node.
+DEFAULT = PRESETS[DEFAULT_PRESET]

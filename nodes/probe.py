@@ -105,7 +105,7 @@ class GAGProbe(io.ComfyNode):
         family, blocks = family_of(model)
         probe = Probe(
             watched=Guidance(
-                config=DEFAULT,
+                config=DEFAULT.config,
                 family=family,
                 order=all_layers(blocks),
                 layers=frozenset(),

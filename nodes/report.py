@@ -191,8 +191,8 @@ def _not_guided(result: Result) -> str:
         f"{result.strength:g}"
     )
     for name, preset in PRESETS.items():
-        if replace(settings, strength=preset.strength) == preset:
-            described = f"the preset {name} at strength {result.strength:g}"
+        if replace(settings, strength=preset.config.strength) == preset.config:
+            described = f"the preset {name} at strength {result.strength / preset.config.strength:g}"
     return f"No guidance acted; the numbers are for {described}."
 
 

@@ -13,7 +13,7 @@ from ..gag_core.config import NORM_MODES
 from ..gag_core.echo import plain
 from .panel.browser import BROWSER
 from .patching.guided_model import guide_model
-from .presets import DEFAULT, DEFAULT_START
+from .presets import DEFAULT
 
 CATEGORY = "model/patch/GAG"
 ScheduleType = io.Custom("GAG_SCHEDULE")
@@ -96,7 +96,7 @@ def alpha_input(default: float) -> io.Float.Input:
     )
 
 
-def strength_input(default: float = DEFAULT.strength) -> io.Float.Input:
+def strength_input(default: float = 1.0) -> io.Float.Input:
     """Return the input of the strength."""
     return io.Float.Input(
         "strength",
@@ -109,17 +109,16 @@ def strength_input(default: float = DEFAULT.strength) -> io.Float.Input:
     )
 
 
-def start_input() -> io.Float.Input:
+def start_input(default: float = DEFAULT.start_percent) -> io.Float.Input:
     """Return the input of the point in the run at which guidance begins."""
     return io.Float.Input(
         "start_percent",
-        default=DEFAULT_START,
+        default=default,
         min=0.0,
         max=1.0,
         step=0.01,
         tooltip="Point in the run at which guidance begins. Above 0 the first steps, which lay out the picture, stay "
-        "as they are. 0 has more effect: try it at cfg 1 on a model that is not made for cfg 1. A run of one step "
-        "needs 0.",
+        "as they are: less effect, and less harm beside CFG. A run of one step needs 0.",
     )
 
 

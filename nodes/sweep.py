@@ -22,7 +22,7 @@ from .patching.block_syntax import parse_blocks
 from .patching.families import Blocks, Family, all_layers, default_layers, family_of
 from .patching.guidance import Guidance
 from .patching.guided_model import check_range, guidances_of, with_guidances
-from .presets import DEFAULT, DEFAULT_PRESET, DEFAULT_START, PRESETS
+from .presets import DEFAULT, DEFAULT_PRESET, PRESETS
 from .shared_inputs import CATEGORY, node_id_of
 
 log = logging.getLogger("comfyui-gag")
@@ -39,8 +39,11 @@ FIELDS: dict[str, type] = {
     "blocks": str,
     "start_percent": float,
     "end_percent": float,
+    "adapt_to_cfg": bool,
 }
 _OPTIONS = {"preset": tuple(PRESETS), "rule": RULES, "norm_mode": NORM_MODES, "apply_to": APPLY_TO}
+# Settings of a node beside those of its rule.
+_OTHERS = ("apply_to", "start_percent", "end_percent", "adapt_to_cfg")
 _SWITCH = {"on": True, "off": False}
 # Each text fits this pattern in one way only, so that matching takes time in proportion to the length.
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
@@ -153,11 +156,13 @@ def _default_guidance(family: Family, blocks: Blocks) -> Guidance:
     """Return the guidance of a new node "GAG", which is varied on a model without a GAG node."""
     log.info("GAG Sweep: there is no GAG node on the model, so preset %s is varied.", DEFAULT_PRESET)
     return Guidance(
-        config=DEFAULT,
+        config=DEFAULT.config,
         family=family,
         order=all_layers(blocks),
         layers=default_layers(family, blocks),
-        start_percent=DEFAULT_START,
+        start_percent=DEFAULT.start_percent,
+        end_percent=DEFAULT.end_percent,
+        adapt_to_cfg=DEFAULT.adapt_to_cfg,
     )
 
 
@@ -210,16 +215,15 @@ def _numbers(term: str) -> list[float]:
 
 
 def varied(base: Guidance, settings: dict[str, Any], blocks: Blocks) -> Guidance:
-    """Return a guidance with some settings changed. A preset is applied first, and keeps the strength of ``base``.
+    """Return a guidance with some settings changed. A preset is applied first, with all of its settings.
 
     Raises:
         ValueError, TypeError: a value is not allowed; the sentence is that of the GAG nodes.
     """
-    config = base.config
-    if "preset" in settings:
-        config = replace(PRESETS[settings["preset"]], strength=config.strength)
-    config = replace(config, **{name: value for name, value in settings.items() if name in _SETTINGS})
-    others = {name: settings.get(name, getattr(base, name)) for name in ("apply_to", "start_percent", "end_percent")}
+    named = PRESETS[settings["preset"]].fields if "preset" in settings else {}
+    wanted = {**named, **settings}
+    config = replace(base.config, **{name: value for name, value in wanted.items() if name in _SETTINGS})
+    others = {name: wanted.get(name, getattr(base, name)) for name in _OTHERS}
     check_range(others["start_percent"], others["end_percent"])
     layers = parse_blocks(settings["blocks"], blocks) if "blocks" in settings else base.layers
     return replace(base, config=config, layers=layers, **others)

@@ -29,8 +29,8 @@ def add_routes() -> None:
 
 
 async def _get_setup(_: web.Request) -> web.Response:
-    """Return the chart's series, and each preset's settings but for the strength, which multiplies any of them."""
-    presets = {name: {k: v for k, v in vars(config).items() if k != "strength"} for name, config in PRESETS.items()}
+    """Return the chart's series, and each preset's settings."""
+    presets = {name: preset.fields for name, preset in PRESETS.items()}
     return web.json_response({"presets": presets, "series": [series.declaration for series in SERIES]})
 
 

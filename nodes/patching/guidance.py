@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ...gag_core import GuidanceConfig
 from .families import Family, Layer
@@ -22,6 +23,7 @@ class Guidance:
         layers: the text attentions that are guided.
         apply_to: prompts that are guided, ``"both"`` or ``"positive"``.
         start_percent, end_percent: stretch of the run in which the node acts, 0 to 1.
+        adapt_to_cfg: True if the strength is divided by the square of the CFG scale, see :func:`cfg_factor`.
         verbose: True if the log lists every guided attention at the end of a run.
         node_id: id of the node, None outside a graph.
         schedule: factor of the strength by step, None for a constant strength.
@@ -34,6 +36,7 @@ class Guidance:
     apply_to: Literal["both", "positive"] = "both"
     start_percent: float = 0.0
     end_percent: float = 1.0
+    adapt_to_cfg: bool = False
     verbose: bool = False
     node_id: str | None = None
     schedule: Schedule | None = None
@@ -56,3 +59,19 @@ class Guidance:
         if factor == 1.0:
             return self
         return replace(self, config=replace(self.config, strength=self.config.strength * factor))
+
+
+def cfg_of(guider: Any) -> float:
+    """Return the CFG scale of a guider at this moment, 1 if it has none. Guiders may change it from step to step."""
+    # The guider of DualCFGGuider has two scales; the first is that of the positive prompt.
+    scales = (getattr(guider, name, None) for name in ("cfg", "cfg1"))
+    return max((float(s) for s in scales if isinstance(s, (int, float)) and math.isfinite(s)), default=1.0)
+
+
+def cfg_factor(cfg: float) -> float:
+    """Return the factor of the strength beside a CFG scale: ``1 / cfg ** 2``, and 1 below a scale of 1.
+
+    CFG multiplies what guidance changes in the conditional prediction, so ``1 / cfg`` keeps the change of the result.
+    That was still too much on the demo models (docs/evidence.md).
+    """
+    return max(1.0, cfg) ** -2

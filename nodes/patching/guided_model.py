@@ -29,6 +29,7 @@ def guide_model(
     start_percent: float,
     end_percent: float,
     node_id: str | None,
+    adapt_to_cfg: bool = False,
     apply_to: Literal["both", "positive"] = "both",
     blocks: str = "",
     verbose: bool = False,
@@ -44,6 +45,7 @@ def guide_model(
         observer: receiver of everything that users are shown.
         start_percent, end_percent: stretch of the run, 0 to 1.
         node_id: id of the node, None outside a graph.
+        adapt_to_cfg: True divides the strength by the square of the CFG scale of the run.
         apply_to: prompts that are guided.
         blocks: blocks to guide, see :func:`parse_blocks`; empty for the family's default.
         verbose: True lists every guided attention in the log.
@@ -73,6 +75,7 @@ def guide_model(
         apply_to=apply_to,
         start_percent=start_percent,
         end_percent=end_percent,
+        adapt_to_cfg=adapt_to_cfg,
         verbose=verbose,
         node_id=node_id,
         schedule=factors,

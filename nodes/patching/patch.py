@@ -65,6 +65,7 @@ class GAGPatch:
         # ComfyUI copies the guider's options for this run and drops the copy after it.
         guider.model_options.setdefault("transformer_options", {})[KEY] = run
         run.modules = self._modules(guider)
+        run.guider = guider
         if self.probes:
             run.recording = Recording(tuple(dict.fromkeys(word for probe in self.probes for word in probe.words)))
         result = executor(*args, **kwargs)
@@ -166,7 +167,7 @@ class GAGPatch:
         active: Guidance | None = None
         active_factor = 1.0
         for guidance in reversed(self.guidances):
-            factor = 1.0
+            factor = run.cfg_factor if guidance.adapt_to_cfg else 1.0
             if guidance.depends_on_step:
                 # Looked up only where it matters, because with some samplers that waits for the device.
                 percent, sigma = position = position or run.steps.position(t, model_sampling)
@@ -177,7 +178,7 @@ class GAGPatch:
                     if not lowest <= sigma <= highest:
                         continue
                 if guidance.schedule is not None:
-                    factor = guidance.schedule.factor(percent, sigma)
+                    factor *= guidance.schedule.factor(percent, sigma)
                 if factor * guidance.config.strength == 0.0:
                     run.count(run.unscheduled, guidance)
                     continue

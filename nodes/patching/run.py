@@ -16,7 +16,7 @@ from ...gag_core.echo import echo
 from .attention_call import TextLayers
 from .compile import UnguardedCompile
 from .families import Layer
-from .guidance import Guidance
+from .guidance import Guidance, cfg_factor, cfg_of
 from .host_attention import StoredAttentions, stored_attentions
 from .observer import ChartObserver, Observer
 from .prompt_rows import PromptRows
@@ -69,6 +69,7 @@ class Run:
         stored: stored attentions of each copy of the model; several devices have a copy each.
         recording: measures for probes, None without a probe.
         steps: position in the run.
+        guider: the host's guider, which has the CFG scale; None outside a run.
     """
 
     observer: Observer
@@ -91,11 +92,17 @@ class Run:
     stored: WeakKeyDictionary[Module, StoredAttentions] = field(default_factory=WeakKeyDictionary)
     recording: Recording | None = None
     steps: Steps = field(default_factory=Steps)
+    guider: Any = None
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def __deepcopy__(self, _: Any) -> Run:
         """Return the run itself: nodes that copy the options of a model call still count in this run."""
         return self
+
+    @property
+    def cfg_factor(self) -> float:
+        """Factor of the strength of nodes that adapt to CFG, at this moment."""
+        return cfg_factor(cfg_of(self.guider))
 
     def modules_of(self, diffusion_model: Module) -> dict[Layer, tuple[Any, str]]:
         """Return the modules of a copy of a transformer as they were before the run; none if it is not known."""
@@ -139,6 +146,8 @@ class Run:
         # Not every call in range reaches its attentions: step caches such as EasyCache skip the model.
         layers, chosen, calls = len(counts), len(guidance.layers), max(counts.values())
         text = f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls."
+        if guidance.adapt_to_cfg and self.cfg_factor != 1.0:
+            text += f" Strength was divided by {1.0 / self.cfg_factor:.3g}, because CFG is {cfg_of(self.guider):g}."
         if self.overruled[guidance]:
             text += f" In {self.overruled[guidance]} a later GAG node acted."
         if others := len(self.other_text.get(guidance, ())):

@@ -222,11 +222,19 @@ def guided_attention(
 ) -> Tensor:
     """Compute guided cross-attention ``[B, H, Nq, D]``; ``base`` is the host's own output in the place of D."""
     sparse, dense = sparse_dense_attention(q, k, v, alpha=config.alpha, mask=mask, scale=scale)
+    if config.rule == "uniform":
+        start = dense if base is None else base.double()
+        return start + config.strength * config.guidance_scale * (dense - uniform_read_out(q, k, v, mask))
     anderson_vector = (
         solve_anderson_vector(q, k, v, config, mask=mask, scale=scale) if config.rule == "anderson" else None
     )
     start = dense if base is None else base.double()
     return start + config.strength * (extrapolate(sparse, dense, config, anderson_vector) - dense)
+
+
+def uniform_read_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute U of each query, ``[B, H, Nq, D]``: the retrieval at infinite temperature, where only the mask counts."""
+    return torch.matmul(softmax(attention_logits(torch.zeros_like(q), k, mask, 1.0)), v.double())
 
 
 # The text tokens of a joint sequence: a slice, or slices in the order of the sequence.
@@ -273,13 +281,19 @@ def guided_joint_attention(
     sparse = torch.matmul(entmax(z_text, config.alpha), v_text)
     dense = torch.matmul(softmax(z_text), v_text)
     mass = softmax(z)[..., words].sum(-1, keepdim=True)
+    text_mask = None if mask is None else mask.expand(z.shape)[..., words]
     anderson_vector = None
-    if config.rule == "anderson":
-        text_mask = None if mask is None else mask.expand(z.shape)[..., words]
+    if config.rule == "uniform":
+        extrapolated = dense + config.guidance_scale * (
+            dense - uniform_read_out(q, k[..., words, :], v_text, text_mask)
+        )
+    elif config.rule == "anderson":
         anderson_vector = solve_anderson_vector(
             q, k[..., words, :], v[..., words, :], config, mask=text_mask, scale=scale
         )
-    guided = joint + config.strength * mass * (extrapolate(sparse, dense, config, anderson_vector) - dense)
+    if config.rule != "uniform":
+        extrapolated = extrapolate(sparse, dense, config, anderson_vector)
+    guided = joint + config.strength * mass * (extrapolated - dense)
     is_image = torch.zeros(q.shape[-2], 1, dtype=torch.bool)
     is_image[image_queries(text, q.shape[-2], k.shape[-2])] = True
     return torch.where(is_image, guided, joint)
