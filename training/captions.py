@@ -15,7 +15,7 @@ from training.pictures import COLOURS, RELATIONS, SHAPES, Scene, changed, draw, 
 words_of = demo_text_encoder.words_of
 # Share of training captions that leave something out or get something wrong, as captions of real pictures do.
 NOISY = 0.28
-SPLITS = ("train", "tune", "report")
+SPLITS = ("train", "tune", "report", "final")
 
 _PLURAL = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 _COUNTS = {1: ("a", "a", "a", "one"), 2: ("two", "two", "two", "a pair of"), 3: ("three",)}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Methods that are compared: the pack's nodes at many settings, CFG, and controls that are no nodes of the pack.
 
-The controls change the temperature T of the text attention, ``softmax(z / T)`` with logits z. They replace the
-implementation that ``gag_core`` picks, behind a GAG node. So they act on exactly the attention calls that guidance acts
-on, with constant text mass in joint attentions, and nothing else changes for ComfyUI.
+The control SHARPER changes the temperature T of the text attention, ``softmax(z / T)`` with logits z. Other controls
+change the read-out, see ``read_outs.py``. They replace the implementation that ``gag_core`` picks, behind a GAG node.
+So they act on exactly the attention calls that guidance acts on, with constant text mass in joint attentions, and
+nothing else changes for ComfyUI.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.quality import read_outs
 from benchmarks.speed import steps
 
 Guide = Callable[..., None]
 NODE = "GAGuidanceAdvanced"
 NOTHING = "none"
-CFG, SPARSE, SHARPER = "CFG", "sparse alone", "sharper softmax"
-CONTROLS = (SPARSE, SHARPER)
+CFG, SPARSE, SHARPER, GAIN = "CFG", "sparse alone", "sharper softmax", "plain gain"
+CONTROLS = (SPARSE, SHARPER, GAIN)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Method:
         inputs: inputs of the node.
         temperature: temperature of the text attention, for the control.
         cfg: CFG scale that replaces that of the run.
+        control: name of a control of ``read_outs.py``, or empty; ``amount`` is its g.
+        only_tune: True if the family is no candidate, and is measured on ``tune`` alone.
+        attention: kind of text attention that the method exists for, ``"cross"`` or ``"joint"``; empty for both.
     """
 
     family: str
@@ -49,6 +54,10 @@ class Method:
     inputs: dict[str, Any] = field(default_factory=dict, hash=False)
     temperature: float = 1.0
     cfg: float | None = None
+    control: str = ""
+    amount: float = 0.0
+    only_tune: bool = False
+    attention: str = ""
 
     @property
     def name(self) -> str:
@@ -57,18 +66,24 @@ class Method:
 
 
 BASELINE = Method(NOTHING)
+# The rule of the default preset, and its name.
+UNIFORM, AUTO = "uniform", "auto"
 # Strength of methods whose strength is not varied.
 _FULL = 1.0
 # Tried settings of norm_threshold, norm_mode and orthogonal_scale. The paper uses (15.0, "absolute", 0.0).
 _CAPS = ((0.1, "relative", 0.0), (0.5, "relative", 0.0), (15.0, "absolute", 0.0), (0.5, "relative", 1.0))
 
 # Settings of a node that acts and leaves the model's own attention as it is.
-_PLAIN = {"rule": "pladis", "guidance_scale": 0.0, "strength": 1.0}
+_PLAIN = {"rule": "pladis", "guidance_scale": 0.0, "strength": 1.0, "start_percent": 0.0, "adapt_to_cfg": False}
+# Inputs of the advanced node that act in every step, whatever CFG is.
+_ALWAYS = {"start_percent": 0.0, "end_percent": 1.0, "adapt_to_cfg": False}
 
 
 def _gag(scale: float, cap: float, mode: str, orthogonal: float, strength: float = _FULL) -> Method:
-    inputs = {"guidance_scale": scale, "norm_threshold": cap, "norm_mode": mode, "orthogonal_scale": orthogonal}
-    inputs["strength"] = strength
+    inputs = {
+        **_ALWAYS, "rule": "gag", "alpha": 1.5, "strength": strength, "guidance_scale": scale,
+        "norm_threshold": cap, "norm_mode": mode, "orthogonal_scale": orthogonal,
+    }  # fmt: skip
     cap_text = f"cap {cap:g} {mode}" + (f", orthogonal {orthogonal:g}" if orthogonal else "")
     cap_text += f", strength {strength:g}" if strength != _FULL else ""
     return Method("GAG", f"scale {scale:g}, {cap_text}", scale, f"GAG, {cap_text}", NODE, inputs)
@@ -80,20 +95,66 @@ def _anderson(depth: int, bound: float) -> Method:
 
 
 def _sparse(alpha: float) -> Method:
-    inputs = {"rule": "gag", "guidance_scale": 0.0, "alpha": alpha, "strength": _FULL}
+    inputs = {**_ALWAYS, "rule": "gag", "guidance_scale": 0.0, "alpha": alpha, "strength": _FULL}
     return Method(SPARSE, f"alpha {alpha:g}", node=NODE, inputs=inputs)
 
 
 def _pladis(scale: float) -> Method:
-    inputs = {"rule": "pladis", "guidance_scale": scale, "strength": _FULL}
+    inputs = {**_ALWAYS, "rule": "pladis", "guidance_scale": scale, "alpha": 1.5, "strength": _FULL}
     return Method("PLADIS", f"scale {scale:g}", scale, "PLADIS", NODE, inputs)
 
 
-def _preset(preset: str, strength: float, start: float = 0.0) -> Method:
-    inputs = {"preset": preset, "strength": strength, "start_percent": start}
-    family = f"preset {preset}" + (", later start" if start else "")
+def _preset(name: str, strength: float, scale: float, cap: float, mode: str, start: float = 0.0) -> Method:
+    """Return one setting of GAG that has a name of its own."""
+    inputs = {**_gag(scale, cap, mode, 0.0, strength).inputs, "start_percent": start}
     setting = f"strength {strength:g}" + (f", from {start:g} of the run" if start else "")
-    return Method(family, setting, node="GAGuidance", inputs=inputs)
+    return Method(f"preset {name}", setting, node=NODE, inputs=inputs)
+
+
+# Settings of the node behind which a control acts: every guided attention, every step, full strength.
+_EVERYWHERE = {**_ALWAYS, "rule": "gag", "alpha": 1.5, "strength": _FULL}
+# GAG's best setting without CFG, whose gain is looked into.
+_ONE_SETTING = {"guidance_scale": 10.0, "norm_threshold": 0.1, "norm_mode": "relative", "orthogonal_scale": 0.0}
+
+
+def _control(family: str, name: str, amount: float, attention: str = "") -> Method:
+    curve = "" if name in read_outs.MEANS else family
+    return Method(
+        family, f"g {amount:g}", amount, curve, NODE, _EVERYWHERE, control=name, amount=amount, attention=attention
+    )
+
+
+def _uniform(scale: float, **inputs: Any) -> Method:
+    return Method(
+        UNIFORM, f"scale {scale:g}", scale, UNIFORM, NODE,
+        {**_EVERYWHERE, "rule": "uniform", "guidance_scale": scale, **inputs},
+    )  # fmt: skip
+
+
+def _where(what: str, setting: str, method: Method, attention: str = "", **inputs: Any) -> Method:
+    """Return a method in a part of the layers or of the run, for ``tune`` alone."""
+    return replace(
+        method, family=f"{what}, in parts", setting=setting, scale=None, curve="",
+        inputs={**method.inputs, **inputs}, only_tune=True, attention=attention,
+    )  # fmt: skip
+
+
+def _parts(what: str, method: Method) -> tuple[Method, ...]:
+    """Return a method in parts of the layers and in stretches of the run."""
+    return (
+        _where(what, "everywhere", method),
+        _where(what, "first 0.3 of the run", method, end_percent=0.3),
+        _where(what, "from 0.3 of the run on", method, start_percent=0.3),
+        _where(what, "down blocks", method, "cross", blocks="d0,d1"),
+        _where(what, "up blocks", method, "cross", blocks="u0,u1"),
+        _where(what, "first half of the blocks", method, "joint", blocks="0-2"),
+        _where(what, "second half of the blocks", method, "joint", blocks="3-5"),
+    )
+
+
+def _mean_gain(name: str) -> Method:
+    inputs = {**_EVERYWHERE, **_ONE_SETTING, "strength": 0.5}
+    return Method("GAG's gain", name, node=NODE, inputs=inputs, control=name, only_tune=True)
 
 
 # Within a family milder settings come first, because the first of equally good settings is chosen.
@@ -107,12 +168,28 @@ METHODS = (
     *(_gag(scale, *cap) for scale in (1.0, 3.0, 10.0) for cap in _CAPS),
     # The same setting for all models: on every UNet without CFG, tuning chose it or one that was hardly better.
     replace(_gag(10.0, *_CAPS[0], strength=0.5), family="GAG, one setting", scale=None, curve=""),
-    _preset("gentle", 0.25),
-    _preset("gentle", 0.25, start=0.3),
-    _preset("paper", _FULL),
+    _preset("gentle", 0.25, 2.0, 0.1, "relative"),
+    _preset("gentle, later start", 0.25, 2.0, 0.1, "relative", start=0.3),
+    _preset("paper", _FULL, 10.0, 15.0, "absolute"),
     *(_anderson(depth, scale) for depth in (1, 3) for scale in (1.0, 3.0, 10.0)),
+    *(_control(GAIN, read_outs.GAIN, g) for g in (0.125, 0.25, 0.5, 1.0)),
+    replace(_control(GAIN, read_outs.GAIN, 0.5), family=f"{GAIN}, one setting", scale=None, curve=""),
+    *(_uniform(scale) for scale in (0.125, 0.25, 0.5, 1.0)),
+    Method(f"preset {AUTO}", "strength 1", node="GAGuidance", inputs={"preset": AUTO, "strength": _FULL}),
+    *(_control("sparse alone with gain", read_outs.SPARSE_GAIN, g) for g in (0.25, 0.5)),
+    *(_control("sparse, beyond the mean", read_outs.FROM_SPARSE, g) for g in (0.25, 0.5)),
+    *(_control("beyond the empty prompt", read_outs.EMPTY, g, "cross") for g in (0.5, 1.0)),
+    *(_control("more text mass", read_outs.MASS, g, "joint") for g in (0.5, 1.0)),
+    *_parts(GAIN, _control(GAIN, read_outs.GAIN, 0.5)),
+    *_parts(UNIFORM, _uniform(0.5)),
+    replace(_gag(10.0, *_CAPS[0], strength=0.5), family="GAG's gain", setting="as it is", scale=None, curve="",
+            only_tune=True),
+    *(_mean_gain(name) for name in read_outs.MEANS),
 )  # fmt: skip
-FAMILIES = tuple(dict.fromkeys(method.family for method in METHODS))
+FAMILIES = tuple(dict.fromkeys(method.family for method in METHODS if not method.only_tune))
+# Families that are looked at once more on captions that nobody tunes on. Each has one setting for all models.
+LAST_LOOK = (NOTHING, "GAG, one setting", f"{GAIN}, one setting", f"preset {AUTO}")
+ONLY_TUNE = tuple(dict.fromkeys(method.family for method in METHODS if method.only_tune))
 
 
 def node_named(name: str) -> Any:
@@ -121,7 +198,9 @@ def node_named(name: str) -> Any:
 
 
 @contextmanager
-def applied(model: Any, method: Method, softening: float = 1.0) -> Iterator[Any]:
+def applied(
+    model: Any, method: Method, softening: float = 1.0, empty: read_outs.EmptyPrompt | None = None
+) -> Iterator[Any]:
     """Yield the model with a method applied, which holds inside the context.
 
     Args:
@@ -129,6 +208,7 @@ def applied(model: Any, method: Method, softening: float = 1.0) -> Iterator[Any]
         method: method to apply; its ``cfg`` is left to the sampler.
         softening: temperature above 1 of the model's own text attention, the same for every method. Guidance acts on
             the softened attention.
+        empty: keys and values of the empty prompt, for the control that reads them.
 
     Raises:
         RuntimeError: a method that should act on the text attention was never called.
@@ -145,7 +225,10 @@ def applied(model: Any, method: Method, softening: float = 1.0) -> Iterator[Any]
         model = steps.execute(node_named(NODE), **_PLAIN, model=model)[0]
     patched = steps.execute(node, **method.inputs, model=model)[0]
     attention = sys.modules[node.__module__.rpartition(".nodes.")[0] + ".gag_core.attention"]
-    guide = at_temperature(attention.default_guide, temperature, guided=bool(method.node))
+    guide = attention.default_guide
+    if method.control:
+        guide = read_outs.control(method.control, method.amount, guide, empty)
+    guide = at_temperature(guide, temperature, guided=bool(method.node))
     calls = 0
 
     def counted(out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: Any, **more: Any) -> None:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-TUNE, REPORT = "tune", "report"
-SPLITS = (TUNE, REPORT)
+TUNE, REPORT, FINAL = "tune", "report", "final"
+SPLITS = (TUNE, REPORT, FINAL)
 # The mark of a caption has a bit for each result of the checker; the last bit says that the caption has a relation.
 ATTRIBUTES = ("colour", "shape", "count", "relation")
 BITS = {name: 1 << bit for bit, name in enumerate((*ATTRIBUTES, "everything", "has_relation"))}

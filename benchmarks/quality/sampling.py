@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.quality.methods import NODE, node_named
 from benchmarks.quality.model_files import model_of
+from benchmarks.quality.read_outs import EmptyPrompt
 from benchmarks.quality.records import BITS, Cell, Outcome
+from benchmarks.speed.steps import execute
 from comfy_host import ROOT
 from training import checker, text
 from training.captions import Sample, sample, words_of
@@ -27,7 +31,8 @@ from training.pictures import DATA_VERSION, SIZE, Scene
 
 SAMPLER, SCHEDULER = "euler", "simple"
 # Seeds of the noise by split; the captions have seeds of their own in training/.
-_NOISE_SEEDS = {"tune": 20260101, "report": 20260202}
+_NOISE_SEEDS = {"tune": 20260101, "report": 20260202, "final": 20260303}
+_ATTENTIONS = {"unet": "cross", "mmdit": "joint"}
 _NOISE_STRIDE = 10_000_019
 
 
@@ -35,13 +40,15 @@ class Model(NamedTuple):
     """One of the small models, loaded.
 
     ``label`` is its name, with the training step if it is unfinished; ``weights`` is the SHA-256 of its weights,
-    ``patcher`` its ModelPatcher, ``encoder`` its text encoder.
+    ``patcher`` its ModelPatcher, ``encoder`` its text encoder. ``attention`` is the kind of its text attention,
+    ``"cross"`` or ``"joint"``.
     """
 
     label: str
     weights: str
     patcher: Any
     encoder: Any
+    attention: str
 
 
 def load(path: Path) -> Model:
@@ -66,7 +73,9 @@ def load(path: Path) -> Model:
         label = model_of(path)
         weights = {key: value.float() for key, value in tensors.items() if key.startswith(f"{name}.")}
         encoder = text.of_weights(tensors)
-    return Model(label, _sha256({**weights, **encoder.state_dict()}), patcher_of(name, weights), encoder)
+    return Model(
+        label, _sha256({**weights, **encoder.state_dict()}), patcher_of(name, weights), encoder, _ATTENTIONS[name]
+    )
 
 
 def patcher_of(name: str, weights: dict[str, Tensor]) -> Any:
@@ -125,6 +134,18 @@ def pictures(model: Model, patched: Any, captions: list[str], noise: Tensor, ste
         disable_pbar=True, seed=0,
     )  # fmt: skip
     return ((out.float() + 1) / 2).clamp(0, 1)
+
+
+def empty_prompt(model: Model) -> EmptyPrompt:
+    """Return keys and values of the empty prompt in each text cross-attention, by one model call."""
+    node = node_named(NODE)
+    attention = sys.modules[node.__module__.rpartition(".nodes.")[0] + ".gag_core.attention"]
+    found = EmptyPrompt()
+    (task,) = tasks("tune", 0, 1, 1)
+    with attention.use_implementation(found.record):
+        patched = execute(node, rule="gag", adapt_to_cfg=False, model=model.patcher)[0]
+        pictures(model, patched, [""], task.noise, 1, 1.0)
+    return found
 
 
 def outcome(made: Tensor, scenes: list[Scene]) -> Outcome:

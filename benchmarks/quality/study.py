@@ -6,7 +6,8 @@
     python dev.py quality --checkpoint FILE --prompts FILE --clip FILE      CLIP scores of a checkpoint of yours
 
 The pack's own small models draw scenes that a program can check exactly. Every method gets the same captions and the
-same noise. Each family of methods is tuned on the split ``tune``; only its best setting is measured on ``report``.
+same noise. Each family of methods is tuned on the split ``tune``; only its best setting is measured on ``report``. Few
+single settings are looked at once more on ``final``.
 """
 
 from __future__ import annotations
@@ -22,9 +23,19 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.quality import checkpoint, comparisons, evidence, model_files, sampling
-from benchmarks.quality.methods import BASELINE, CFG, FAMILIES, METHODS, Method, applied, node_named
-from benchmarks.quality.records import REPORT, TUNE, Cell, Key, Line, Results
+from benchmarks.quality import checkpoint, comparisons, evidence, model_files, read_outs, sampling
+from benchmarks.quality.methods import (
+    BASELINE,
+    CFG,
+    FAMILIES,
+    LAST_LOOK,
+    METHODS,
+    ONLY_TUNE,
+    Method,
+    applied,
+    node_named,
+)
+from benchmarks.quality.records import FINAL, REPORT, TUNE, Cell, Key, Line, Results
 from benchmarks.quality.sampling import Model
 from benchmarks.speed import machine
 from benchmarks.speed.steps import start_host
@@ -75,19 +86,27 @@ def jobs(
     families: Sequence[str],
     captions: int,
     held_out: int,
+    last_look: int,
 ) -> list[Job]:
-    """Return all jobs: of each cell first the settings on ``tune``, then one of each family on ``report``."""
+    """Return all jobs: of each cell first the settings on ``tune``, then one of each family on ``report``.
+
+    A few families with one setting come last on ``final``, which nobody tunes on.
+    """
     found = []
     for (steps, cfg, softening), model in itertools.product(plan, models):
         cell = sampling.cell_of(model, steps, cfg, softening)
         in_cell = [family for family in families if family != CFG or cfg == 1.0]
         for family in in_cell:
-            settings = [method for method in METHODS if method.family == family]
-            if len(settings) > 1 or family == BASELINE.family:
+            settings = [m for m in METHODS if m.family == family and m.attention in ("", model.attention)]
+            if len(settings) > 1 or family == BASELINE.family or family in ONLY_TUNE:
                 found += [Job(model, cell, TUNE, family, method, captions) for method in settings]
         for family in in_cell:
-            found.append(Job(model, cell, REPORT, family, None, held_out))
-    return found
+            if family not in ONLY_TUNE:
+                found.append(Job(model, cell, REPORT, family, None, held_out))
+        for family in in_cell:
+            if family in LAST_LOOK:
+                found.append(Job(model, cell, FINAL, family, None, last_look))
+    return [job for job in found if job.captions]
 
 
 class Progress:
@@ -122,7 +141,8 @@ def run(job: Job, method: Method, first: int, batch: int) -> Line:
     """Sample the captions from ``first`` on and check the pictures."""
     begun = time.monotonic()
     outcomes = []
-    with applied(job.model.patcher, method, job.cell.softening) as patched:
+    empty = sampling.empty_prompt(job.model) if method.control == read_outs.EMPTY else None
+    with applied(job.model.patcher, method, job.cell.softening, empty) as patched:
         cfg = job.cell.cfg if method.cfg is None else method.cfg
         for task in sampling.tasks(job.split, first, job.captions - first, batch):
             made = sampling.pictures(job.model, patched, task.captions, task.noise, job.cell.steps, cfg)
@@ -183,13 +203,16 @@ def options_parser() -> argparse.ArgumentParser:
     small.add_argument(
         "--families",
         nargs="+",
-        choices=FAMILIES,
+        choices=(*FAMILIES, *ONLY_TUNE),
         default=FAMILIES,
         metavar="NAME",
         help="families of methods to measure",
     )
-    small.add_argument("--captions", type=machine.positive, default=512, help="on tune, per setting (default 512)")
-    small.add_argument("--held-out", type=machine.positive, default=2048, help="on report, per family (default 2048)")
+    small.add_argument("--captions", type=int, default=512, help="on tune, per setting (default 512)")
+    small.add_argument("--held-out", type=int, default=2048, help="on report, per family (default 2048)")
+    small.add_argument(
+        "--last-look", type=int, default=0, metavar="N", help="on final, of the few families that are looked at there"
+    )
     small.add_argument("--batch", type=machine.positive, default=64, help="captions at once (default 64)")
     checkpoint.add_options(parser)
     return parser
@@ -221,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"quality: left out {family}: the pack has no such node", file=sys.stderr)
             families.remove(family)
     results = Results(options.results)
-    listed = jobs(models, list(_plan(options)), families, options.captions, options.held_out)
+    listed = jobs(models, list(_plan(options)), families, options.captions, options.held_out, options.last_look)
     try:
         complete = study(listed, results, batch=options.batch, minutes=options.minutes)
     except KeyboardInterrupt:
