@@ -43,7 +43,7 @@ class Preset:
 _CAPPED = GuidanceConfig(norm_threshold=0.1, norm_mode="relative")
 # docs/evidence.md has the measurements behind each preset.
 PRESETS: dict[str, Preset] = {
-    # Without CFG this did good on all demo models. Beside CFG of 2 and more nothing did on all of them, so it rests there.
+    # Without CFG this did good on all demo models. Beside CFG nothing did good on all of them, so it rests there.
     "auto": Preset(replace(_CAPPED, rule="uniform", guidance_scale=0.5), adapt_to_cfg=True),
     # The best setting of GAG itself without CFG; it did much harm beside CFG.
     "no CFG": Preset(replace(_CAPPED, guidance_scale=10.0, strength=0.5)),

@@ -168,6 +168,9 @@ class GAGPatch:
         active_factor = 1.0
         for guidance in reversed(self.guidances):
             factor = run.cfg_factor if guidance.adapt_to_cfg else 1.0
+            if factor == 0.0:
+                run.count(run.resting, guidance)
+                continue
             if guidance.depends_on_step:
                 # Looked up only where it matters, because with some samplers that waits for the device.
                 percent, sigma = position = position or run.steps.position(t, model_sampling)

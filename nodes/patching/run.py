@@ -31,7 +31,7 @@ class NothingGuided(NamedTuple):
 
     Attributes:
         name, short, reason: these three.
-        found: the code of another pack that the reason names, empty for other reasons.
+        found: what the reason names: the code of another pack, or the CFG scale; empty for other reasons.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Run:
         model_calls: number of model calls.
         in_range: model calls in which the node acts.
         overruled: model calls in which a later node acts instead.
+        resting: model calls in which the node rests beside CFG.
         unscheduled: model calls in which the node's schedule is 0.
         no_context: model calls that came without any of the family's ``text_inputs``.
         no_text: model calls whose text has no token.
@@ -79,6 +80,7 @@ class Run:
     model_calls: int = 0
     in_range: Counter[Guidance] = field(default_factory=Counter)
     overruled: Counter[Guidance] = field(default_factory=Counter)
+    resting: Counter[Guidance] = field(default_factory=Counter)
     unscheduled: Counter[Guidance] = field(default_factory=Counter)
     no_context: Counter[Guidance] = field(default_factory=Counter)
     no_text: Counter[Guidance] = field(default_factory=Counter)
@@ -147,7 +149,7 @@ class Run:
         layers, chosen, calls = len(counts), len(guidance.layers), max(counts.values())
         text = f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls."
         if guidance.adapt_to_cfg and self.cfg_factor != 1.0:
-            text += f" Strength was divided by {1.0 / self.cfg_factor:.3g}, because CFG is {cfg_of(self.guider):g}."
+            text += f" Strength was multiplied by {self.cfg_factor:.3g}, because CFG is {cfg_of(self.guider):g}."
         if self.overruled[guidance]:
             text += f" In {self.overruled[guidance]} a later GAG node acted."
         if others := len(self.other_text.get(guidance, ())):
@@ -222,6 +224,13 @@ class Run:
 
     def _why_never_in_range(self, guidance: Guidance) -> NothingGuided:
         span = f"{guidance.start_percent:g} to {guidance.end_percent:g}"
+        if self.resting[guidance]:
+            cfg = f"{cfg_of(self.guider):g}"
+            reason = (
+                f"CFG is {cfg}, and the node rests beside CFG of 2 and more; set cfg to 1 on a model that works without "
+                "CFG, or choose the preset beside CFG"
+            )
+            return NothingGuided("why_cfg", f"it rests beside CFG {cfg}", reason, cfg)
         if self.overruled[guidance]:
             unless = " in which its schedule is not 0" if self.unscheduled[guidance] else ""
             reason = f"a later GAG node on the same model acts in all steps of its range{unless}"
