@@ -227,8 +227,8 @@ class Run:
         if self.resting[guidance]:
             cfg = f"{cfg_of(self.guider):g}"
             reason = (
-                f"CFG is {cfg}, and the node rests beside CFG of 2 and more; set cfg to 1 on a model that works without "
-                "CFG, or choose the preset beside CFG"
+                f"CFG is {cfg}, and the node rests beside CFG of 2 and more; set cfg to 1 on a model that works "
+                "without CFG, or choose the preset beside CFG"
             )
             return NothingGuided("why_cfg", f"it rests beside CFG {cfg}", reason, cfg)
         if self.overruled[guidance]:
