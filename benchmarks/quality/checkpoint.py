@@ -24,20 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality.methods import BASELINE, METHODS, SHARPER, SPARSE, Method, applied
+from benchmarks.quality.methods import BASELINE, GAIN, METHODS, SHARPER, SPARSE, Method, applied
 from benchmarks.quality.statistics import mean
 from benchmarks.speed import machine
 from benchmarks.speed.steps import start_host
 from comfy_host import HostError
 
 FOLDER = "checkpoints"
-# Nothing is tuned here: only the presets that users get and the two controls are compared.
+# Nothing is tuned here: only named settings and one setting of each control are compared.
 COMPARED = tuple(
     method
     for method in METHODS
     if method is BASELINE
     or method.family.startswith("preset ")
-    or (method.family, method.setting) in ((SPARSE, "alpha 1.5"), (SHARPER, "temperature 0.7"))
+    or (method.family, method.setting) in ((SPARSE, "alpha 1.5"), (SHARPER, "temperature 0.7"), (GAIN, "g 0.5"))
 )
 
 

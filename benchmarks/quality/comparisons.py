@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.quality.methods import BASELINE, CFG, CONTROLS, FAMILIES, METHODS, Method
+from benchmarks.quality.methods import BASELINE, CONTROLS, FAMILIES, GUIDANCE, METHODS, Method
 from benchmarks.quality.records import REPORT, Cell, Key, Outcome, Results
 from benchmarks.quality.statistics import SIGNIFICANT, Paired, holm, paired
 
@@ -41,15 +41,15 @@ class Row:
             return "no measurable difference"
         if self.versus.difference < 0:
             return "worse"
-        if self.family in (CFG, *CONTROLS):
+        if self.family not in GUIDANCE:
             return "better"
         if self.beats_controls:
-            return "better, and better than both controls"
+            return "better, and better than all controls"
         return "better, but not better than the controls"
 
     @property
     def beats_controls(self) -> bool:
-        """True if both controls were measured and the family is measurably better than each."""
+        """True if all controls were measured and the family is measurably better than each."""
         return len(self.controls) == len(CONTROLS) and all(
             versus.p < SIGNIFICANT and versus.difference > 0 for versus in self.controls.values()
         )

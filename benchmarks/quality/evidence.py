@@ -10,11 +10,35 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.quality import checkpoint, plots, sampling, statistics
-from benchmarks.quality.comparisons import Row, adjust, rows_of
-from benchmarks.quality.methods import BASELINE, CFG, CONTROLS, FAMILIES, SHARPER, SPARSE
+from benchmarks.quality import checkpoint, gain, plots, sampling, statistics
+from benchmarks.quality.comparisons import Row, adjust, compared, rows_of
+from benchmarks.quality.methods import (
+    BASELINE,
+    CFG,
+    CONTROLS,
+    FAMILIES,
+    GAIN,
+    GUIDANCE,
+    LAST_LOOK,
+    MAIN,
+    METHODS,
+    ONLY_TUNE,
+    SHARPER,
+    SPARSE,
+)
 from benchmarks.quality.model_files import file_of
-from benchmarks.quality.records import ATTRIBUTES, REPORT, SIDE_EFFECTS, TUNE, Cell, Key, Results, versions_in
+from benchmarks.quality.records import (
+    ATTRIBUTES,
+    FINAL,
+    REPORT,
+    SIDE_EFFECTS,
+    TUNE,
+    Cell,
+    Key,
+    Outcome,
+    Results,
+    versions_in,
+)
 from benchmarks.quality.statistics import SIGNIFICANT, Marks, Paired, paired
 from comfy_host import ROOT
 
@@ -22,7 +46,6 @@ PAGE = ROOT / "docs" / "evidence.md"
 PICTURES = ROOT / "assets" / "evidence"
 # This family has one setting, acts in every step of a run, and was measured in every cell.
 FIXED = "preset gentle"
-_GUIDANCE = tuple(family for family in FAMILIES if family not in (BASELINE.family, CFG, *CONTROLS))
 
 
 def comparison(results: Results, cell: Cell, rows: Sequence[Row] | None = None) -> str:
@@ -39,9 +62,10 @@ def comparison(results: Results, cell: Cell, rows: Sequence[Row] | None = None) 
         "without guidance.",
         "",
         "| method | setting, the best on `tune` | right on `tune` | right, held out | difference "
-        "| turned right : wrong | p, adjusted | attributes right "
-        "| beyond sparse alone | beyond sharper softmax | verdict |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| turned right : wrong | p, adjusted | attributes right | "
+        + " | ".join(f"beyond {name}" for name in CONTROLS)
+        + " | verdict |",
+        "|---|---|" + "---:|" * (6 + len(CONTROLS)) + "---|",
     ]
     for row in rows:
         beyond = [
@@ -53,7 +77,7 @@ def comparison(results: Results, cell: Cell, rows: Sequence[Row] | None = None) 
             f"| {row.family} | {row.setting or 'as it is'} | {tuned} | {_percent(row.outcome.right().mean())} "
             f"| {_difference(row.versus)} | {row.versus.gained} : {row.versus.lost} | {_p(row.p)} "
             f"| {_change(row.outcome.score() - row.baseline.score())} "
-            f"| {beyond[0]} | {beyond[1]} | {row.verdict} |"
+            f"| {' | '.join(beyond)} | {row.verdict} |"
         )
     if rows:
         detectable = max(row.versus.detectable for row in rows)
@@ -87,8 +111,8 @@ def details(results: Results, cell: Cell, rows: Sequence[Row]) -> str:
 
 
 def conditions(by_cell: dict[Cell, list[Row]]) -> str:
-    """Return the differences of every family to no guidance in every cell, also by length of caption, in Markdown."""
-    families = [family for family in FAMILIES if any(row.family == family for rows in by_cell.values() for row in rows)]
+    """Return the differences of the main families to no guidance, also by length of caption, in Markdown."""
+    families = [family for family in MAIN if any(row.family == family for rows in by_cell.values() for row in rows)]
     lines = ["| | none | " + " | ".join(families) + " |", "|---|" + "---:|" * (len(families) + 1)]
     for cell, rows in by_cell.items():
         if not rows:
@@ -127,10 +151,16 @@ def seeds(by_cell: dict[Cell, list[Row]]) -> str:
         lines = [
             f"**{group.title}**",
             "",
-            "| method | " + " | ".join(cell.model for cell in cells) + " | mean | beyond sparse alone | "
-            "beyond sharper softmax | settings, the best on `tune` |",
-            "|---|" + "---:|" * (len(cells) + 3) + "---|",
-            f"| {BASELINE.family} | " + " | ".join(map(_percent, shares)) + f" | {_percent(np.mean(shares))} | | | |",
+            "| method | "
+            + " | ".join(cell.model for cell in cells)
+            + " | mean | "
+            + " | ".join(f"beyond {name}" for name in CONTROLS)
+            + " | settings, the best on `tune` |",
+            "|---|" + "---:|" * (len(cells) + 1 + len(CONTROLS)) + "---|",
+            f"| {BASELINE.family} | "
+            + " | ".join(map(_percent, shares))
+            + f" | {_percent(np.mean(shares))} |"
+            + " |" * (len(CONTROLS) + 1),
         ]
         for family in FAMILIES:
             rows = [by_family[family] for by_family in found if family in by_family]
@@ -237,6 +267,12 @@ def write(folder: Path, page: Path = PAGE, pictures: Path = PICTURES) -> list[Pa
         parts += [_ATTRIBUTES, table]
     if table := seeds(by_cell):
         parts += [_SEEDS, table]
+    if table := last_look(results):
+        parts += [_LAST_LOOK, table]
+    if table := in_parts(results):
+        parts += [_IN_PARTS, table]
+    if table := gain.section(folder):
+        parts += [_GAIN, table]
     parts.append(_CELLS)
     for index, (cell, listed) in enumerate(by_cell.items()):
         parts += [f"### {cell.title}", comparison(results, cell, listed), details(results, cell, listed)]
@@ -251,6 +287,58 @@ def write(folder: Path, page: Path = PAGE, pictures: Path = PICTURES) -> list[Pa
     return written
 
 
+def last_look(results: Results) -> str:
+    """Return the differences on captions that nobody tuned on, in Markdown; empty if there are none."""
+    cells = [cell for cell in results.cells() if results.captions(Key(cell, FINAL, BASELINE.family, ""))]
+    if not cells:
+        return ""
+    families = LAST_LOOK[1:]
+    settings = {method.family: method.setting for method in METHODS}
+    pairs = [(after, before) for after in families for before in families[:-1] if after == families[-1] != before]
+    lines = [
+        "| | captions | none | " + " | ".join(families) + " | "
+        + " | ".join(f"{after} beyond {before}" for after, before in pairs) + " |",
+        "|---|---:|---:|" + "---:|" * (len(families) + len(pairs)),
+    ]  # fmt: skip
+    for cell in cells:
+        found = {name: results.outcome(Key(cell, FINAL, name, settings[name])) for name in LAST_LOOK}
+        without = found[BASELINE.family]
+        assert without is not None
+        differences = [_outcomes(without, found[name]) for name in families]
+        differences += [_outcomes(found[before], found[after]) for after, before in pairs]
+        lines.append(
+            f"| {cell.title} | {len(without)} | {_percent(without.right().mean())} | " + " | ".join(differences) + " |"
+        )
+    return "\n".join(lines)
+
+
+def in_parts(results: Results) -> str:
+    """Return the families that were measured on ``tune`` alone, in Markdown; empty if there are none."""
+    cells = [cell for cell in results.cells() if any(key.family in ONLY_TUNE for key in _tuned(results, cell))]
+    if not cells:
+        return ""
+    lines = ["| method | setting | " + " | ".join(cell.title for cell in cells) + " |"]
+    lines.append("|---|---|" + "---:|" * len(cells))
+    for method in METHODS:
+        if method.only_tune:
+            differences = []
+            for cell in cells:
+                without = results.outcome(Key(cell, TUNE, BASELINE.family, BASELINE.setting))
+                found = results.outcome(Key(cell, TUNE, method.family, method.setting))
+                differences.append(_outcomes(without, found))
+            lines.append(f"| {method.family} | {method.setting} | " + " | ".join(differences) + " |")
+    return "\n".join(lines)
+
+
+def _tuned(results: Results, cell: Cell) -> list[Key]:
+    return [key for key in results.measured() if key[:2] == (cell, TUNE)]
+
+
+def _outcomes(before: Outcome | None, after: Outcome | None) -> str:
+    """Return the difference of two results of the same captions, empty if one is missing."""
+    return "" if before is None or after is None else _difference(compared(before, after))
+
+
 def findings(by_cell: dict[Cell, list[Row]]) -> list[str]:
     """Return the conclusions from the held-out results, in sentences."""
     rows = [row for listed in by_cell.values() for row in listed]
@@ -259,19 +347,20 @@ def findings(by_cell: dict[Cell, list[Row]]) -> list[str]:
         ("CFG", (CFG,)),
         ("Sharper softmax (a control)", (SHARPER,)),
         ("Sparse attention alone (a control)", (SPARSE,)),
-        ("Attention guidance (GAG, its presets, PLADIS, Anderson)", _GUIDANCE),
+        ("Plain gain (a control)", (GAIN,)),
+        ("Attention guidance (GAG, its presets, PLADIS, Anderson, rule uniform)", GUIDANCE),
     ):
         plain = [row for row in rows if row.family in families and row.cell.softening == 1.0]
         if plain:
             found.append(f"{name}: {_counted(plain)}")
-    guided = [row for row in rows if row.family in _GUIDANCE]
+    guided = [row for row in rows if row.family in GUIDANCE]
     if softened := [row for row in guided if row.cell.softening != 1.0]:
         counted = _counted(softened)
         found.append(f"Attention guidance in models whose text attention was softened on purpose: {counted}")
     if guided:
         ahead = [row for row in guided if row.verdict.startswith("better") and row.beats_controls]
         found.append(
-            f"Attention guidance was better than no guidance and than both controls in {len(ahead)} of {len(guided)} "
+            f"Attention guidance was better than no guidance and than all controls in {len(ahead)} of {len(guided)} "
             "comparisons" + (": " + "; ".join(f"{row.family} in {row.cell.title}" for row in ahead) if ahead else "")
             + "."
         )  # fmt: skip
@@ -318,11 +407,15 @@ def commands(results: Results) -> list[str]:
     for cell in results.cells():
         captions = {
             split: max((results.captions(key) for key in results.measured() if key[:2] == (cell, split)), default=0)
-            for split in (TUNE, REPORT)
+            for split in (TUNE, REPORT, FINAL)
         }
         options = "".join(
             f" --{name} {count}"
-            for name, count in (("captions", captions[TUNE]), ("held-out", captions[REPORT]))
+            for name, count in (
+                ("captions", captions[TUNE]),
+                ("held-out", captions[REPORT]),
+                ("last-look", captions[FINAL]),
+            )
             if count
         )
         found.append(
@@ -385,14 +478,18 @@ colours, shapes, counts and relation. A picture is "right" if all of them are.
 
 - Every method gets the same captions and, for each caption, the same noise. Differences are between such pairs.
 - Each family of methods is tuned on captions of their own (`tune`). Only its best setting there is measured on
-  held-out captions (`report`), so there is one number per family. `gentle` and its strength were chosen on models
-  before these. Its later start, which is the nodes' default, was chosen by hand on further captions of `tune`. *GAG,
-  one setting* is the same in every cell. It was the best or nearly the best on `tune` for every UNet without CFG, and
-  was also chosen by hand, before the transformers `mmdit-seed0` to `mmdit-seed2` were trained. Where tuning chose the
-  same setting for *GAG*, the two rows are of the same pictures.
+  held-out captions (`report`), so there is one number per family. A few single settings are measured once more on a
+  third split (`final`), on which nothing was tuned or chosen.
+- Some families are one setting for all models. *GAG, one setting* is the preset `no CFG`. It was the best or nearly
+  the best on `tune` for every UNet without CFG, and was chosen by hand before the transformers were trained.
+  *preset gentle, later start* is the preset `beside CFG`. *preset auto* (rule `uniform`, scale 0.5) was chosen by hand
+  on `tune` of all six models without CFG. Beside CFG of 2 and more it rests, and gives exactly the pictures without
+  guidance; so those cells have no row of it.
 - "±" is one standard error, in percentage points. p-values are exact (McNemar).
-- There are two controls: *sparse alone* is GAG with guidance scale 0, and *sharper softmax* lowers the temperature of
-  the same text attention. A claim for guidance must beat both.
+- There are three controls. *Sparse alone* is GAG with guidance scale 0. *Sharper softmax* lowers the temperature of the
+  same text attention. *Plain gain* multiplies what the model reads of the text by 1 + g, and is the strongest of the
+  three. A claim for guidance must beat all. `benchmarks/quality/read_outs.py` has the formulas of these and of further
+  plain changes of the read-out, which the tables of the cells have too.
 - "Attributes right" is the difference in the share of a caption's attributes that are right. It shows more where
   hardly any picture is right in all of them.
 - There is a positive control: models whose text attention was softened on purpose (its logits divided by a factor),
@@ -422,4 +519,19 @@ The models of a table are of the same kind; their initial weights and the pictur
 differ. In the columns of the models "±" is one standard error, as above. The means have two standard errors. The
 first is over the models, for models of other seeds; it is a rough figure where they are few. The second is over the
 captions, each with its mean over the models, for these models and other captions."""
+_LAST_LOOK = """\
+## A last look
+
+These captions and this noise served for nothing else. Each method has one setting for all models."""
+_IN_PARTS = """\
+## Where it acts, and what GAG's gain is worth
+
+Differences to no guidance on `tune`, not held out. *Plain gain* has g 0.5 and *uniform* scale 0.5. *GAG's gain* is GAG
+in one setting; its other rows replace the gain of each head and query (see below) by a mean of that call."""
+_GAIN = """\
+## How GAG's gain is spread
+
+With `orthogonal_scale` 0, GAG's read-out is `S + c S`, with a gain c for each head and query. The table has c of GAG in
+one setting without CFG (scale 10, cap 0.1 relative): c is 1 where the cap holds back the guidance vector and it points
+along S, and -1 where it points against S."""
 _CELLS = "## Every model and sampling setting"

@@ -113,8 +113,6 @@ def _preset(name: str, strength: float, scale: float, cap: float, mode: str, sta
 
 # Settings of the node behind which a control acts: every guided attention, every step, full strength.
 _EVERYWHERE = {**_ALWAYS, "rule": "gag", "alpha": 1.5, "strength": _FULL}
-# GAG's best setting without CFG, whose gain is looked into.
-_ONE_SETTING = {"guidance_scale": 10.0, "norm_threshold": 0.1, "norm_mode": "relative", "orthogonal_scale": 0.0}
 
 
 def _control(family: str, name: str, amount: float, attention: str = "") -> Method:
@@ -153,10 +151,10 @@ def _parts(what: str, method: Method) -> tuple[Method, ...]:
 
 
 def _mean_gain(name: str) -> Method:
-    inputs = {**_EVERYWHERE, **_ONE_SETTING, "strength": 0.5}
-    return Method("GAG's gain", name, node=NODE, inputs=inputs, control=name, only_tune=True)
+    return replace(GAG_ONE_SETTING, family="GAG's gain", setting=name, control=name, only_tune=True)
 
 
+GAG_ONE_SETTING = replace(_gag(10.0, *_CAPS[0], strength=0.5), family="GAG, one setting", scale=None, curve="")
 # Within a family milder settings come first, because the first of equally good settings is chosen.
 METHODS = (
     BASELINE,
@@ -167,7 +165,7 @@ METHODS = (
     *(_gag(scale, *_CAPS[0], strength=strength) for strength in (0.25, 0.5) for scale in (1.0, 3.0, 10.0)),
     *(_gag(scale, *cap) for scale in (1.0, 3.0, 10.0) for cap in _CAPS),
     # The same setting for all models: on every UNet without CFG, tuning chose it or one that was hardly better.
-    replace(_gag(10.0, *_CAPS[0], strength=0.5), family="GAG, one setting", scale=None, curve=""),
+    GAG_ONE_SETTING,
     _preset("gentle", 0.25, 2.0, 0.1, "relative"),
     _preset("gentle, later start", 0.25, 2.0, 0.1, "relative", start=0.3),
     _preset("paper", _FULL, 10.0, 15.0, "absolute"),
@@ -182,11 +180,20 @@ METHODS = (
     *(_control("more text mass", read_outs.MASS, g, "joint") for g in (0.5, 1.0)),
     *_parts(GAIN, _control(GAIN, read_outs.GAIN, 0.5)),
     *_parts(UNIFORM, _uniform(0.5)),
-    replace(_gag(10.0, *_CAPS[0], strength=0.5), family="GAG's gain", setting="as it is", scale=None, curve="",
-            only_tune=True),
+    replace(GAG_ONE_SETTING, family="GAG's gain", setting="as it is", only_tune=True),
     *(_mean_gain(name) for name in read_outs.MEANS),
 )  # fmt: skip
 FAMILIES = tuple(dict.fromkeys(method.family for method in METHODS if not method.only_tune))
+# The families that the pack ships, with settings of their own for each model or with one for all.
+GUIDANCE = (
+    "PLADIS", "GAG", GAG_ONE_SETTING.family, "preset gentle", "preset gentle, later start", "preset paper",
+    "Anderson, depth 1", "Anderson, depth 3", UNIFORM, f"preset {AUTO}",
+)  # fmt: skip
+# The families that overviews show; the tables of the cells have all.
+MAIN = (
+    CFG, SPARSE, SHARPER, GAIN, f"{GAIN}, one setting", "GAG", GAG_ONE_SETTING.family, "preset gentle, later start",
+    "preset paper", UNIFORM, f"preset {AUTO}",
+)  # fmt: skip
 # Families that are looked at once more on captions that nobody tunes on. Each has one setting for all models.
 LAST_LOOK = (NOTHING, "GAG, one setting", f"{GAIN}, one setting", f"preset {AUTO}")
 ONLY_TUNE = tuple(dict.fromkeys(method.family for method in METHODS if method.only_tune))
@@ -199,7 +206,11 @@ def node_named(name: str) -> Any:
 
 @contextmanager
 def applied(
-    model: Any, method: Method, softening: float = 1.0, empty: read_outs.EmptyPrompt | None = None
+    model: Any,
+    method: Method,
+    softening: float = 1.0,
+    empty: read_outs.EmptyPrompt | None = None,
+    watch: Callable[[Guide], Guide] | None = None,
 ) -> Iterator[Any]:
     """Yield the model with a method applied, which holds inside the context.
 
@@ -209,6 +220,7 @@ def applied(
         softening: temperature above 1 of the model's own text attention, the same for every method. Guidance acts on
             the softened attention.
         empty: keys and values of the empty prompt, for the control that reads them.
+        watch: function that wraps the implementation, to look at its calls.
 
     Raises:
         RuntimeError: a method that should act on the text attention was never called.
@@ -228,6 +240,8 @@ def applied(
     guide = attention.default_guide
     if method.control:
         guide = read_outs.control(method.control, method.amount, guide, empty)
+    if watch is not None:
+        guide = watch(guide)
     guide = at_temperature(guide, temperature, guided=bool(method.node))
     calls = 0
 

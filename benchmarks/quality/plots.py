@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.quality.comparisons import Row
-from benchmarks.quality.methods import BASELINE, CFG, FAMILIES, METHODS
+from benchmarks.quality.methods import BASELINE, CFG, MAIN, METHODS
 from benchmarks.quality.records import TUNE, Cell, Key, Results
 from benchmarks.quality.statistics import Paired, mean, paired
 
@@ -74,8 +74,8 @@ def scales(results: Results, cell: Cell, path: Path) -> Path:
 
 
 def differences(by_cell: Mapping[Cell, Sequence[Row]], path: Path) -> Path:
-    """Plot the difference that each family makes in each cell, on held-out captions, with 95 % intervals."""
-    families = [name for name in FAMILIES[1:] if any(row.family == name for rows in by_cell.values() for row in rows)]
+    """Plot the difference that each main family makes in each cell, on held-out captions, with 95 % intervals."""
+    families = [name for name in MAIN if any(row.family == name for rows in by_cell.values() for row in rows)]
     figure, axes = _figure(1.4 + 1.5 * len(families), 1.3 + 0.34 * len(by_cell), len(families), sharey=True)
     for axis, family in zip(axes, families, strict=True):
         axis.axvline(0, color="black", linewidth=0.8)

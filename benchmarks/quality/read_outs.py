@@ -88,7 +88,7 @@ def control(name: str, amount: float, guide: Guide, empty: EmptyPrompt | None) -
             change = amount * (dense - read_out)
         else:
             sparse = torch.empty_like(out)
-            guide(sparse, q, k, v, _only_sparse(config), base=None, mask=None, scale=scale)
+            guide(sparse, q, k, v, only_sparse(config), base=None, mask=None, scale=scale)
             if name == SPARSE_GAIN:
                 change = (1.0 + amount) * sparse - dense
             elif name == FROM_SPARSE:
@@ -109,5 +109,6 @@ def gain_of(guided: Tensor, sparse: Tensor) -> Tensor:
     return (guided * sparse).sum(dim=-1, keepdim=True) / square - 1.0
 
 
-def _only_sparse(config: Any) -> Any:
+def only_sparse(config: Any) -> Any:
+    """Return the settings of which the guided read-out is S."""
     return replace(config, rule="gag", guidance_scale=0.0, strength=1.0)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.quality import checkpoint, comparisons, evidence, model_files, read_outs, sampling
+from benchmarks.quality import checkpoint, comparisons, evidence, gain, model_files, read_outs, sampling
 from benchmarks.quality.methods import (
     BASELINE,
     CFG,
@@ -211,6 +211,9 @@ def options_parser() -> argparse.ArgumentParser:
     small.add_argument("--captions", type=int, default=512, help="on tune, per setting (default 512)")
     small.add_argument("--held-out", type=int, default=2048, help="on report, per family (default 2048)")
     small.add_argument(
+        "--gain", type=int, default=0, metavar="N", help="measure only how GAG's gain is spread, on N captions"
+    )
+    small.add_argument(
         "--last-look", type=int, default=0, metavar="N", help="on final, of the few families that are looked at there"
     )
     small.add_argument("--batch", type=machine.positive, default=64, help="captions at once (default 64)")
@@ -238,6 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HostError, ValueError) as error:
         print(f"quality: {error}", file=sys.stderr)
         return 1
+    if options.gain:
+        print(f"quality: wrote {gain.write(models, options.gain, options.results)}")
+        return 0
     families = [BASELINE.family, *(family for family in options.families if family != BASELINE.family)]
     for family in list(families):
         if any(m.node and node_named(m.node) is None for m in METHODS if m.family == family):
