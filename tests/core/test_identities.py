@@ -242,3 +242,45 @@ def test_strength_blends_linearly(shape: Shape, seed: int, strength: float, zeta
 def test_one_key_leaves_nothing_to_guide(shape: Shape, seed: int, alpha: float) -> None:
     q, k, v = cases.qkv(shape._replace(keys=1), seed=seed)
     close(guided_attention(q, k, v, GuidanceConfig(alpha=alpha)), v.expand_as(q), 1e-5)
+
+
+@PROPERTY
+@hypothesis.given(shape=SHAPES, seed=SEEDS, scale=LAMBDAS)
+def test_the_uniform_rule_is_the_limit_of_extrapolations_from_higher_temperatures(
+    shape: Shape, seed: int, scale: float
+) -> None:
+    """D + lambda (D - R(1 / T, 1)) for a large temperature T."""
+    q, k, v = cases.qkv(shape, seed=seed)
+    dense, vague = softmax_attention(q, k, v), softmax_attention(q * 1e-6, k, v)
+    uniform = GuidanceConfig(rule="uniform", guidance_scale=scale)
+    close(guided_attention(q, k, v, uniform), dense + scale * (dense - vague), 1e-3)
+
+
+@PROPERTY
+@hypothesis.given(shape=SHAPES, seed=SEEDS, scale=LAMBDAS)
+def test_the_uniform_rule_is_a_step_between_the_images_of_the_query_and_of_zeros(
+    shape: Shape, seed: int, scale: float
+) -> None:
+    """T(a) + lambda (T(a) - T(b)), with a the query and b zeros."""
+    q, k, v = cases.qkv(shape, seed=seed)
+    images = [softmax_attention(state, k, v) for state in (q, torch.zeros_like(q))]
+    uniform = GuidanceConfig(rule="uniform", guidance_scale=scale)
+    close(guided_attention(q, k, v, uniform), images[0] + scale * (images[0] - images[1]), 1e-3)
+
+
+@PROPERTY
+@hypothesis.given(shape=SHAPES, seed=SEEDS, scale=st.sampled_from([0.5, 2.0, 10.0]), alpha=ALPHAS)
+def test_a_gain_that_the_cap_holds_back_is_the_same_for_all(
+    shape: Shape, seed: int, scale: float, alpha: float
+) -> None:
+    """With zeta = 0 and a relative cap near 0: c = +- lambda eta, or 0 where S and D agree."""
+    q, k, v = cases.qkv(shape, seed=seed)
+    eta = 1e-4
+    config = GuidanceConfig(guidance_scale=scale, norm_threshold=eta, norm_mode="relative", alpha=alpha)
+    sparse, dense = sparse_dense_attention(q.double(), k.double(), v.double(), alpha=alpha)
+    guided = guided_attention(q.double(), k.double(), v.double(), config)
+    along = ((sparse - dense) * sparse).sum(-1, keepdim=True) / sparse.square().sum(-1, keepdim=True)
+    expected = scale * along.clamp(-eta, eta)
+    gain = ((guided - sparse) * sparse).sum(-1, keepdim=True) / sparse.square().sum(-1, keepdim=True)
+    assert torch.allclose(gain, expected, atol=1e-5 * scale)
+    assert (gain.abs() <= scale * eta * 1.1 + 1e-5 * scale).all()
