@@ -235,7 +235,8 @@ def applied(
     if method.node and softening != 1.0:
         # This node softens the steps in which the method does not act. In the others the later node replaces it.
         model = steps.execute(node_named(NODE), **_PLAIN, model=model)[0]
-    patched = steps.execute(node, **method.inputs, model=model)[0]
+    inputs = method.inputs if method.node else {"adapt_to_cfg": False}
+    patched = steps.execute(node, **inputs, model=model)[0]
     attention = sys.modules[node.__module__.rpartition(".nodes.")[0] + ".gag_core.attention"]
     guide = attention.default_guide
     if method.control:

@@ -17,9 +17,22 @@ from scipy import stats
 import cases
 import gag_core
 import reference
-from benchmarks.quality import checkpoint, comparisons, evidence
-from benchmarks.quality.methods import BASELINE, CFG, FAMILIES, METHODS, SHARPER, SPARSE, Method, at_temperature
-from benchmarks.quality.records import BITS, REPORT, TUNE, Cell, Key, Line, Outcome, Results
+from benchmarks.quality import checkpoint, comparisons, evidence, gain, read_outs
+from benchmarks.quality.methods import (
+    BASELINE,
+    CFG,
+    FAMILIES,
+    GAIN,
+    GUIDANCE,
+    LAST_LOOK,
+    MAIN,
+    METHODS,
+    SHARPER,
+    SPARSE,
+    Method,
+    at_temperature,
+)
+from benchmarks.quality.records import BITS, FINAL, REPORT, TUNE, Cell, Key, Line, Outcome, Results
 from benchmarks.quality.statistics import Paired, holm, mean, paired, share
 from benchmarks.speed.methods import guided_by, swapped
 from gag_core.attention import default_guide
@@ -218,13 +231,13 @@ def test_verdicts(study: Results) -> None:
     assert [row.tuned is None for row in rows if row.family == "preset gentle"] == [False]
 
 
-def test_a_claim_needs_both_controls() -> None:
+def test_a_claim_needs_all_controls() -> None:
     good, bad = Paired(9, 0.1, 0.01, 9, 0, 0.001), Paired(9, 0.1, 0.1, 5, 4, 0.9)
     empty = _outcome(np.array([True]))
     for controls, verdict in (
-        ({SPARSE: good, SHARPER: good}, "better, and better than both controls"),
-        ({SPARSE: good, SHARPER: bad}, "better, but not better than the controls"),
-        ({SPARSE: good}, "better, but not better than the controls"),
+        ({SPARSE: good, SHARPER: good, GAIN: good}, "better, and better than all controls"),
+        ({SPARSE: good, SHARPER: good, GAIN: bad}, "better, but not better than the controls"),
+        ({SPARSE: good, SHARPER: good}, "better, but not better than the controls"),
     ):
         row = comparisons.Row(CELL, "GAG", "", None, empty, empty, good, controls, p=0.001)
         assert row.verdict == verdict
@@ -241,7 +254,7 @@ def test_the_page_is_written_from_the_files(study: Results, tmp_path: Path, monk
     assert baseline is not None
     assert f"{100 * baseline.right().mean():.1f} %" in text
     assert "| preset gentle | strength 0.25 |" in text and "no measurable difference" in text
-    assert "better than no guidance and than both controls in 0 of 2 comparisons." in text
+    assert "better than no guidance and than all controls in 0 of 2 comparisons." in text
     command = "python dev.py quality --weights .cache/training/export/unet.safetensors --steps 8 --cfg 1 --soften 1"
     assert f"\n{command} --captions 400 --held-out 800\n" in text
     for file in files[1:]:
@@ -294,6 +307,35 @@ def test_attributes_are_counted_where_stated_and_marked_where_significant() -> N
     assert evidence.attributes({CELL: [dataclasses.replace(row, family="GAG")]}) == ""
 
 
+def test_the_last_look_has_its_own_captions_and_compares_with_the_other_settings(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    assert evidence.last_look(results) == ""
+    for family, count in zip(LAST_LOOK, (300, 360, 340, 400), strict=True):
+        results.add(_line(_method(family), np.arange(1000) < count, FINAL))
+    *_, row = evidence.last_look(results).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == [CELL.title, "1000", "30.0 %"]
+    assert [cell.partition(" ")[0] for cell in cells[3:]] == ["+6.0", "+4.0", "+10.0", "+4.0", "+6.0"]
+
+
+def test_families_of_tune_alone_have_a_table_and_no_row_among_the_candidates(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    method = next(m for m in METHODS if m.only_tune)
+    results.add(_line(BASELINE, np.arange(100) < 30))
+    assert evidence.in_parts(results) == ""
+    results.add(_line(method, np.arange(100) < 40))
+    table = evidence.in_parts(results)
+    assert f"| {method.family} | {method.setting} | +10.0 ± " in table and CELL.title in table
+    assert method.family not in FAMILIES
+
+
+def test_the_spread_of_the_gain_is_a_table(tmp_path: Path) -> None:
+    assert gain.section(tmp_path) == ""
+    spread = gain.Spread(0.86, 0.1, 0.05, 0.04, 0.14)._asdict()
+    (tmp_path / gain.FILE).write_text(json.dumps({"unet-seed1": {"weights": "a", "captions": 16, **spread}}))
+    assert gain.section(tmp_path).splitlines()[-1] == "| unet-seed1 | 0.860 | 0.100 | 0.050 | 0.040 | 0.140 |"
+
+
 def test_no_results_no_page(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no held-out results"):
         evidence.write(tmp_path, tmp_path / "page.md", tmp_path)
@@ -302,7 +344,9 @@ def test_no_results_no_page(tmp_path: Path) -> None:
 
 def test_every_family_has_distinct_settings() -> None:
     assert len({(method.family, method.setting) for method in METHODS}) == len(METHODS)
-    assert len({(method.family, method.setting) for method in checkpoint.COMPARED}) == 6
+    assert len({(method.family, method.setting) for method in checkpoint.COMPARED}) == 8
+    assert {*GUIDANCE, *MAIN, *LAST_LOOK} <= set(FAMILIES)
+    assert all(sum(m.family == family for m in METHODS) == 1 for family in LAST_LOOK)
     for family in FAMILIES:
         curves = {m.curve for m in METHODS if m.family == family}
         for curve in curves - {""}:
@@ -347,6 +391,69 @@ def test_temperature_keeps_the_text_mass_of_a_joint_attention(guided: bool) -> N
     with swapped(guided_by(at_temperature(default_guide, 2.0, guided=guided))()):
         out = gag_core.guided_joint_attention(q, k, v, slice(0, TEXT), CONFIG)
     assert_close(out, expected, error=1e-4)
+
+
+GAINS = {
+    read_outs.GAIN: lambda s, d, u, g: d + g * d,
+    read_outs.SPARSE_GAIN: lambda s, d, u, g: s + g * s,
+    read_outs.FROM_SPARSE: lambda s, d, u, g: s + g * (s - u),
+}
+
+
+@pytest.mark.parametrize("name", GAINS)
+@pytest.mark.parametrize("is_joint", [False, True], ids=["cross", "joint"])
+def test_controls_change_the_read_out_at_constant_text_mass(name: str, is_joint: bool) -> None:
+    q, k, v = cases.qkv(cases.Shape(2, 3, 60, 60, 16))
+    text, image = (slice(0, TEXT), slice(TEXT, 60)) if is_joint else (slice(0, 60), slice(0, 60))
+    part = (q[:, :, image], k[:, :, text], v[:, :, text])
+    sparse, dense = reference.sparse_dense_attention(*part)
+    mean = v[:, :, text].double().mean(dim=2, keepdim=True)
+    expected = reference.sparse_dense_attention(q, k, v)[1]
+    mass = reference.text_mass(q, k, text)[:, :, image] if is_joint else 1.0
+    expected[:, :, image] += mass * (GAINS[name](sparse, dense, mean, 0.5) - dense)
+    with swapped(guided_by(read_outs.control(name, 0.5, default_guide, None))()):
+        if is_joint:
+            out = gag_core.guided_joint_attention(q, k, v, text, CONFIG)
+        else:
+            out = gag_core.guided_attention(q, k, v, CONFIG)
+    assert_close(out, expected, error=1e-4)
+
+
+def test_more_text_mass_adds_to_the_logits_of_the_text() -> None:
+    """A text whose weights are multiplied by 1 + g in the joint softmax is one whose logits are log(1 + g) higher."""
+    q, k, v = cases.qkv(cases.Shape(2, 3, 60, 60, 16))
+    bias = torch.zeros(1, 1, 1, 60)
+    bias[..., :TEXT] = math.log(1.5)
+    expected = reference.sparse_dense_attention(q, k, v, mask=bias)[1]
+    expected[:, :, :TEXT] = reference.sparse_dense_attention(q, k, v)[1][:, :, :TEXT]
+    with swapped(guided_by(read_outs.control(read_outs.MASS, 0.5, default_guide, None))()):
+        out = gag_core.guided_joint_attention(q, k, v, slice(0, TEXT), CONFIG)
+    assert_close(out, expected, error=1e-4)
+
+
+def test_the_empty_prompt_is_read_by_the_same_queries() -> None:
+    q, k, v = cases.qkv(cases.Shape(2, 3, 20, 30, 16))
+    _, empty_k, empty_v = cases.qkv(cases.Shape(1, 3, 20, 5, 16), seed=9)
+    empty = read_outs.EmptyPrompt([empty_k], [empty_v])
+    dense = reference.sparse_dense_attention(q, k, v)[1]
+    weak = reference.sparse_dense_attention(q, empty_k.expand(2, -1, -1, -1), empty_v.expand(2, -1, -1, -1))[1]
+    with swapped(guided_by(read_outs.control(read_outs.EMPTY, 0.5, default_guide, empty))()):
+        out = gag_core.guided_attention(q, k, v, CONFIG)
+    assert_close(out, dense + 0.5 * (dense - weak), error=1e-4)
+
+
+@pytest.mark.parametrize("name", read_outs.MEANS)
+def test_the_mean_of_the_gain_takes_its_place(name: str) -> None:
+    q, k, v = cases.qkv(cases.Shape(1, 3, 20, 30, 16))
+    config = dataclasses.replace(CONFIG, strength=0.5)
+    sparse, dense = reference.sparse_dense_attention(q, k, v)
+    full = reference.guided_attention(q, k, v, CONFIG)
+    gain = ((full - sparse) * sparse).sum(-1, keepdim=True) / sparse.square().sum(-1, keepdim=True)
+    assert_close((1.0 + gain) * sparse, full, error=1e-9, dtype=torch.float64)
+    expected = dense + 0.5 * ((1.0 + gain.mean(dim=read_outs.MEANS[name], keepdim=True)) * sparse - dense)
+    with swapped(guided_by(read_outs.control(name, 0.0, default_guide, None))()):
+        out = gag_core.guided_attention(q, k, v, config)
+    assert_close(out, expected, error=1e-3)
 
 
 def test_temperature_respects_masks() -> None:
