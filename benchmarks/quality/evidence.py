@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from benchmarks.quality import checkpoint, gain, plots, sampling, statistics
 from benchmarks.quality.comparisons import Row, adjust, compared, rows_of
 from benchmarks.quality.methods import (
+    AUTO,
     BASELINE,
     CFG,
     CONTROLS,
     FAMILIES,
+    GAG_ONE_SETTING,
     GAIN,
     GUIDANCE,
     LAST_LOOK,
@@ -46,6 +48,8 @@ PAGE = ROOT / "docs" / "evidence.md"
 PICTURES = ROOT / "assets" / "evidence"
 # This family has one setting, acts in every step of a run, and was measured in every cell.
 FIXED = "preset gentle"
+# CFG scale from which the preset auto does nothing (cfg_factor in nodes/patching/guidance.py).
+_RESTS_FROM = 2.0
 
 
 def comparison(results: Results, cell: Cell, rows: Sequence[Row] | None = None) -> str:
@@ -132,18 +136,53 @@ def conditions(by_cell: dict[Cell, list[Row]]) -> str:
     return "\n".join(lines)
 
 
-def seeds(by_cell: dict[Cell, list[Row]]) -> str:
-    """Return each family's differences in models that differ in their seed alone, and the means, in Markdown.
-
-    The text is empty if there are no two such models.
-    """
+def _groups(by_cell: dict[Cell, list[Row]]) -> dict[Cell, list[Cell]]:
+    """Return the cells by what they have in common if the seed of the model does not count."""
     groups: dict[Cell, list[Cell]] = {}
     for cell, rows in by_cell.items():
         if rows:
             without_seed = re.sub(r"-seed\d+", "", cell.model)
             groups.setdefault(cell._replace(model=without_seed, weights=""), []).append(cell)
+    return groups
+
+
+def in_short(by_cell: dict[Cell, list[Row]]) -> str:
+    """Return the means over the models of a kind for the families that users choose between, in Markdown."""
+    families = (f"preset {AUTO}", GAG_ONE_SETTING.family, f"{GAIN}, one setting", GAIN, CFG)
+    lines = ["| | models | none | " + " | ".join(families) + " |", "|---|---:|---:|" + "---:|" * len(families)]
+    for group, cells in _groups(by_cell).items():
+        found = [{row.family: row for row in by_cell[cell]} for cell in cells]
+        shares = [max((row.baseline for row in rows.values()), key=len).right().mean() for rows in found]
+        differences = []
+        for family in families:
+            rows = [by_family[family] for by_family in found if family in by_family]
+            if len(rows) == len(cells):
+                differences.append(_mean_difference([(row.baseline.right(), row.outcome.right()) for row in rows]))
+            else:
+                rests = family == f"preset {AUTO}" and group.cfg >= _RESTS_FROM
+                differences.append("rests" if rests else "")
+        lines.append(
+            f"| {group.title} | {len(cells)} | {_percent(np.mean(shares))} | " + " | ".join(differences) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _mean_difference(pairs: Sequence[tuple[Marks, Marks]]) -> str:
+    """Return the mean difference over models on the same captions, with its standard error over the captions."""
+    captions = min(len(before) for before, _ in pairs)
+    change, error = statistics.mean(
+        np.mean([after[:captions].astype(float) - before[:captions] for before, after in pairs], axis=0)
+    )
+    return f"{100 * change:+.1f} ± {100 * error:.1f}"
+
+
+def seeds(by_cell: dict[Cell, list[Row]]) -> str:
+    """Return each family's differences in models that differ in their seed alone, and the means, in Markdown.
+
+    The text is empty if there are no two such models.
+    """
     parts = []
-    for group, cells in groups.items():
+    for group, cells in _groups(by_cell).items():
         if len(cells) < 2:
             continue
         found = [{row.family: row for row in by_cell[cell]} for cell in cells]
@@ -257,6 +296,7 @@ def write(folder: Path, page: Path = PAGE, pictures: Path = PICTURES) -> list[Pa
     written = [page]
     parts = [_HEAD, _made_with(results), "## What was found\n\n" + "\n".join(f"- {line}" for line in findings(by_cell))]
     if rows:
+        parts += [_IN_SHORT, in_short(by_cell)]
         written.append(plots.differences(by_cell, pictures / "differences.png"))
         parts += [
             _CONDITIONS,
@@ -499,6 +539,13 @@ colours, shapes, counts and relation. A picture is "right" if all of them are.
 - Models whose weights no longer exist are not on this page, because nobody could measure them anew. Three earlier
   trainings were measured and removed for this reason; `docs/developing.md` has their main results.
 """
+_IN_SHORT = """\
+## In short
+
+The difference to no guidance in the share of all-right captions, in percentage points, as the mean over the models of a
+kind, held out. The standard errors are over captions, for these models. *GAG, one setting* is the preset `no CFG`;
+*plain gain, one setting* has g 0.5; *plain gain* alone is tuned for each model, as CFG is. The preset `auto` rests
+beside CFG."""
 _CONDITIONS = """\
 ## When does it help?
 
