@@ -313,7 +313,7 @@ def write(folder: Path, page: Path = PAGE, pictures: Path = PICTURES) -> list[Pa
         parts += [_IN_PARTS, table]
     if table := gain.section(folder):
         parts += [_GAIN, table]
-    parts.append(_CELLS)
+    parts += [_OTHERS, _CELLS]
     for index, (cell, listed) in enumerate(by_cell.items()):
         parts += [f"### {cell.title}", comparison(results, cell, listed), details(results, cell, listed)]
         if ranges := safe_ranges(results, cell):
@@ -581,4 +581,17 @@ _GAIN = """\
 With `orthogonal_scale` 0, GAG's read-out is `S + c S`, with a gain c for each head and query. The table has c of GAG in
 one setting without CFG (scale 10, cap 0.1 relative): c is 1 where the cap holds back the guidance vector and it points
 along S, and -1 where it points against S."""
+_OTHERS = """\
+## What others found, and what was tried in vain
+
+- The authors of the method report better prompt following of SDXL and other large models (arXiv 2603.02531 v2). We have
+  not measured large models.
+- An independent test on SDXL (github.com/kmittle/RepLDM, branch `rl-version`; scale 10, cap 15, CFG 5, 12 prompts with 3
+  seeds; TOPIQ-NR, HPSv2 and CLIP) found no gain above its preregistered limit of 0.005, for GAG and for PLADIS.
+- The node of github.com/iljung1106/Krea2-Training-Free-Improvements sets GAG to scale 5, cap 15 and strength 0.6 in a
+  middle stretch of the run, at CFG 1. Its README shows pictures and no measurement.
+- Tried on `tune` and not followed, because none was better on two UNets and two transformers at once: a direction from
+  the mean of the read-out over the queries; from the read-out at temperature 2 or 4; from half of U; a cap on `D - U`;
+  a strength divided by the CFG scale, which still harmed the transformers beside CFG.
+"""
 _CELLS = "## Every model and sampling setting"
