@@ -586,10 +586,10 @@ _OTHERS = """\
 
 - The authors of the method report better prompt following of SDXL and other large models (arXiv 2603.02531 v2). We have
   not measured large models.
-- An independent test on SDXL (github.com/kmittle/RepLDM, branch `rl-version`; scale 10, cap 15, CFG 5, 12 prompts with 3
-  seeds; TOPIQ-NR, HPSv2 and CLIP) found no gain above its preregistered limit of 0.005, for GAG and for PLADIS.
+- An independent test on SDXL (github.com/kmittle/RepLDM, branch `rl-version`; scale 10, cap 15, CFG 5, 12 prompts
+  with 3 seeds; TOPIQ-NR, HPSv2 and CLIP) found no gain above its preregistered limit of 0.005, for GAG and for PLADIS.
 - The node of github.com/iljung1106/Krea2-Training-Free-Improvements sets GAG to scale 5, cap 15 and strength 0.6 in a
-  middle stretch of the run, at CFG 1. Its README shows pictures and no measurement.
+  stretch of the run, at CFG 1.
 - Tried on `tune` and not followed, because none was better on two UNets and two transformers at once: a direction from
   the mean of the read-out over the queries; from the read-out at temperature 2 or 4; from half of U; a cap on `D - U`;
   a strength divided by the CFG scale, which still harmed the transformers beside CFG.
