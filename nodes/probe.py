@@ -109,6 +109,7 @@ class GAGProbe(io.ComfyNode):
                 family=family,
                 order=all_layers(blocks),
                 layers=frozenset(),
+                adapt_to_cfg=DEFAULT.adapt_to_cfg,
             ),
             names=layer_names(family, blocks),
             words=find_words(words, prompt, text_encoder),

@@ -62,13 +62,27 @@ _FULL = 1.0
 # Tried settings of norm_threshold, norm_mode and orthogonal_scale. The paper uses (15.0, "absolute", 0.0).
 _CAPS = ((0.1, "relative", 0.0), (0.5, "relative", 0.0), (15.0, "absolute", 0.0), (0.5, "relative", 1.0))
 
+# Every other setting of GAG (advanced), so that a measured method does not change with the node's defaults.
+_SETTINGS: dict[str, Any] = {
+    "rule": "gag",
+    "norm_threshold": 0.1,
+    "norm_mode": "relative",
+    "orthogonal_scale": 0.0,
+    "alpha": 1.5,
+    "strength": _FULL,
+    "merge_heads": False,
+    "apply_to": "both",
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+    "adapt_to_cfg": False,
+}
 # Settings of a node that acts and leaves the model's own attention as it is.
-_PLAIN = {"rule": "pladis", "guidance_scale": 0.0, "strength": 1.0}
+_PLAIN = {**_SETTINGS, "rule": "pladis", "guidance_scale": 0.0}
 
 
 def _gag(scale: float, cap: float, mode: str, orthogonal: float, strength: float = _FULL) -> Method:
-    inputs = {"guidance_scale": scale, "norm_threshold": cap, "norm_mode": mode, "orthogonal_scale": orthogonal}
-    inputs["strength"] = strength
+    own = {"guidance_scale": scale, "norm_threshold": cap, "norm_mode": mode, "orthogonal_scale": orthogonal}
+    inputs = {**_SETTINGS, **own, "strength": strength}
     cap_text = f"cap {cap:g} {mode}" + (f", orthogonal {orthogonal:g}" if orthogonal else "")
     cap_text += f", strength {strength:g}" if strength != _FULL else ""
     return Method("GAG", f"scale {scale:g}, {cap_text}", scale, f"GAG, {cap_text}", NODE, inputs)
@@ -80,20 +94,27 @@ def _anderson(depth: int, bound: float) -> Method:
 
 
 def _sparse(alpha: float) -> Method:
-    inputs = {"rule": "gag", "guidance_scale": 0.0, "alpha": alpha, "strength": _FULL}
+    inputs = {**_SETTINGS, "guidance_scale": 0.0, "alpha": alpha}
     return Method(SPARSE, f"alpha {alpha:g}", node=NODE, inputs=inputs)
 
 
 def _pladis(scale: float) -> Method:
-    inputs = {"rule": "pladis", "guidance_scale": scale, "strength": _FULL}
+    inputs = {**_SETTINGS, "rule": "pladis", "guidance_scale": scale}
     return Method("PLADIS", f"scale {scale:g}", scale, "PLADIS", NODE, inputs)
 
 
+# Presets under their names at the time of the measurement. Names and settings of those of GAG changed later.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "gentle": {"guidance_scale": 2.0},
+    "paper": {"guidance_scale": 10.0, "norm_threshold": 15.0, "norm_mode": "absolute"},
+}
+
+
 def _preset(preset: str, strength: float, start: float = 0.0) -> Method:
-    inputs = {"preset": preset, "strength": strength, "start_percent": start}
+    inputs = {**_SETTINGS, **_PRESETS[preset], "strength": strength, "start_percent": start}
     family = f"preset {preset}" + (", later start" if start else "")
     setting = f"strength {strength:g}" + (f", from {start:g} of the run" if start else "")
-    return Method(family, setting, node="GAGuidance", inputs=inputs)
+    return Method(family, setting, node=NODE, inputs=inputs)
 
 
 # Within a family milder settings come first, because the first of equally good settings is chosen.

@@ -19,7 +19,7 @@ from torch.nn import Module
 from .attention_call import TextLayers
 from .compile import UnguardedCompile
 from .families import Family, Layer, readers, reading_modules
-from .guidance import Guidance
+from .guidance import Guidance, cfg_factor
 from .measurements import Probe
 from .observer import Observer
 from .other_packs import other_code
@@ -104,7 +104,7 @@ class GAGPatch:
         acting = None if guidance is None else guidance.scaled(factor)
         recording: CallRecording | None = None
         if run.recording is not None and text is not None:
-            acting = acting or self._watched()
+            acting = acting or self._watched(run.cfg)
             recording = CallRecording(acting, run.recording.words, x, t)
         is_charted = guidance is not None and self.observer.wants_chart(guidance.node_id)
         if is_charted and recording is None and acting is not None:
@@ -155,19 +155,19 @@ class GAGPatch:
             return [RowGroup(slice(0, text.shape[0]), text.shape[1], None)]
         return run.prompts.groups(text, options)
 
-    def _watched(self) -> Guidance:
+    def _watched(self, cfg: float) -> Guidance:
         """Return the settings for a model call without guidance: those of the last node, with no guided layer."""
-        if self.guidances:
-            return replace(self.guidances[-1], layers=frozenset())
-        return self.probes[-1].watched
+        watched = replace(self.guidances[-1], layers=frozenset()) if self.guidances else self.probes[-1].watched
+        return watched.scaled(cfg_factor(cfg)) if watched.adapt_to_cfg else watched
 
     def _active(self, run: Run, t: Tensor, model_sampling: Any) -> tuple[Guidance | None, float]:
         """Return the guidance that acts at the noise level ``t`` (``[B]``), and the factor of its strength there."""
         position: tuple[float, float] | None = None
         active: Guidance | None = None
         active_factor = 1.0
+        cfg = run.cfg
         for guidance in reversed(self.guidances):
-            factor = run.cfg_factor if guidance.adapt_to_cfg else 1.0
+            factor = cfg_factor(cfg) if guidance.adapt_to_cfg else 1.0
             if guidance.depends_on_step:
                 # Looked up only where it matters, because with some samplers that waits for the device.
                 percent, sigma = position = position or run.steps.position(t, model_sampling)
@@ -185,6 +185,8 @@ class GAGPatch:
             if active is None:
                 active, active_factor = guidance, factor
                 run.count(run.in_range, guidance)
+                if guidance.adapt_to_cfg:
+                    run.note_cfg(guidance, cfg)
             else:
                 run.count(run.overruled, guidance)
         return active, active_factor

@@ -16,7 +16,7 @@ from ...gag_core.echo import echo
 from .attention_call import TextLayers
 from .compile import UnguardedCompile
 from .families import Layer
-from .guidance import Guidance, cfg_factor, cfg_of
+from .guidance import Guidance, cfg_of
 from .host_attention import StoredAttentions, stored_attentions
 from .observer import ChartObserver, Observer
 from .prompt_rows import PromptRows
@@ -70,6 +70,7 @@ class Run:
         recording: measures for probes, None without a probe.
         steps: position in the run.
         guider: the host's guider, which has the CFG scale; None outside a run.
+        cfgs: lowest and highest CFG scale of the model calls in which a node that adapts to CFG acts.
     """
 
     observer: Observer
@@ -93,6 +94,7 @@ class Run:
     recording: Recording | None = None
     steps: Steps = field(default_factory=Steps)
     guider: Any = None
+    cfgs: dict[Guidance, tuple[float, float]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def __deepcopy__(self, _: Any) -> Run:
@@ -100,9 +102,9 @@ class Run:
         return self
 
     @property
-    def cfg_factor(self) -> float:
-        """Factor of the strength of nodes that adapt to CFG, at this moment."""
-        return cfg_factor(cfg_of(self.guider))
+    def cfg(self) -> float:
+        """CFG scale at this moment, 1 outside a run."""
+        return cfg_of(self.guider)
 
     def modules_of(self, diffusion_model: Module) -> dict[Layer, tuple[Any, str]]:
         """Return the modules of a copy of a transformer as they were before the run; none if it is not known."""
@@ -123,6 +125,12 @@ class Run:
         """Add 1 to one of the run's counters of model calls."""
         with self._lock:
             counter[guidance] += 1
+
+    def note_cfg(self, guidance: Guidance, cfg: float) -> None:
+        """Keep the CFG scale of a model call in which a node acts, for the report."""
+        with self._lock:
+            lowest, highest = self.cfgs.get(guidance, (cfg, cfg))
+            self.cfgs[guidance] = min(lowest, cfg), max(highest, cfg)
 
     def count_layers(self, guidance: Guidance, layers: TextLayers) -> None:
         """Count what happened to the text attentions of a model call that has ended.
@@ -146,8 +154,7 @@ class Run:
         # Not every call in range reaches its attentions: step caches such as EasyCache skip the model.
         layers, chosen, calls = len(counts), len(guidance.layers), max(counts.values())
         text = f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls."
-        if guidance.adapt_to_cfg and self.cfg_factor != 1.0:
-            text += f" Strength was divided by {1.0 / self.cfg_factor:.3g}, because CFG is {cfg_of(self.guider):g}."
+        text += _about_cfg(*self.cfgs.get(guidance, (1.0, 1.0)))
         if self.overruled[guidance]:
             text += f" In {self.overruled[guidance]} a later GAG node acted."
         if others := len(self.other_text.get(guidance, ())):
@@ -233,6 +240,16 @@ class Run:
         if guidance.start_percent:
             reason += "; where a run has so few steps, set start_percent to 0"
         return NothingGuided("why_range", f"no step within {span}", reason)
+
+
+def _about_cfg(lowest: float, highest: float) -> str:
+    """Return the sentence about a strength that was adapted to these CFG scales; empty if it was not lowered."""
+    if highest <= 1.0:
+        return ""
+    least, most = (round(max(1.0, cfg) * max(1.0, cfg), 1) for cfg in (lowest, highest))
+    if lowest == highest:
+        return f" Strength was divided by {most:g}, because CFG is {highest:g}."
+    return f" Strength was divided by {least:g} to {most:g}, because CFG was {lowest:g} to {highest:g}."
 
 
 def uncompiled(diffusion_model: Module) -> Module:

@@ -37,7 +37,7 @@ from recorder import Call, record_calls
 from tolerances import assert_close
 from transformers_of_host import TRANSFORMERS
 
-PAPER = host.pack_module("nodes.presets").PRESETS["paper"]
+PAPER = host.pack_module("nodes.presets").PRESETS["paper"].config
 TOKENS = 77
 
 
@@ -71,8 +71,7 @@ each_row = pytest.mark.parametrize(("companion", "order"), MATRIX)
 
 
 def guided(model: Any, **settings: Any) -> Any:
-    (out,) = host.run_node("GAGuidance", model=model, **{"preset": "paper", "strength": 1.0, **settings})
-    return out
+    return host.guide(model, **{"preset": "paper", **settings})
 
 
 def guided_positive(model: Any) -> Any:
@@ -701,14 +700,14 @@ def test_each_of_two_gag_nodes_acts_in_its_range(
     model = host.build_model("sd15")
     caplog.set_level("INFO", logger="comfyui-gag")
     early = guided(model, end_percent=0.6)
-    both = guided(early, preset="gentle", start_percent=0.4)
+    both = guided(early, preset="no CFG", start_percent=0.4)
     assert "Two GAG nodes on one model overlap: from 0.4 to 0.6 of the run the later one acts." in caplog.text
     caplog.clear()
     guided(guided(model, end_percent=0.4), start_percent=0.4)
     assert "Two GAG nodes" not in caplog.text
 
     steps: dict[Any, dict[int, Tensor]] = {}
-    for name, patched in (("both", both), ("early", early), ("late", guided(model, preset="gentle"))):
+    for name, patched in (("both", both), ("early", early), ("late", guided(model, preset="no CFG"))):
         own = steps.setdefault(name, {})
         host.sample(patched, "sd15", steps=10, callback=lambda i, x0, *_, own=own: own.update({i: x0.clone()}))
     assert torch.equal(steps["both"][0], steps["early"][0])
