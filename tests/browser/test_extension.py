@@ -32,7 +32,6 @@ def test_a_chart_gets_messages_only_while_it_is_open(extension: Extension) -> No
     assert extension.count("gag.report") == 1
     assert extension.count("gag.chart") == 0
     extension.click("GAGuidance", "chart")
-    extension.set_field("GAGuidance", "start_percent", 0)
     extension.run()
     series = extension.page.evaluate("async () => (await (await fetch('/gag/setup')).json()).series")
     for name in (one["name"] for one in series):
@@ -100,7 +99,11 @@ def test_the_badge_says_what_was_guided_or_why_nothing(extension: Extension) -> 
     extension.set_field(node, "strength", 0)
     extension.run()
     extension.wait_text(node, ".gag-badge", "not guiding: strength is 0")
-    extension.set_field(node, "strength", 1)
+
+
+def test_the_badge_says_that_no_step_lies_within_the_range(extension: Extension) -> None:
+    node = "GAGuidanceAdvanced"
+    extension.open(advanced=True)
     extension.set_field(node, "start_percent", 1)
     extension.run()
     extension.wait_text(node, ".gag-badge", "not guiding: no step within 1 to 1")

@@ -15,12 +15,17 @@ GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
 LISTED = ("rule", "guidance_scale", "norm_threshold", "norm_mode", "strength", "start_percent", "adapt_to_cfg")
 
 
+def shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def test_the_table_of_presets_agrees_with_the_code() -> None:
     page = (HELP / "GAGuidanceAdvanced.md").read_text(encoding="utf-8")
     assert f"| preset | {' | '.join(LISTED)} |" in page
     for name, preset in PRESETS.items():
-        row = [{True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float)
-               else value for value in map(preset.fields.get, LISTED)]  # fmt: skip
+        row = [shown(preset.fields[field]) for field in LISTED]
         assert f"| {name} | {' | '.join(row)} |" in page
         others = {field: value for field, value in preset.fields.items() if field not in LISTED}
         defaults = {**vars(GuidanceConfig()), "end_percent": 1.0}

@@ -104,7 +104,8 @@ def test_a_sharper_softmax_undoes_softening(model: Model, task: Task) -> None:
     plain, soft = _made(model, task), _made(model, task, softening=2.0)
     assert (soft - plain).abs().max() > 10 * ROUNDING
     assert torch.equal(_made(model, task, SHARPER, softening=2.0), plain)
-    nothing = Method("PLADIS", node=NODE, inputs={**host.preset_inputs("paper"), "rule": "pladis", "guidance_scale": 1e-5})
+    inputs = {**host.preset_inputs("paper"), "rule": "pladis", "guidance_scale": 1e-5}
+    nothing = Method("PLADIS", node=NODE, inputs=inputs)
     assert (_made(model, task, nothing, softening=2.0) - soft).abs().max() < ROUNDING
 
 

@@ -236,7 +236,7 @@ def test_any_text_is_parsed_or_refused_in_a_sentence(field: str, text: str) -> N
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "field": ({"field": "colour"}, "field must be one of preset, rule, guidance_scale, .*, adapt_to_cfg, got 'colour'."),
+    "field": ({"field": "colour"}, "field must be one of preset, rule, .*, adapt_to_cfg, got 'colour'."),
     "second field": ({"field_2": "colour", "values_2": "1"}, "field must be one of preset, .*, got 'colour'."),
     "twice": (
         {"field_2": "guidance_scale", "values_2": "1"},

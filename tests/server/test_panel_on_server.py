@@ -307,7 +307,9 @@ def test_an_invalid_request_is_refused(server: ComfyServer, body: Any) -> None:
 )
 def test_the_tab_gets_the_report_of_a_node(server: ComfyServer, inputs: Json, why: str) -> None:
     workflow = {"id": uuid.uuid4().hex}
-    messages = run(server, graph(next(_seeds), **inputs), workflow=workflow)
+    zero = {"kind": "constant", "over": "steps", "start_value": 0.0, "end_value": 0.0, "start": 0.0, "end": 1.0}
+    prompt = {**graph(next(_seeds), **inputs), "9": {"class_type": "GAGSchedule", "inputs": zero}}
+    messages = run(server, prompt, workflow=workflow)
     (report,) = of_type(messages, "gag.report")
     (model,) = of_type(messages, "gag.blocks")
     assert report["node"] == model["node"] == NODE
