@@ -190,7 +190,7 @@ def test_a_guider_without_cfg_counts_as_cfg_1(node_texts: list[str]) -> None:
     assert node_texts == [GUIDED]
 
 
-class Falling(comfy.samplers.CFGGuider):  # type: ignore[misc]
+class Falling(comfy.samplers.CFGGuider):
     """A guider whose CFG scale is 4 in the first step and 1 in the others."""
 
     def predict_noise(self, *args: Any, **kwargs: Any) -> Tensor:

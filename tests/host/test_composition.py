@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import threading
@@ -112,23 +113,23 @@ def distinct_tokens(keys: Tensor) -> int:
     return next(size for size in sizes if torch.equal(keys, keys[:, :size].repeat(1, tokens // size, 1)))
 
 
-def guided_reference(name: str, call: Call) -> Tensor:
+def guided_reference(name: str, call: Call, config: Any = PAPER) -> Tensor:
     """Compute the guided output of a call in fp64, each row with its own distinct tokens."""
     if not name.startswith(("sd", "wan")):
-        return reference.guided_joint_attention(call.q, call.k, call.v, slice(0, TOKENS), PAPER, mask=call.mask)
+        return reference.guided_joint_attention(call.q, call.k, call.v, slice(0, TOKENS), config, mask=call.mask)
     outs = []
     for row in range(call.q.shape[0]):
         tokens = distinct_tokens(call.k[row])
         q, k, v = call.q[row : row + 1], call.k[row : row + 1, :, :tokens], call.v[row : row + 1, :, :tokens]
-        outs.append(reference.guided_attention(q, k, v, PAPER))
+        outs.append(reference.guided_attention(q, k, v, config))
     return torch.cat(outs)
 
 
-def check_every_call(name: str, calls: list[Call]) -> int:
+def check_every_call(name: str, calls: list[Call], config: Any = PAPER) -> int:
     """Assert that all text attention is guided and no other attention; return the number of guided calls."""
     for call in calls:
         if is_guided(name, call):
-            call.check(guided_reference(name, call), PAPER.guidance_scale)
+            call.check(guided_reference(name, call, config), config.guidance_scale)
             continue
         # HyperTile passes tiled queries. The host's attention then splits the keys into as many parts.
         batch, heads, _, size = call.q.shape
@@ -157,6 +158,23 @@ def test_every_attention_is_right(companion: Companion, order: str, node_texts: 
     assert check_every_call(name, calls) > 0
     layers = Counter(call.module for call in calls if is_guided(name, call))
     assert report.startswith(f"Guided {len(layers)} of {len(layers)} attentions in {max(layers.values())} of ")
+
+
+# One companion for each kind of attention.
+BY_MODEL = {row.values[0].model: row for row in reversed(MATRIX) if isinstance(row.values[0], Companion)}
+
+
+@pytest.mark.parametrize(("companion", "order"), BY_MODEL.values())
+def test_every_attention_of_rule_uniform_is_right(companion: Companion, order: str) -> None:
+    assert companion.patched is not None
+    name, run = companion.model, companion.run()
+    settings = {"rule": "uniform", "guidance_scale": 0.5}
+    guide = partial(guided, **settings)
+    model = patched_in_order(order, companions.build(name), companion.patched, guide)
+    nets = [settings["control"].control_model for _, settings in run.get("positive", []) if "control" in settings]
+    with record_calls(model, *nets) as calls:
+        companions.sample(model, name, **run)
+    assert check_every_call(name, calls, dataclasses.replace(PAPER, **settings)) > 0
 
 
 @each_row
