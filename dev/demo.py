@@ -28,7 +28,7 @@ PROMPTS = [
 GUIDANCE = ("GAGuidance", "GAGuidanceAdvanced")
 SAVING = ("SaveImage", "PreviewImage")
 GRID = "-grid"  # end of the ids of the grids that in_grids adds
-FULL_STRENGTH = {"strength": 1.0, "start_percent": 0.0}
+FULL_STRENGTH = {"strength": 1.0, "start_percent": 0.0, "adapt_to_cfg": False}
 
 
 class DemoError(Exception):
@@ -111,12 +111,7 @@ def make_variants(prompt: Json, info: Json, presets: list[str] | None) -> dict[s
         }.items():
             variants[title] = with_advanced(prompt, info, settings)
     for preset in presets or known:
-        # The published settings mean full strength in every step, far more than the workflow is set to.
-        if preset != "paper":
-            variants[f"GAG on ({preset})"] = with_inputs(prompt, "preset", preset=preset)
-        variants[f"GAG on ({preset}, strength 1 from the first step)"] = with_inputs(
-            prompt, "preset", preset=preset, **FULL_STRENGTH
-        )
+        variants[f"GAG on ({preset})"] = with_inputs(prompt, "preset", preset=preset)
     return variants
 
 

@@ -17,6 +17,7 @@ The files, in reading order:
     numerics.py     care for dtypes and ranges: scales, prepared keys and values, masks, saturating writes
     anderson.py     Anderson acceleration, and rule "anderson", which solves for its coefficients
     triton/         the same as eager.py in Triton kernels, for GPUs
+    uniform.py      rule "uniform", which needs no sparse read-out: plain attention to other values
     measures.py     numbers that describe the guidance of an attention, for GAG Probe
     check.py        python -m gag_core.check: correctness and speed on one machine, for GAG Check
     baselines.py    what is compared with: attention calls of models, guidance by sorting, exact guidance in fp64

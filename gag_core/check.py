@@ -43,7 +43,7 @@ PLAIN, SORT = "plain", "sort-based"
 # errors are those of sums over all keys.
 LIMITS = {torch.float16: 8.0, torch.bfloat16: 8.0, torch.float32: 512.0}
 _QUERIES, _JOINT_HEADS = 64, 4
-# The node's default preset at full strength.
+# Rule "gag" with a relative cap, which all paths compute.
 _SETTINGS = GuidanceConfig(guidance_scale=2.0, norm_threshold=0.1, norm_mode="relative")
 # Timings of each method at a shape, at most. On a GPU one timing covers several calls in a row, if they are short.
 _ROUNDS = 15
@@ -126,6 +126,7 @@ def _cases() -> tuple[Case, ...]:
         Case("SD1.5, heads of 80", d80),
         Case("SDXL, alpha 2", sdxl, replace(_SETTINGS, alpha=2.0)),
         Case("SDXL, alpha 1.3", sdxl, replace(_SETTINGS, alpha=1.3)),
+        Case("SDXL, rule uniform", sdxl, replace(_SETTINGS, rule="uniform", guidance_scale=0.5)),
         Case("SDXL, rule pladis", sdxl, replace(_SETTINGS, rule="pladis")),
         Case("SDXL, the paper's settings", sdxl, GuidanceConfig()),
         Case("SDXL, 770 tokens", sdxl._replace(keys=770)),

@@ -37,8 +37,8 @@ def guide(
 ) -> None:
     """Write ``base + mass * strength * guidance_scale * (D - U)`` to ``out``.
 
-    Arguments are those of :func:`gag_core.eager.guide`. The accuracy is that of torch's attention in the dtype of q. Values that leave the range of the dtype saturate, and
-    a read-out that is NaN because torch's logits overflow is 0.
+    Arguments are those of :func:`gag_core.eager.guide`. The accuracy is that of torch's attention in the dtype of q.
+    Values that leave the range of the dtype saturate, and a read-out that is NaN because torch's logits overflow is 0.
     """
     if not q.shape[2]:
         return

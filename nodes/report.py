@@ -151,7 +151,7 @@ def sentences(result: Result) -> list[str]:
     # The layers and steps in which guidance acted; all if it acted in none, and the measures say what it would do.
     cells = result.guided[branch] if bool(result.guided[branch].any()) else measured
     found = [_where_guided(result) if has_acted else _not_guided(result), _gain(result, branch, cells, has_acted)]
-    if any(settings.rule != "pladis" for settings in result.settings):
+    if any(settings.rule in ("gag", "anderson") for settings in result.settings):
         shortened = "shortened" if has_acted else "would shorten"
         capped = _percent(_mean(_values(result, branch, "capped"), cells))
         found.append(f"The cap {shortened} the guidance in {capped} of the query tokens.")

@@ -36,7 +36,7 @@ const ENGLISH = {
   default: "default",
   default_tip: "Guide the default blocks of this model, by clearing the field.",
   preset: "preset",
-  preset_tip: "Fill in the fields from a preset of the GAG node. Strength, range and blocks stay as they are.",
+  preset_tip: "Fill in the fields from a preset of the GAG node. Only apply_to, blocks and verbose stay as they are.",
   modified: "modified",
 };
 

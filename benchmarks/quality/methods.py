@@ -73,17 +73,27 @@ _FULL = 1.0
 # Tried settings of norm_threshold, norm_mode and orthogonal_scale. The paper uses (15.0, "absolute", 0.0).
 _CAPS = ((0.1, "relative", 0.0), (0.5, "relative", 0.0), (15.0, "absolute", 0.0), (0.5, "relative", 1.0))
 
+# Every other setting of GAG (advanced), so that a measured method does not change with the node's defaults.
+_SETTINGS: dict[str, Any] = {
+    "rule": "gag",
+    "norm_threshold": 0.1,
+    "norm_mode": "relative",
+    "orthogonal_scale": 0.0,
+    "alpha": 1.5,
+    "strength": _FULL,
+    "merge_heads": False,
+    "apply_to": "both",
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+    "adapt_to_cfg": False,
+}
 # Settings of a node that acts and leaves the model's own attention as it is.
-_PLAIN = {"rule": "pladis", "guidance_scale": 0.0, "strength": 1.0, "start_percent": 0.0, "adapt_to_cfg": False}
-# Inputs of the advanced node that act in every step, whatever CFG is.
-_ALWAYS = {"start_percent": 0.0, "end_percent": 1.0, "adapt_to_cfg": False}
+_PLAIN = {**_SETTINGS, "rule": "pladis", "guidance_scale": 0.0}
 
 
 def _gag(scale: float, cap: float, mode: str, orthogonal: float, strength: float = _FULL) -> Method:
-    inputs = {
-        **_ALWAYS, "rule": "gag", "alpha": 1.5, "strength": strength, "guidance_scale": scale,
-        "norm_threshold": cap, "norm_mode": mode, "orthogonal_scale": orthogonal,
-    }  # fmt: skip
+    own = {"guidance_scale": scale, "norm_threshold": cap, "norm_mode": mode, "orthogonal_scale": orthogonal}
+    inputs = {**_SETTINGS, **own, "strength": strength}
     cap_text = f"cap {cap:g} {mode}" + (f", orthogonal {orthogonal:g}" if orthogonal else "")
     cap_text += f", strength {strength:g}" if strength != _FULL else ""
     return Method("GAG", f"scale {scale:g}, {cap_text}", scale, f"GAG, {cap_text}", NODE, inputs)
@@ -95,37 +105,33 @@ def _anderson(depth: int, bound: float) -> Method:
 
 
 def _sparse(alpha: float) -> Method:
-    inputs = {**_ALWAYS, "rule": "gag", "guidance_scale": 0.0, "alpha": alpha, "strength": _FULL}
+    inputs = {**_SETTINGS, "guidance_scale": 0.0, "alpha": alpha}
     return Method(SPARSE, f"alpha {alpha:g}", node=NODE, inputs=inputs)
 
 
 def _pladis(scale: float) -> Method:
-    inputs = {**_ALWAYS, "rule": "pladis", "guidance_scale": scale, "alpha": 1.5, "strength": _FULL}
+    inputs = {**_SETTINGS, "rule": "pladis", "guidance_scale": scale}
     return Method("PLADIS", f"scale {scale:g}", scale, "PLADIS", NODE, inputs)
 
 
 def _preset(name: str, strength: float, scale: float, cap: float, mode: str, start: float = 0.0) -> Method:
-    """Return one setting of GAG that has a name of its own."""
+    """Return one setting of GAG that has a name of its own. The names are those at the time of the measurement."""
     inputs = {**_gag(scale, cap, mode, 0.0, strength).inputs, "start_percent": start}
     setting = f"strength {strength:g}" + (f", from {start:g} of the run" if start else "")
     return Method(f"preset {name}", setting, node=NODE, inputs=inputs)
 
 
-# Settings of the node behind which a control acts: every guided attention, every step, full strength.
-_EVERYWHERE = {**_ALWAYS, "rule": "gag", "alpha": 1.5, "strength": _FULL}
-
-
 def _control(family: str, name: str, amount: float, attention: str = "") -> Method:
     curve = "" if name in read_outs.MEANS else family
     return Method(
-        family, f"g {amount:g}", amount, curve, NODE, _EVERYWHERE, control=name, amount=amount, attention=attention
+        family, f"g {amount:g}", amount, curve, NODE, _SETTINGS, control=name, amount=amount, attention=attention
     )
 
 
 def _uniform(scale: float, **inputs: Any) -> Method:
     return Method(
         UNIFORM, f"scale {scale:g}", scale, UNIFORM, NODE,
-        {**_EVERYWHERE, "rule": "uniform", "guidance_scale": scale, **inputs},
+        {**_SETTINGS, "rule": "uniform", "guidance_scale": scale, **inputs},
     )  # fmt: skip
 
 

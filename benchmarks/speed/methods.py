@@ -96,6 +96,11 @@ SDPA = Method("SDPA", "torch's scaled_dot_product_attention, no guidance", plain
 FUSED = Method("fused", "gag_core's fused Triton kernel", guided_by(choice.guide_by("fused")))
 ROW = Method("row", "gag_core's row kernels between products of torch", guided_by(choice.guide_by("row")))
 EAGER = Method("eager", "gag_core's plain PyTorch path", guided_by(eager.guide))
+UNIFORM = Method(
+    "uniform",
+    "rule uniform, which is plain attention to other values",
+    config=gag_core.GuidanceConfig(rule="uniform", guidance_scale=0.5),
+)
 COMPILED = Method("compiled", "the eager path, its work on each chunk of queries through torch.compile", compiled)
 SORT = Method(
     "sort-based",
@@ -133,7 +138,7 @@ def available(
     with_alphas: bool = False,
 ) -> tuple[list[Method], list[str]]:
     """Return the methods that can run here, and notes on those that cannot."""
-    methods, notes = [SDPA, EAGER, SORT], []
+    methods, notes = [SDPA, UNIFORM, EAGER, SORT], []
     for path, method in KERNELS.items():
         reason = choice.cannot_run(path, device)
         if os.environ.get("TRITON_INTERPRET") == "1":

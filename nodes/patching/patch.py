@@ -19,7 +19,7 @@ from torch.nn import Module
 from .attention_call import TextLayers
 from .compile import UnguardedCompile
 from .families import Family, Layer, readers, reading_modules
-from .guidance import Guidance
+from .guidance import Guidance, cfg_factor
 from .measurements import Probe
 from .observer import Observer
 from .other_packs import other_code
@@ -166,8 +166,9 @@ class GAGPatch:
         position: tuple[float, float] | None = None
         active: Guidance | None = None
         active_factor = 1.0
+        cfg = run.cfg
         for guidance in reversed(self.guidances):
-            factor = run.cfg_factor if guidance.adapt_to_cfg else 1.0
+            factor = cfg_factor(cfg) if guidance.adapt_to_cfg else 1.0
             if factor == 0.0:
                 run.count(run.resting, guidance)
                 continue
@@ -188,6 +189,8 @@ class GAGPatch:
             if active is None:
                 active, active_factor = guidance, factor
                 run.count(run.in_range, guidance)
+                if guidance.adapt_to_cfg:
+                    run.note_cfg(guidance, cfg)
             else:
                 run.count(run.overruled, guidance)
         return active, active_factor

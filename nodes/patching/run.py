@@ -71,6 +71,7 @@ class Run:
         recording: measures for probes, None without a probe.
         steps: position in the run.
         guider: the host's guider, which has the CFG scale; None outside a run.
+        cfgs: lowest and highest CFG scale of the model calls in which a node that adapts to CFG acts.
     """
 
     observer: Observer
@@ -95,6 +96,7 @@ class Run:
     recording: Recording | None = None
     steps: Steps = field(default_factory=Steps)
     guider: Any = None
+    cfgs: dict[Guidance, tuple[float, float]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def __deepcopy__(self, _: Any) -> Run:
@@ -102,9 +104,9 @@ class Run:
         return self
 
     @property
-    def cfg_factor(self) -> float:
-        """Factor of the strength of nodes that adapt to CFG, at this moment."""
-        return cfg_factor(cfg_of(self.guider))
+    def cfg(self) -> float:
+        """CFG scale at this moment, 1 outside a run."""
+        return cfg_of(self.guider)
 
     def modules_of(self, diffusion_model: Module) -> dict[Layer, tuple[Any, str]]:
         """Return the modules of a copy of a transformer as they were before the run; none if it is not known."""
@@ -125,6 +127,12 @@ class Run:
         """Add 1 to one of the run's counters of model calls."""
         with self._lock:
             counter[guidance] += 1
+
+    def note_cfg(self, guidance: Guidance, cfg: float) -> None:
+        """Keep the CFG scale of a model call in which a node acts, for the report."""
+        with self._lock:
+            lowest, highest = self.cfgs.get(guidance, (cfg, cfg))
+            self.cfgs[guidance] = min(lowest, cfg), max(highest, cfg)
 
     def count_layers(self, guidance: Guidance, layers: TextLayers) -> None:
         """Count what happened to the text attentions of a model call that has ended.
@@ -148,8 +156,7 @@ class Run:
         # Not every call in range reaches its attentions: step caches such as EasyCache skip the model.
         layers, chosen, calls = len(counts), len(guidance.layers), max(counts.values())
         text = f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls."
-        if guidance.adapt_to_cfg and self.cfg_factor != 1.0:
-            text += f" Strength was multiplied by {self.cfg_factor:.3g}, because CFG is {cfg_of(self.guider):g}."
+        text += _about_cfg(*self.cfgs.get(guidance, (1.0, 1.0)))
         if self.overruled[guidance]:
             text += f" In {self.overruled[guidance]} a later GAG node acted."
         if others := len(self.other_text.get(guidance, ())):
@@ -225,7 +232,7 @@ class Run:
     def _why_never_in_range(self, guidance: Guidance) -> NothingGuided:
         span = f"{guidance.start_percent:g} to {guidance.end_percent:g}"
         if self.resting[guidance]:
-            cfg = f"{cfg_of(self.guider):g}"
+            cfg = f"{self.cfg:g}"
             reason = (
                 f"CFG is {cfg}, and the node rests beside CFG of 2 and more; set cfg to 1 on a model that works "
                 "without CFG, or choose the preset beside CFG"
@@ -242,6 +249,16 @@ class Run:
         if guidance.start_percent:
             reason += "; where a run has so few steps, set start_percent to 0"
         return NothingGuided("why_range", f"no step within {span}", reason)
+
+
+def _about_cfg(lowest: float, highest: float) -> str:
+    """Return the sentence about a strength that was adapted to these CFG scales; empty if it was not lowered."""
+    least, most = cfg_factor(highest), cfg_factor(lowest)
+    if least == 1.0:
+        return ""
+    if lowest == highest:
+        return f" Strength was multiplied by {most:.2g}, because CFG is {highest:g}."
+    return f" Strength was multiplied by {least:.2g} to {most:.2g}, because CFG was {lowest:g} to {highest:g}."
 
 
 def uncompiled(diffusion_model: Module) -> Module:

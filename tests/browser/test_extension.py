@@ -32,7 +32,6 @@ def test_a_chart_gets_messages_only_while_it_is_open(extension: Extension) -> No
     assert extension.count("gag.report") == 1
     assert extension.count("gag.chart") == 0
     extension.click("GAGuidance", "chart")
-    extension.set_field("GAGuidance", "start_percent", 0)
     extension.run()
     series = extension.page.evaluate("async () => (await (await fetch('/gag/setup')).json()).series")
     for name in (one["name"] for one in series):
@@ -100,7 +99,11 @@ def test_the_badge_says_what_was_guided_or_why_nothing(extension: Extension) -> 
     extension.set_field(node, "strength", 0)
     extension.run()
     extension.wait_text(node, ".gag-badge", "not guiding: strength is 0")
-    extension.set_field(node, "strength", 1)
+
+
+def test_the_badge_says_that_no_step_lies_within_the_range(extension: Extension) -> None:
+    node = "GAGuidanceAdvanced"
+    extension.open(advanced=True)
     extension.set_field(node, "start_percent", 1)
     extension.run()
     extension.wait_text(node, ".gag-badge", "not guiding: no step within 1 to 1")
@@ -187,20 +190,24 @@ def test_a_preset_fills_the_fields_and_shows_when_they_differ(extension: Extensi
     presets = extension.page.evaluate("async () => (await (await fetch('/gag/setup')).json()).presets")
     node = "GAGuidanceAdvanced"
     extension.open(advanced=True)
-    extension.wait_preset("gentle")  # the node's defaults are this preset
-    extension.set_field(node, "strength", 0.7)
+    extension.wait_preset("any CFG")  # the node's defaults are this preset
+    for name, value in (("apply_to", "positive"), ("blocks", "u"), ("verbose", True)):
+        extension.set_field(node, name, value)
+    extension.wait_preset("any CFG")  # these fields are not part of a preset
     fields = set(extension.page.evaluate("() => gagNode('GAGuidanceAdvanced').widgets.map(w => w.name)"))
     for name, config in presets.items():
         extension.choose(name)
         settings = {key: value for key, value in config.items() if key in fields}
-        assert len(settings) >= 7
+        assert set(settings) == fields - {"apply_to", "blocks", "verbose", "gag_panel"}
         assert {key: extension.field(node, key) for key in settings} == settings
-        assert extension.field(node, "strength") == 0.7
+        assert [extension.field(node, key) for key in ("apply_to", "blocks", "verbose")] == ["positive", "u", True]
         extension.wait_preset(name)
-    extension.set_field(node, "guidance_scale", 3.3)
-    extension.wait_preset("modified")
-    extension.set_field(node, "guidance_scale", presets["paper"]["guidance_scale"])
-    extension.wait_preset("paper")
+    changes = {"guidance_scale": 3.3, "strength": 0.7, "start_percent": 0.1, "end_percent": 0.9, "adapt_to_cfg": True}
+    for name, value in changes.items():
+        extension.set_field(node, name, value)
+        extension.wait_preset("modified")
+        extension.set_field(node, name, presets["paper"][name])
+        extension.wait_preset("paper")
     prompt = extension.page.prompt()
     (inputs,) = (entry["inputs"] for entry in prompt.values() if entry["class_type"] == node)
     assert "gag_panel" not in inputs
@@ -210,14 +217,15 @@ def test_a_preset_is_one_step_for_undo(extension: Extension) -> None:
     node = "GAGuidanceAdvanced"
     undo = "() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.undo()"
     extension.open(advanced=True)
-    extension.wait_preset("gentle")
+    extension.wait_preset("any CFG")
     extension.click(node, "chart")  # makes the front end note the values of the fields
     extension.choose("paper")
     extension.wait_preset("paper")
     time.sleep(0.5)
     extension.page.evaluate(undo)
-    extension.wait_preset("gentle")
+    extension.wait_preset("any CFG")
     assert extension.field(node, "norm_mode") == "relative"
+    assert extension.field(node, "adapt_to_cfg") is True
     extension.wait_fit(node)
     extension.choose("paper")
     extension.wait_preset("paper")

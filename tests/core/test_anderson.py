@@ -904,7 +904,7 @@ def test_settings_are_refused_in_a_sentence(fields: dict[str, Any], words: list[
 
 def test_other_rules_ignore_the_anderson_settings() -> None:
     q, k, v = cases.qkv(SMALL)
-    for rule in ("gag", "pladis"):
+    for rule in ("gag", "uniform", "pladis"):
         plain = GuidanceConfig(rule=rule)
         other = dataclasses.replace(plain, anderson_depth=4, anderson_regularization=3.0)
         assert torch.equal(guided_attention(q, k, v, plain), guided_attention(q, k, v, other))

@@ -16,7 +16,7 @@ import cases
 import reference
 from benchmarks.speed import attention as benchmark
 from benchmarks.speed import methods
-from benchmarks.speed.methods import ALPHAS, ANDERSON, EAGER, FUSED, PACKAGE, SDPA, SORT
+from benchmarks.speed.methods import ALPHAS, ANDERSON, EAGER, FUSED, PACKAGE, SDPA, SORT, UNIFORM
 from gag_core import GuidanceConfig
 from gag_core.baselines import SHAPES, Shape, exact
 from tolerances import assert_close
@@ -41,7 +41,7 @@ def test_every_method_computes_the_same_joint_attention(method: methods.Method) 
         assert_close(method.attention(TEXT)(q, k, v), expected, error=1e-3)
 
 
-@pytest.mark.parametrize("method", [*ANDERSON, *ALPHAS], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [*ANDERSON, *ALPHAS, UNIFORM], ids=lambda method: method.name)
 @pytest.mark.parametrize("text", [0, TEXT])
 def test_methods_with_other_settings_compute_them(method: methods.Method, text: int) -> None:
     q, k, v = cases.qkv(cases.Shape(1, 2, 40, 40, 16), dtype=torch.float64)
@@ -101,7 +101,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: 
     assert benchmark.main(command) == 0
     printed = capsys.readouterr().out
     results = json.loads(file.read_text())
-    names = [SDPA.name, EAGER.name, SORT.name]
+    names = [SDPA.name, UNIFORM.name, EAGER.name, SORT.name]
     if importlib.util.find_spec("entmax") is not None:
         names.append(PACKAGE.name)
     assert [row["method"] for row in results["results"]] == names * 2

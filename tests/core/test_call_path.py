@@ -22,6 +22,8 @@ CORE = Path(gag_core.__file__).parent
 CROSS = ["attention", "eager", "numerics", "eager", "numerics", "entmax", "geometry", "numerics"]
 # The joint attention itself comes first, then the guidance of its image queries.
 JOINT = ["attention", "eager", *CROSS]
+# Rule "uniform" is plain attention to other values: no entmax, no chunks, and the text mass alone is of geometry.
+UNIFORM = {"attention", "eager", "uniform", "numerics"}
 
 
 def path_of(call: Callable[[], object]) -> list[str]:
@@ -61,3 +63,24 @@ def test_guided_joint_attention(dtype: torch.dtype) -> None:
     path = path_of(lambda: guided_joint_attention(q, k, v, slice(0, 13), config))
     assert path == JOINT
     assert max(Counter(path).values()) <= 3
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-dense", "base"])
+def test_rule_uniform(with_base: bool, masked: bool) -> None:
+    shape = Shape(2, 3, 14, 77, 16)
+    q, k, v = cases.qkv(shape)
+    base = torch.zeros_like(q) if with_base else None
+    mask = MASKS["bool-per-key"](shape) if masked else None
+    config = GuidanceConfig(rule="uniform", guidance_scale=0.5)
+    path = path_of(lambda: guided_attention(q, k, v, config, base=base, mask=mask))
+    assert path[:3] == ["attention", "eager", "uniform"]
+    assert set(path) == UNIFORM
+
+
+def test_rule_uniform_in_a_joint_attention() -> None:
+    q, k, v = cases.qkv(Shape(1, 2, 40, 40, 16))
+    config = GuidanceConfig(rule="uniform", guidance_scale=0.5)
+    path = path_of(lambda: guided_joint_attention(q, k, v, slice(0, 13), config))
+    assert set(path) == {*UNIFORM, "geometry"}
+    assert path.count("geometry") == 1

@@ -51,6 +51,7 @@ def test_replace_keeps_the_rest_and_validates() -> None:
 @pytest.mark.parametrize(
     "field, value",
     [
+        ("rule", "uniform"),
         ("rule", "pladis"),
         ("rule", "anderson"),
         ("anderson_depth", 5),

@@ -15,6 +15,7 @@ CONFIGS = {
     "gag": GuidanceConfig(guidance_scale=2.0, norm_threshold=0.3, norm_mode="relative"),
     "orthogonal": GuidanceConfig(guidance_scale=2.0, norm_threshold=0.3, orthogonal_scale=0.5),
     "pladis": GuidanceConfig(rule="pladis", guidance_scale=1.5),
+    "uniform": GuidanceConfig(rule="uniform", guidance_scale=0.5),
     "sparsemax": GuidanceConfig(alpha=2.0, guidance_scale=2.0),
     "alpha 1.3": GuidanceConfig(alpha=1.3, guidance_scale=2.0),
     "alpha 1.03": GuidanceConfig(alpha=1.03, guidance_scale=2.0),

@@ -30,7 +30,7 @@ from tolerances import assert_close
 
 TAME_CONFIGS = st.builds(
     GuidanceConfig,
-    rule=st.sampled_from(["gag", "pladis"]),
+    rule=st.sampled_from(["gag", "uniform", "pladis"]),
     guidance_scale=st.floats(-3, 12),
     norm_threshold=st.sampled_from([0.1, 2.0, 15.0, math.inf]),
     norm_mode=st.sampled_from(["absolute", "relative"]),

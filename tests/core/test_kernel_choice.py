@@ -113,6 +113,7 @@ def test_calls_that_no_kernel_computes() -> None:
         dataclasses.replace(CONFIG, merge_heads=True),
         dataclasses.replace(CONFIG, alpha=1.04),
         dataclasses.replace(CONFIG, rule="anderson"),
+        dataclasses.replace(CONFIG, rule="uniform"),
     ):
         assert choice.path_by_line(line, torch.float16, 64, 64, 77, config) == "eager"
     assert choice.path_by_line(line, torch.float64, 64, 64, 77, CONFIG) == "eager"

@@ -28,6 +28,8 @@ CONFIGS = {
     "merged heads": GuidanceConfig(merge_heads=True, norm_mode="relative", norm_threshold=0.2, strength=0.5),
     "pladis": GuidanceConfig(rule="pladis", alpha=2.0, guidance_scale=2.0),
     "no cap": GuidanceConfig(norm_threshold=math.inf, alpha=1.25),
+    "uniform": GuidanceConfig(rule="uniform", guidance_scale=0.5, strength=0.8),
+    "uniform, merged heads": GuidanceConfig(rule="uniform", guidance_scale=-2.0, merge_heads=True),
 }
 SHAPES = [cases.Shape(2, 3, 7, 5, 8), cases.Shape(1, 2, 5, 1, 4), cases.Shape(1, 4, 9, 77, 16)]
 # Averages of fp32 numbers. A token at the border of the cap or of the support may fall on the other side.
@@ -51,13 +53,14 @@ def test_equals_the_reference(config: GuidanceConfig, shape: cases.Shape) -> Non
     check(measure(q, k, v, config), measures_reference.measures(q, k, v, config))
 
 
+@pytest.mark.parametrize("name", ["gentle", "uniform"])
 @pytest.mark.parametrize("mask", cases.MASKS)
-def test_equals_the_reference_with_masks(mask: str) -> None:
+def test_equals_the_reference_with_masks(mask: str, name: str) -> None:
     shape = cases.Shape(2, 3, 7, 5, 8)
     q, k, v = cases.qkv(shape, seed=4)
     given = cases.MASKS[mask](shape)
     given = given[(None,) * (4 - given.ndim)]
-    config = CONFIGS["gentle"]
+    config = CONFIGS[name]
     check(measure(q, k, v, config, mask=given), measures_reference.measures(q, k, v, config, mask=given))
 
 
@@ -69,13 +72,14 @@ def test_equals_the_reference_in_other_dtypes(dtype: torch.dtype) -> None:
     check(out, measures_reference.measures(q, k, v, CONFIGS["gentle"]))
 
 
-def test_scale_and_mass_of_a_joint_attention() -> None:
+@pytest.mark.parametrize("name", ["gentle", "uniform"])
+def test_scale_and_mass_of_a_joint_attention(name: str) -> None:
     q, k, v = cases.qkv(cases.Shape(2, 3, 7, 12, 8), seed=6)
     text = slice(0, 5)
     lse = reference.attention_logits(q, k, None, 0.7).logsumexp(-1).float()
-    out = measure(q, k[:, :, text], v[:, :, text], CONFIGS["gentle"], scale=0.7, joint_lse=lse)
+    out = measure(q, k[:, :, text], v[:, :, text], CONFIGS[name], scale=0.7, joint_lse=lse)
     mass = reference.text_mass(q, k, text, scale=0.7)
-    expected = measures_reference.measures(q, k[:, :, text], v[:, :, text], CONFIGS["gentle"], scale=0.7, mass=mass)
+    expected = measures_reference.measures(q, k[:, :, text], v[:, :, text], CONFIGS[name], scale=0.7, mass=mass)
     check(out, expected)
     assert 0.0 < float(out[0, NAMES.index("mass")]) < 1.0
 

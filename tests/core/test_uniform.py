@@ -140,6 +140,19 @@ def test_the_work_is_that_of_plain_attention() -> None:
     assert guided.products <= 0.01 * plain.attention
 
 
+@pytest.mark.parametrize("with_base", [False, True], ids=["own-dense", "base"])
+def test_one_graph_compiles_the_rule(with_base: bool) -> None:
+    """Another strength needs no other graph than a number that has changed once."""
+    torch.compiler.reset()
+    q, k, v = cases.qkv(SMALL)
+    base = cases.random(*q.shape, seed=20) if with_base else None
+    compiled = torch.compile(guided_attention, backend="eager", fullgraph=True)
+    for strength in (1.0, 0.25, 0.0625):
+        config = replace(CONFIG, strength=strength)
+        expected = guided_attention(q, k, v, config, base=base)
+        assert torch.equal(compiled(q, k, v, config, base=base), expected)
+
+
 def test_combine_refuses_the_rule() -> None:
     _, _, v = cases.qkv(SMALL)
     with pytest.raises(ValueError, match=r"^rule must be 'gag' or 'pladis' where .* got 'uniform'\.$"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
 import threading
@@ -37,7 +38,7 @@ from recorder import Call, record_calls
 from tolerances import assert_close
 from transformers_of_host import TRANSFORMERS
 
-PAPER = host.pack_module("nodes.presets").PRESETS["paper"]
+PAPER = host.pack_module("nodes.presets").PRESETS["paper"].config
 TOKENS = 77
 
 
@@ -71,8 +72,7 @@ each_row = pytest.mark.parametrize(("companion", "order"), MATRIX)
 
 
 def guided(model: Any, **settings: Any) -> Any:
-    (out,) = host.run_node("GAGuidance", model=model, **{"preset": "paper", "strength": 1.0, **settings})
-    return out
+    return host.guide(model, **{"preset": "paper", **settings})
 
 
 def guided_positive(model: Any) -> Any:
@@ -113,23 +113,23 @@ def distinct_tokens(keys: Tensor) -> int:
     return next(size for size in sizes if torch.equal(keys, keys[:, :size].repeat(1, tokens // size, 1)))
 
 
-def guided_reference(name: str, call: Call) -> Tensor:
+def guided_reference(name: str, call: Call, config: Any = PAPER) -> Tensor:
     """Compute the guided output of a call in fp64, each row with its own distinct tokens."""
     if not name.startswith(("sd", "wan")):
-        return reference.guided_joint_attention(call.q, call.k, call.v, slice(0, TOKENS), PAPER, mask=call.mask)
+        return reference.guided_joint_attention(call.q, call.k, call.v, slice(0, TOKENS), config, mask=call.mask)
     outs = []
     for row in range(call.q.shape[0]):
         tokens = distinct_tokens(call.k[row])
         q, k, v = call.q[row : row + 1], call.k[row : row + 1, :, :tokens], call.v[row : row + 1, :, :tokens]
-        outs.append(reference.guided_attention(q, k, v, PAPER))
+        outs.append(reference.guided_attention(q, k, v, config))
     return torch.cat(outs)
 
 
-def check_every_call(name: str, calls: list[Call]) -> int:
+def check_every_call(name: str, calls: list[Call], config: Any = PAPER) -> int:
     """Assert that all text attention is guided and no other attention; return the number of guided calls."""
     for call in calls:
         if is_guided(name, call):
-            call.check(guided_reference(name, call), PAPER.guidance_scale)
+            call.check(guided_reference(name, call, config), config.guidance_scale)
             continue
         # HyperTile passes tiled queries. The host's attention then splits the keys into as many parts.
         batch, heads, _, size = call.q.shape
@@ -158,6 +158,23 @@ def test_every_attention_is_right(companion: Companion, order: str, node_texts: 
     assert check_every_call(name, calls) > 0
     layers = Counter(call.module for call in calls if is_guided(name, call))
     assert report.startswith(f"Guided {len(layers)} of {len(layers)} attentions in {max(layers.values())} of ")
+
+
+# One companion for each kind of attention.
+BY_MODEL = {row.values[0].model: row for row in reversed(MATRIX) if isinstance(row.values[0], Companion)}
+
+
+@pytest.mark.parametrize(("companion", "order"), BY_MODEL.values())
+def test_every_attention_of_rule_uniform_is_right(companion: Companion, order: str) -> None:
+    assert companion.patched is not None
+    name, run = companion.model, companion.run()
+    settings = {"rule": "uniform", "guidance_scale": 0.5}
+    guide = partial(guided, **settings)
+    model = patched_in_order(order, companions.build(name), companion.patched, guide)
+    nets = [settings["control"].control_model for _, settings in run.get("positive", []) if "control" in settings]
+    with record_calls(model, *nets) as calls:
+        companions.sample(model, name, **run)
+    assert check_every_call(name, calls, dataclasses.replace(PAPER, **settings)) > 0
 
 
 @each_row
@@ -701,14 +718,14 @@ def test_each_of_two_gag_nodes_acts_in_its_range(
     model = host.build_model("sd15")
     caplog.set_level("INFO", logger="comfyui-gag")
     early = guided(model, end_percent=0.6)
-    both = guided(early, preset="gentle", start_percent=0.4)
+    both = guided(early, preset="no CFG", start_percent=0.4)
     assert "Two GAG nodes on one model overlap: from 0.4 to 0.6 of the run the later one acts." in caplog.text
     caplog.clear()
     guided(guided(model, end_percent=0.4), start_percent=0.4)
     assert "Two GAG nodes" not in caplog.text
 
     steps: dict[Any, dict[int, Tensor]] = {}
-    for name, patched in (("both", both), ("early", early), ("late", guided(model, preset="gentle"))):
+    for name, patched in (("both", both), ("early", early), ("late", guided(model, preset="no CFG"))):
         own = steps.setdefault(name, {})
         host.sample(patched, "sd15", steps=10, callback=lambda i, x0, *_, own=own: own.update({i: x0.clone()}))
     assert torch.equal(steps["both"][0], steps["early"][0])

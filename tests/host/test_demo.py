@@ -64,8 +64,8 @@ def test_guidance_acts_on_every_joint_attention_of_the_transformer() -> None:
         pictures(guided, encoder, vae, "a red circle left of a blue square")
         for guided in (
             model,
-            host.run_node("GAGuidance", model=model)[0],
-            host.run_node("GAGuidance", model=model, strength=1.0, start_percent=0.0)[0],
+            host.guide(model, "beside CFG"),
+            host.guide(model, "beside CFG", strength=4.0, start_percent=0.0),
         )
     )
     assert float((strong - plain).abs().mean()) > float((gentle - plain).abs().mean()) > 0

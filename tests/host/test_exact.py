@@ -18,6 +18,8 @@ CONFIGS = {
     "paper": {},
     "relative cap": {"norm_mode": "relative", "norm_threshold": 0.1, "guidance_scale": 2.0},
     "orthogonal, merged heads": {"orthogonal_scale": 0.5, "merge_heads": True, "guidance_scale": 3.0},
+    "uniform": {"rule": "uniform", "guidance_scale": 0.5},
+    "uniform, backwards": {"rule": "uniform", "guidance_scale": -2.0, "merge_heads": True, "strength": 0.5},
     "pladis, sparsemax": {"rule": "pladis", "alpha": 2.0, "guidance_scale": 2.0},
     "half strength": {"strength": 0.5},
 }
@@ -87,12 +89,13 @@ def test_reference_latents_of_flux_read_the_text_guided() -> None:
         call.check(expected, 10.0)
 
 
-def test_a_mask_of_flux_holds_for_guided_attention() -> None:
+@pytest.mark.parametrize("rule", ["gag", "uniform"])
+def test_a_mask_of_flux_holds_for_guided_attention(rule: str) -> None:
     """The host passes a mask with some conditionings (Redux)."""
     tokens = 12
     mask = torch.zeros(1, tokens + 16, tokens + 16)
     mask[:, :, 7:tokens] = -torch.inf
-    model = guided(host.build_model("flux"), {})
+    model = guided(host.build_model("flux"), {"rule": rule})
     conditioning = host.conditioning("flux", 10, tokens, attention_mask=mask, attention_mask_img_shape=(4, 4))
     with record_calls(model) as calls:
         host.sample(model, "flux", cfg=1.0, positive=conditioning)
@@ -100,7 +103,7 @@ def test_a_mask_of_flux_holds_for_guided_attention() -> None:
     for call in calls:
         assert call.mask is not None
         expected = reference.guided_joint_attention(
-            call.q, call.k, call.v, slice(0, tokens), GuidanceConfig(), mask=call.mask
+            call.q, call.k, call.v, slice(0, tokens), GuidanceConfig(rule=rule), mask=call.mask
         )
         call.check(expected, 10.0)
 

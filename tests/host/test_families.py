@@ -69,6 +69,17 @@ def test_only_attention_that_reads_the_text_is_guided(name: str, node_texts: lis
 
 
 @every_transformer
+def test_rule_uniform_moves_away_from_the_mean_of_the_text(name: str) -> None:
+    """The text's own mean, with its masks and the copies that the host makes of shorter prompts."""
+    tiny = TRANSFORMERS[name]
+    config = GuidanceConfig(rule="uniform", guidance_scale=0.5)
+    model = guided(tiny.build(), rule="uniform", guidance_scale=0.5)
+    with record_calls(model) as calls:
+        tiny.sample(model, tokens=TOKENS)
+    assert sum(check(tiny, call, config) for call in calls) == 2 * tiny.guided  # steps
+
+
+@every_transformer
 def test_off_is_bit_identical_to_no_node(name: str) -> None:
     tiny = TRANSFORMERS[name]
     model = tiny.build()

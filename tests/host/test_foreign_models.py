@@ -206,7 +206,7 @@ def test_the_panel_gets_the_name_of_the_code(monkeypatch: pytest.MonkeyPatch) ->
     messages = host.pack_module("nodes.panel.messages")
     monkeypatch.setattr(messages, "send", lambda event, data: sent.append((event, data)))
     browser = host.pack_module("nodes.panel.browser").BROWSER
-    config = host.pack_module("nodes.presets").PRESETS["paper"]
+    config = host.pack_module("nodes.presets").PRESETS["paper"].config
     guide_model = host.pack_module("nodes.patching.guided_model").guide_model
     model = foreign.exchanged_attention(host.build_model("sd15"))
     host.sample(guide_model(model, config, browser, start_percent=0.0, end_percent=1.0, node_id="7"), "sd15")

@@ -24,7 +24,7 @@ import reference
 from recorder import record_calls
 from tolerances import assert_close
 
-PAPER = host.pack_module("nodes.presets").PRESETS["paper"]
+PAPER = host.pack_module("nodes.presets").PRESETS["paper"].config
 attention = host.pack_module("nodes.patching.host_attention")
 
 

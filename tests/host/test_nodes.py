@@ -45,22 +45,64 @@ def test_advanced_has_every_field_of_the_config_with_the_default_preset() -> Non
     for field in dataclasses.fields(GuidanceConfig):
         if field.name.startswith("anderson_"):
             continue
-        assert inputs[field.name].default == getattr(DEFAULT, field.name)
+        assert inputs[field.name].default == getattr(DEFAULT.config, field.name)
+    for name in ("start_percent", "end_percent", "adapt_to_cfg"):
+        assert inputs[name].default == getattr(DEFAULT, name)
 
 
-def test_gentle_is_the_default_preset() -> None:
-    (preset,) = (i for i in host.NODES["GAGuidance"].GET_SCHEMA().inputs if i.id == "preset")
-    assert preset.default == "gentle"
-    assert preset.options == list(PRESETS)
+def test_any_cfg_is_the_default_preset() -> None:
+    inputs = {i.id: i for i in host.NODES["GAGuidance"].GET_SCHEMA().inputs}
+    assert list(inputs) == ["model", "preset", "strength", "schedule"]
+    assert inputs["preset"].default == "any CFG"
+    assert inputs["preset"].options == list(PRESETS)
+    assert inputs["strength"].default == 1.0, "the preset as named"
 
 
-def test_a_preset_equals_its_settings_in_the_advanced_node() -> None:
+def test_the_preset_paper_is_the_papers_settings() -> None:
+    paper = {"guidance_scale": 10.0, "norm_threshold": 15.0, "norm_mode": "absolute", "orthogonal_scale": 0.0}
+    whole_run = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "adapt_to_cfg": False}
+    fields = PRESETS["paper"].fields
+    assert fields == {**fields, **paper, **whole_run, "rule": "gag", "alpha": 1.5, "merge_heads": False}
+
+
+def test_a_preset_has_every_setting_but_where_guidance_acts() -> None:
+    inputs = {i.id for i in host.NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs}
+    apart = {"model", "apply_to", "blocks", "verbose", "schedule"}
+    anderson = {"anderson_depth", "anderson_regularization"}
+    for preset in PRESETS.values():
+        assert set(preset.fields) == (inputs - apart) | anderson
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_equals_its_settings_in_the_advanced_node(name: str) -> None:
+    """Strength multiplies that of the preset. At this number of steps a later start leaves the first ones alone."""
     model = host.build_model("sd15")
-    for name, config in PRESETS.items():
-        (simple,) = host.run_node("GAGuidance", model=model, preset=name, strength=0.7)
-        settings = {**dataclasses.asdict(config), "strength": 0.7}
-        (advanced,) = host.run_node("GAGuidanceAdvanced", model=model, **settings)
-        assert torch.equal(host.sample(simple, "sd15"), host.sample(advanced, "sd15"))
+    run: dict[str, Any] = {"steps": 4, "cfg": 1.5}
+    pictures = [host.sample(model, "sd15", **run)]
+    for strength in (1.0, 1.7):
+        (simple,) = host.run_node("GAGuidance", model=model, preset=name, strength=strength)
+        inputs = host.preset_inputs(name)
+        inputs["strength"] = strength * PRESETS[name].config.strength
+        (advanced,) = host.run_node("GAGuidanceAdvanced", model=model, **inputs)
+        pictures.append(host.sample(simple, "sd15", **run))
+        assert torch.equal(pictures[-1], host.sample(advanced, "sd15", **run))
+    assert len({float(picture.double().sum()) for picture in pictures}) == 3
+
+
+@pytest.mark.parametrize(
+    ("strength", "error", "sentence"),
+    [
+        (float("nan"), ValueError, "strength must be a finite number, got nan."),
+        (float("inf"), ValueError, "strength must be a finite number, got inf."),
+        (True, TypeError, "strength must be a number, got True."),
+        ("1", TypeError, "strength must be a number, got '1'."),
+    ],
+)
+def test_a_bad_strength_is_refused_in_one_sentence(strength: Any, error: type[Exception], sentence: str) -> None:
+    for name in PRESETS:
+        with pytest.raises(error) as raised:
+            host.run_node("GAGuidance", model=host.build_model("sd15"), preset=name, strength=strength)
+        assert str(raised.value) == sentence
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -69,6 +111,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "rule": ({"rule": "magic"}, ["rule", "'magic'", "'gag'"]),
     "apply_to": ({"apply_to": "negative"}, ["apply_to", "'negative'", "both"]),
     "blocks": ({"blocks": "d99"}, ["blocks", "'d99'", "d0-1"]),
+    "adapt_to_cfg": ({"adapt_to_cfg": "on"}, ["adapt_to_cfg", "'on'", "True or False"]),
     "not a number": ({"guidance_scale": float("nan")}, ["guidance_scale", "finite"]),
 }
 
@@ -86,7 +129,7 @@ def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(case: str) -> 
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"preset must be one of gentle, .*, got 'wild'"):
+    with pytest.raises(ValueError, match=r"preset must be one of any CFG, .*, got 'wild'"):
         host.run_node("GAGuidance", model=host.build_model("sd15"), preset="wild")
 
 

@@ -29,7 +29,7 @@ from recorder import Call, record_calls
 from tolerances import assert_close
 from transformers_of_host import TRANSFORMERS
 
-PAPER = host.pack_module("nodes.presets").PRESETS["paper"]
+PAPER = host.pack_module("nodes.presets").PRESETS["paper"].config
 prompt_rows = host.pack_module("nodes.patching.prompt_rows")
 recorder_of_pack = host.pack_module("nodes.patching.recorder")
 

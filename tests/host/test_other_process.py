@@ -51,13 +51,8 @@ whole_models = pytest.mark.skipif(
 def guided_twice(name: str) -> Any:
     """Return a model with two GAG nodes that act in different ranges of the run."""
     model = host.build_model(name)
-    (model,) = host.run_node(
-        "GAGuidance", model=model, preset="paper", strength=1.0, end_percent=0.5, schedule=[0.5, 1.0]
-    )
-    (model,) = host.run_node(
-        "GAGuidanceAdvanced", model=model, start_percent=0.5, guidance_scale=3.0, apply_to="positive", verbose=True
-    )
-    return model
+    model = host.guide(model, "paper", end_percent=0.5, schedule=[0.5, 1.0])
+    return host.guide(model, start_percent=0.5, guidance_scale=3.0, apply_to="positive", verbose=True)
 
 
 def patch_of(model: Any) -> Any:

@@ -291,13 +291,13 @@ def test_the_blocks_of_a_model_are_sent_before_the_blocks_input_is_parsed(monkey
     assert messages._blocks == {(TAB, "", NODE): {key: data[key] for key in ("parts", "default")}}
 
 
-def test_presets_are_sent_without_their_strength() -> None:
+def test_presets_are_sent_with_all_their_settings() -> None:
     presets = host.pack_module("nodes.presets").PRESETS
     sent = json.loads(asyncio.run(routes._get_setup(None)).text)["presets"]
     assert list(sent) == list(presets)
     for name, settings in sent.items():
-        assert replace(presets[name], **settings) == presets[name]
-        assert set(settings) == set(vars(presets[name])) - {"strength"}
+        assert settings == presets[name].fields
+        assert {"strength", "start_percent", "end_percent", "adapt_to_cfg"} <= set(settings)
 
 
 def test_the_blocks_of_at_most_256_nodes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

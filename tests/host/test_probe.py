@@ -33,7 +33,7 @@ recorder_module = host.pack_module("nodes.patching.recorder")
 measurements = host.pack_module("nodes.patching.measurements")
 measures = host.pack_module("gag_core.measures")
 GuidanceConfig = host.pack_module("gag_core").GuidanceConfig
-DEFAULT = host.pack_module("nodes.presets").DEFAULT
+DEFAULT = host.pack_module("nodes.presets").DEFAULT.config
 NAMES = list(measures.MEASURES)
 # One model for each way in which the text is found: attn2, wrapped blocks, a watched module, a measured stream, and the
 # inputs of the model call.
@@ -716,7 +716,7 @@ def test_the_report_works_without_guidance_and_with_one_prompt_and_one_step(outp
     plots, summary, text, *_ = report(probe, latent={}).result
     assert plots.shape[0] == 2
     assert summary.startswith(
-        "No guidance acted; the numbers are for the preset gentle at strength 0.25. Guidance would change the attention"
+        "No guidance acted; the numbers are for the preset any CFG at strength 1. Guidance would change the attention"
     )
     assert "of the attention falls on the text." in summary
     data = json.loads(text)

@@ -74,11 +74,8 @@ def _made(
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 def test_captions_of_a_batch_do_not_affect_each_other(model: Model, task: Task, cfg: float, guided: bool) -> None:
     """Each picture is the same as when sampled alone, with its own caption and its own noise."""
-    method = (
-        Method("GAG", node=NODE, inputs={"rule": "gag", "guidance_scale": 2.0, "adapt_to_cfg": False})
-        if guided
-        else BASELINE
-    )
+    inputs = {**host.preset_inputs("paper"), "guidance_scale": 2.0, "norm_mode": "relative", "norm_threshold": 0.1}
+    method = Method("GAG", node=NODE, inputs=inputs) if guided else BASELINE
     together = _made(model, task, method, cfg)
     for index in range(CAPTIONS):
         (alone,) = sampling.tasks(TUNE, index, 1, 1)
@@ -108,7 +105,8 @@ def test_a_sharper_softmax_undoes_softening(model: Model, task: Task) -> None:
     plain, soft = _made(model, task), _made(model, task, softening=2.0)
     assert (soft - plain).abs().max() > 10 * ROUNDING
     assert torch.equal(_made(model, task, SHARPER, softening=2.0), plain)
-    nothing = Method("PLADIS", node=NODE, inputs={"rule": "pladis", "guidance_scale": 1e-5})
+    inputs = {**host.preset_inputs("paper"), "rule": "pladis", "guidance_scale": 1e-5}
+    nothing = Method("PLADIS", node=NODE, inputs=inputs)
     assert (_made(model, task, nothing, softening=2.0) - soft).abs().max() < ROUNDING
 
 
@@ -143,7 +141,7 @@ def test_a_method_that_acts_on_nothing_is_an_error(model: Model, task: Task) -> 
 
 
 def test_a_softened_model_is_softened_in_the_steps_without_guidance_too(model: Model, task: Task) -> None:
-    inputs = {"rule": "gag", "guidance_scale": 2.0, "strength": 1e-5}
+    inputs = {**host.preset_inputs("paper"), "guidance_scale": 2.0, "norm_mode": "relative", "strength": 1e-5}
     plain, soft = _made(model, task, steps=2), _made(model, task, softening=2.0, steps=2)
     assert (soft - plain).abs().max() > 10 * ROUNDING
     for part in ({"start_percent": 0.3}, {"end_percent": 0.3}):

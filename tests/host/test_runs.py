@@ -32,8 +32,7 @@ FAMILIES = ["sd15", "sdxl", "flux", "flux-schnell"]
 
 
 def guided(model: Any, **settings: Any) -> Any:
-    (out,) = host.run_node("GAGuidance", model=model, **{"strength": 1.0, **settings})
-    return out
+    return host.guide(model, **settings)
 
 
 def check_guided(with_guidance: Tensor, without: Tensor) -> None:
@@ -54,7 +53,7 @@ def test_off_is_bit_identical_to_no_node(name: str) -> None:
     assert torch.equal(host.sample(model, name), plain)
 
 
-@pytest.mark.parametrize("preset", ["gentle", "paper"])
+@pytest.mark.parametrize("preset", host.pack_module("nodes.presets").PRESETS)
 def test_every_preset_changes_the_picture(preset: str) -> None:
     model = host.build_model("sd15")
     plain = host.sample(model, "sd15")
@@ -81,7 +80,7 @@ def test_guidance_works_with_all_batches_cfg_scales_and_prompt_lengths(
 def test_half_precision_gives_the_rounded_reference_output(name: str, dtype: torch.dtype) -> None:
     """The model gets the fp64 reference output, rounded once to the model's own dtype."""
     model = guided(host.build(*host.CONFIGS[name], dtype=dtype), preset="paper")
-    config = host.pack_module("nodes.presets").PRESETS["paper"]
+    config = host.pack_module("nodes.presets").PRESETS["paper"].config
     with record_calls(model) as calls:
         out = host.sample(model, name, cfg=1.0, steps=1)
     assert torch.isfinite(out).all()
@@ -141,10 +140,10 @@ def test_each_of_two_nodes_acts_in_its_own_range() -> None:
     """In the overlap of the ranges of two nodes on one model, the later node acts."""
     model = host.build_model("sd15")
     early = guided(model, preset="paper", end_percent=0.5)
-    both = guided(early, preset="gentle", start_percent=0.4)
+    both = guided(early, start_percent=0.4)
     run: dict[str, Any] = {"steps": 6}
-    gentle_over_paper = guided(guided(model, preset="paper"), preset="gentle")
-    assert torch.equal(host.sample(gentle_over_paper, "sd15", **run), host.sample(guided(model), "sd15", **run))
+    over_paper = guided(guided(model, preset="paper"))
+    assert torch.equal(host.sample(over_paper, "sd15", **run), host.sample(guided(model), "sd15", **run))
     outs = [host.sample(m, "sd15", **run) for m in (model, early, guided(model, start_percent=0.4), both)]
     assert len({float(out.sum()) for out in outs}) == 4
 
@@ -409,13 +408,17 @@ def test_the_log_says_that_no_step_lies_within_the_range(log_messages: Callable[
     assert ", 1 to 1; where a run has so few steps, set start_percent to 0." in log_messages()
 
 
-@pytest.mark.parametrize("node_id", ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"])
-def test_the_default_range_leaves_the_first_steps_alone_and_a_run_of_one_step_says_so(
-    node_id: str, log_messages: Callable[[], str], node_texts: list[str]
+def with_anderson(model: Any) -> Any:
+    start = next(i.default for i in host.NODES["GAGAnderson"].GET_SCHEMA().inputs if i.id == "start_percent")
+    return host.run_node("GAGAnderson", model=model, start_percent=start)[0]
+
+
+@pytest.mark.parametrize("guide", [partial(host.guide, preset="beside CFG"), with_anderson], ids=["preset", "anderson"])
+def test_a_later_start_leaves_the_first_steps_alone_and_a_run_of_one_step_says_so(
+    guide: Callable[..., Any], log_messages: Callable[[], str], node_texts: list[str]
 ) -> None:
-    inputs = {i.id: i for i in host.NODES[node_id].GET_SCHEMA().inputs}
     plain = host.build_model("sd15")
-    (model,) = host.run_node(node_id, model=plain, start_percent=inputs["start_percent"].default)
+    model = guide(model=plain)
     host.sample(model, "sd15", steps=10)
     assert torch.equal(host.sample(model, "sd15", steps=1), host.sample(plain, "sd15", steps=1))
     assert node_texts == ["Guided 6 of 6 attentions in 7 of 10 calls.", "Nothing guided: no step within 0.3 to 1."]

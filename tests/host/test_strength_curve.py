@@ -236,10 +236,7 @@ def demo() -> Any:
 
 
 def guided(model: Any, schedule: Any = None, **settings: Any) -> Any:
-    (out,) = host.run_node(
-        "GAGuidance", model=model, schedule=schedule, **{"preset": "paper", "strength": 1.0, **settings}
-    )
-    return out
+    return host.guide(model, schedule=schedule, **{"preset": "paper", **settings})
 
 
 def run(model: Any, sampler: str = "euler", steps: int = 6, **settings: Any) -> Tensor:
@@ -427,7 +424,7 @@ def test_a_call_belongs_to_the_last_step_that_begins_at_its_noise_level_or_above
     """Holds for every sampler of the host. Counted steps and levels read from the device give the same picture."""
     steps = 5
     factors = [1.0 + step / 8 for step in range(steps)]
-    model = guided(MODELS[name](), factors, preset="gentle")
+    model = guided(MODELS[name](), factors, preset="no CFG", strength=2.0)
     sigmas: list[float] = []
 
     def outer(executor: Any, noise: Tensor, latent: Tensor, sampler: Any, levels: Tensor, *args: Any, **kw: Any) -> Any:

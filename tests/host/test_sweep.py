@@ -25,6 +25,7 @@ Curve = host.pack_module("nodes.patching.strength_curve").Curve
 guided_model = host.pack_module("nodes.patching.guided_model")
 # Settings by hand that the sweeps below start from. None is its default.
 BY_HAND: dict[str, Any] = {
+    **host.preset_inputs("beside CFG"),
     "guidance_scale": 4.0,
     "norm_threshold": 0.05,
     "orthogonal_scale": 0.3,
@@ -36,7 +37,7 @@ BY_HAND: dict[str, Any] = {
 }
 # Two values of each setting, as text and as values.
 TRIED: dict[str, tuple[str, list[Any]]] = {
-    "preset": ("paper, gentle", ["paper", "gentle"]),
+    "preset": ("paper, any CFG", ["paper", "any CFG"]),
     "rule": ("pladis, gag", ["pladis", "gag"]),
     "guidance_scale": ("0..10 in 2", [0.0, 10.0]),
     "norm_threshold": ("0.5, inf", [0.5, math.inf]),
@@ -49,6 +50,7 @@ TRIED: dict[str, tuple[str, list[Any]]] = {
     "blocks": ("u; d0, m", ["u", "d0, m"]),
     "start_percent": ("0, 0.5", [0.0, 0.5]),
     "end_percent": ("0.5, 1", [0.5, 1.0]),
+    "adapt_to_cfg": ("off, on", [False, True]),
 }
 
 
@@ -95,7 +97,7 @@ def test_each_model_is_the_one_set_by_hand(field: str) -> None:
         shown = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
         assert label == f"{field} {shown:g}" if isinstance(value, float) else label == f"{field} {shown}"
         if field == "preset":
-            by_hand = advanced(plain, **{**dataclasses.asdict(PRESETS[value]), "strength": BY_HAND["strength"]})
+            by_hand = advanced(plain, **host.preset_inputs(value))
         else:
             by_hand = advanced(plain, **{field: value})
         pictures.append(picture(model))
@@ -125,30 +127,30 @@ def test_a_preset_is_applied_before_the_other_setting() -> None:
         models, _, _ = swept(
             plain, order[0], texts[order[0]], field_2=order[1], values_2=texts[order[1]], include_off=False
         )
-        assert guidances(models[0])[0].config == dataclasses.replace(
-            PRESETS["paper"], guidance_scale=3.0, strength=0.25
-        )
+        (guidance,) = guidances(models[0])
+        assert guidance.config == dataclasses.replace(PRESETS["paper"].config, guidance_scale=3.0)
+        assert (guidance.start_percent, guidance.end_percent, guidance.adapt_to_cfg) == (0.0, 1.0, False)
 
 
 def test_the_default_preset_is_varied_without_a_gag_node(caplog: pytest.LogCaptureFixture) -> None:
     plain = host.build_model("sd15")
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         (off, model), _, _ = swept(plain, "strength", "0.7")
-    assert "there is no GAG node on the model, so preset gentle is varied" in caplog.text
-    (by_hand,) = host.run_node("GAGuidance", model=plain, strength=0.7, start_percent=0.3)
+    assert "there is no GAG node on the model, so preset any CFG is varied" in caplog.text
+    by_hand = host.guide(plain, "any CFG", strength=0.7)
     assert torch.equal(picture(model), picture(by_hand))
     assert torch.equal(picture(off), picture(plain))
 
 
 def test_the_last_of_several_nodes_is_varied_and_the_others_stay() -> None:
     plain = host.build_model("sd15")
-    (first,) = host.run_node("GAGuidance", model=plain, preset="paper", end_percent=0.4)
-    (both,) = host.run_node("GAGuidance", model=first, preset="gentle", start_percent=0.4, schedule=[1.0, 0.5])
-    (off, zero, quarter), _, _ = swept(both, "strength", "0, 0.25")
+    first = host.guide(plain, "paper", end_percent=0.4)
+    both = host.guide(first, "no CFG", start_percent=0.4, schedule=[1.0, 0.5])
+    (off, zero, half), _, _ = swept(both, "strength", "0, 0.5")
     assert torch.equal(picture(off), picture(plain))
     assert torch.equal(picture(zero), picture(first))
-    assert torch.equal(picture(quarter), picture(both))
-    assert not torch.equal(picture(quarter), picture(first))
+    assert torch.equal(picture(half), picture(both))
+    assert not torch.equal(picture(half), picture(first))
 
 
 def test_settings_that_are_not_varied_stay() -> None:
@@ -196,7 +198,7 @@ def test_rows_of_one_setting_are_even(count: int, columns: int) -> None:
         ("norm_threshold", ".5, 1., inf", [0.5, 1.0, math.inf]),
         ("anderson_depth", "1..3 in 3, 5", [1, 2, 3, 5]),
         ("merge_heads", "off,on", [False, True]),
-        ("preset", "gentle , paper", ["gentle", "paper"]),
+        ("preset", "any CFG , paper", ["any CFG", "paper"]),
         ("blocks", "d0,m; u ;double 0-18, single 1", ["d0,m", "u", "double 0-18, single 1"]),
     ],
 )
@@ -234,7 +236,7 @@ def test_any_text_is_parsed_or_refused_in_a_sentence(field: str, text: str) -> N
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "field": ({"field": "colour"}, "field must be one of preset, rule, guidance_scale, .*, end_percent, got 'colour'."),
+    "field": ({"field": "colour"}, "field must be one of preset, rule, .*, adapt_to_cfg, got 'colour'."),
     "second field": ({"field_2": "colour", "values_2": "1"}, "field must be one of preset, .*, got 'colour'."),
     "twice": (
         {"field_2": "guidance_scale", "values_2": "1"},
@@ -245,7 +247,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no number": ({"values": "1, two"}, "guidance_scale must be values such as .*, got 'two'."),
     "one in a range": ({"values": "0..5 in 1"}, "guidance_scale must be values such as .*, got '0..5 in 1'."),
     "switch": ({"field": "merge_heads", "values": "1"}, "merge_heads must be values such as on, off, got '1'."),
-    "word": ({"field": "rule", "values": "gag, nag"}, "rule must be one of gag, pladis, .*, got 'nag'."),
+    "word": ({"field": "rule", "values": "gag, nag"}, "rule must be one of gag, uniform, .*, got 'nag'."),
     "whole": (
         {"field": "anderson_depth", "values": "1..2 in 3"},
         "anderson_depth must be whole numbers, got '1..2 in 3'.",

@@ -64,11 +64,11 @@ def test_a_workflow_runs_and_is_guided(name: str, server: ComfyServer, object_in
     for run in (guided, plain):
         assert run.status == "success", run.error
     texts = [data["text"] for event, data in guided.messages if event == "progress_text"]
-    counts = [re.fullmatch(r"Guided (\d+) of (\d+) attentions in (\d+) of (\d+) calls\.", text) for text in texts]
+    report = re.compile(r"Guided (\d+) of (\d+) attentions in (\d+) of (\d+) calls\.(?: Strength .*)?")
+    counts = [report.fullmatch(text) for text in texts]
     assert [(int(count[1]), int(count[2])) for count in counts if count] == [(n, n) for n in RUN[name]], texts
-    # Four of six steps are guided; the first two are not.
     guided_calls, all_calls = (sum(int(count[part]) for count in counts if count) for part in (3, 4))
-    assert 6 * guided_calls == 4 * all_calls > 0, texts
+    assert guided_calls == all_calls > 0, texts
     assert "lora key not loaded" not in server.log()
     first, second = _frames(server, guided), _frames(server, plain)
     assert first and len(first) == len(second)

@@ -29,7 +29,7 @@ _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 def graph(seed: int, **inputs: Any) -> Json:
-    guidance = {"model": ["1", 0], "preset": "paper", "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    guidance = {"model": ["1", 0], "preset": "paper", "strength": 1.0}
     sampler = {"seed": seed, "steps": STEPS, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     links = {"model": [NODE, 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
     return {
@@ -303,11 +303,13 @@ def test_an_invalid_request_is_refused(server: ComfyServer, body: Any) -> None:
 
 @pytest.mark.parametrize(
     ("inputs", "why"),
-    [({}, ""), ({"strength": 0.0}, "why_off"), ({"start_percent": 1.0}, "why_range")],
+    [({}, ""), ({"strength": 0.0}, "why_off"), ({"schedule": ["9", 0]}, "why_schedule")],
 )
 def test_the_tab_gets_the_report_of_a_node(server: ComfyServer, inputs: Json, why: str) -> None:
     workflow = {"id": uuid.uuid4().hex}
-    messages = run(server, graph(next(_seeds), **inputs), workflow=workflow)
+    zero = {"kind": "constant", "over": "steps", "start_value": 0.0, "end_value": 0.0, "start": 0.0, "end": 1.0}
+    prompt = {**graph(next(_seeds), **inputs), "9": {"class_type": "GAGSchedule", "inputs": zero}}
+    messages = run(server, prompt, workflow=workflow)
     (report,) = of_type(messages, "gag.report")
     (model,) = of_type(messages, "gag.blocks")
     assert report["node"] == model["node"] == NODE
@@ -354,10 +356,10 @@ def test_the_setup_has_the_presets_of_the_node(server: ComfyServer) -> None:
     names = options[1]["options"] if options[0] == "COMBO" else options[0]
     assert list(presets) == names
     required = info["GAGuidanceAdvanced"]["input"]["required"]
-    apart = {"model", "strength", "apply_to", "blocks", "start_percent", "end_percent", "verbose"}
+    apart = {"model", "apply_to", "blocks", "verbose"}
     for settings in presets.values():
         assert set(required) - apart <= set(settings), "every other field is filled by a preset"
-        assert "strength" not in settings
+        assert not apart & set(settings)
 
 
 def test_a_chart_gets_at_most_four_messages_a_second(server: ComfyServer) -> None:

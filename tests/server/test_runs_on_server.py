@@ -46,7 +46,7 @@ def graph(seed: int, guidance: Json | None = None, **sampler: Any) -> Json:
 
 
 def simple(**inputs: Any) -> Json:
-    settings = {"preset": "gentle", "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    settings = {"preset": "no CFG", "strength": 1.0}
     return {"class_type": "GAGuidance", "inputs": {**settings, **inputs}}
 
 
@@ -64,6 +64,7 @@ def advanced(**inputs: Any) -> Json:
         "blocks": "",
         "start_percent": 0.0,
         "end_percent": 1.0,
+        "adapt_to_cfg": False,
         "verbose": True,
     }
     return {"class_type": "GAGuidanceAdvanced", "inputs": {**settings, **inputs}}
@@ -102,7 +103,7 @@ def texts(result: RunResult) -> list[str]:
     ("guidance", "text"),
     [
         (simple(strength=0.0), "GAG is off: strength is 0."),
-        (simple(start_percent=1.0), "Nothing guided: no step within 1 to 1."),
+        (advanced(start_percent=1.0), "Nothing guided: no step within 1 to 1."),
         (advanced(strength=0.0), "GAG is off: strength is 0."),
     ],
     ids=["strength 0", "outside the range", "advanced, strength 0"],
@@ -123,7 +124,7 @@ def test_on_changes_the_picture_and_shows_how_much_was_guided(server: ComfyServe
 
 
 def test_the_log_says_that_no_step_lies_within_the_range(server: ComfyServer) -> None:
-    server.run(graph(next(_seeds), simple(start_percent=1.0)))
+    server.run(graph(next(_seeds), advanced(start_percent=1.0)))
     assert (
         "GAG guided nothing in this run: no step lies within its start_percent and end_percent, 1 to 1;" in server.log()
     )
@@ -133,7 +134,7 @@ def test_the_log_says_that_no_step_lies_within_the_range(server: ComfyServer) ->
     ("guidance", "sentence"),
     [
         (advanced(blocks="d7"), "blocks: 'd7' is out of range; this model has d0-1, m0, u0-1; leave it empty for the"),
-        (simple(start_percent=0.9, end_percent=0.1), "the start not after the end, got 0.9 and 0.1."),
+        (advanced(start_percent=0.9, end_percent=0.1), "the start not after the end, got 0.9 and 0.1."),
     ],
     ids=["blocks", "range"],
 )

@@ -25,7 +25,7 @@ SAMPLER = "sampler"
 
 
 def simple(**inputs: Any) -> Json:
-    settings = {"preset": "gentle", "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    settings = {"preset": "no CFG", "strength": 1.0}
     return {"class_type": "GAGuidance", "inputs": {**settings, **inputs}}
 
 
@@ -43,6 +43,7 @@ def advanced(**inputs: Any) -> Json:
         "blocks": "",
         "start_percent": 0.0,
         "end_percent": 1.0,
+        "adapt_to_cfg": False,
         "verbose": True,
     }
     return {"class_type": "GAGuidanceAdvanced", "inputs": {**settings, **inputs}}
@@ -55,14 +56,14 @@ GUIDANCES = [
     [simple(preset="paper")],
     [advanced(rule="pladis", guidance_scale=2.0)],
     [advanced(alpha=2.0, merge_heads=True, apply_to="positive")],
-    [simple(preset="paper", end_percent=0.5), advanced(start_percent=0.5)],
+    [advanced(end_percent=0.5), advanced(start_percent=0.5)],
 ]
 FAMILIES = ("demo", "flux", "wan")
 # Wrong nodes, and a part of the error message for each.
 ERRORS = [
     (advanced(blocks="sideways"), "blocks: 'sideways' names a part"),
     (advanced(blocks="!?,"), "blocks: '!?' is not a block"),
-    (simple(start_percent=0.9, end_percent=0.1), "the start not after the end, got 0.9 and 0.1."),
+    (advanced(start_percent=0.9, end_percent=0.1), "the start not after the end, got 0.9 and 0.1."),
 ]
 
 

@@ -55,14 +55,15 @@ def test_one_run_makes_all_pictures_and_each_equals_one_set_by_hand(server: Comf
     graph[sweep]["inputs"].update(
         field="guidance_scale", values="2, 10", field_2="orthogonal_scale", values_2="0, 1", include_off=True
     )
-    # These settings are the defaults of GAG (advanced), which sets the same by hand below.
-    graph[id_of(graph, "GAGuidance")]["inputs"].update(preset="gentle", strength=0.25, start_percent=0.3)
+    # GAG (advanced) sets the same by hand below.
+    graph[id_of(graph, "GAGuidance")]["inputs"].update(preset="paper", strength=1.0)
+    paper = {"rule": "gag", "norm_threshold": 15.0, "norm_mode": "absolute", "adapt_to_cfg": False}
     with_each = copy.deepcopy(graph)
     # Save each picture of the sampler beside the grid.
     with_each["all"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "each"}}
     result = server.run(with_each)
     assert len(texts(result, sweep)) == 4
-    assert set(texts(result, sweep)) == {"Guided 4 of 4 attentions in 2 of 4 calls."}
+    assert set(texts(result, sweep)) == {"Guided 4 of 4 attentions in 4 of 4 calls."}
     found = pictures(server, result)
     (grid,) = (picture for picture in found if picture.width > 32)
     each = [picture for picture in found if picture.width == 32]
@@ -81,7 +82,7 @@ def test_one_run_makes_all_pictures_and_each_equals_one_set_by_hand(server: Comf
                 for name, spec in object_info["GAGuidanceAdvanced"]["input"]["required"].items()
                 if "default" in spec[1]
             }
-            inputs = {**defaults, "model": model, **setting}
+            inputs = {**defaults, **paper, "model": model, **setting}
             single["by hand"] = {"class_type": "GAGuidanceAdvanced", "inputs": inputs}
             model = ["by hand", 0]
         single[sampler]["inputs"]["model"] = model

@@ -69,10 +69,27 @@ def run_node(node_id: str, **inputs: Any) -> tuple[Any, ...]:
 
 
 def run_advanced(**inputs: Any) -> tuple[Any, ...]:
-    """Execute GAG (advanced) at the defaults of ``GuidanceConfig``, which are the paper's, and return its outputs."""
+    """Execute GAG (advanced) at the preset ``paper``, the defaults of ``GuidanceConfig``, and return its outputs."""
+    return run_node("GAGuidanceAdvanced", **{**preset_inputs("paper"), **inputs})
+
+
+def preset_inputs(preset: str) -> dict[str, Any]:
+    """Return the inputs of GAG (advanced) with which it equals a preset at strength 1."""
     fields = {i.id for i in NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs}
-    paper = vars(pack_module("gag_core").GuidanceConfig())
-    return run_node("GAGuidanceAdvanced", **{**{k: v for k, v in paper.items() if k in fields}, **inputs})
+    settings = pack_module("nodes.presets").PRESETS[preset].fields
+    return {name: value for name, value in settings.items() if name in fields}
+
+
+def guide(model: Any, preset: str = "no CFG", strength: float = 1.0, schedule: Any = None, **changed: Any) -> Any:
+    """Return a model that is guided by a preset: by GAG, or by GAG (advanced) if settings of the preset are changed.
+
+    ``strength`` multiplies that of the preset.
+    """
+    if not changed:
+        return run_node("GAGuidance", model=model, preset=preset, strength=strength, schedule=schedule)[0]
+    inputs = preset_inputs(preset)
+    inputs["strength"] *= strength
+    return run_node("GAGuidanceAdvanced", model=model, schedule=schedule, **{**inputs, **changed})[0]
 
 
 def accepted_settings(target: str, **settings: Any) -> dict[str, Any]:
