@@ -32,10 +32,9 @@ class GAGuidance(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default=DEFAULT_PRESET,
-                    tooltip="All settings in one name. auto: for models that run without CFG (cfg 1); rests beside CFG; "
-                    "good to begin with. no CFG: GAG itself for cfg 1; harms pictures beside CFG. beside CFG: "
-                    "GAG itself, very mild. paper: exactly the published settings for SDXL at CFG 5; can distort "
-                    "pictures.",
+                    tooltip="All settings in one name. auto: for models that run without CFG (cfg 1); rests beside "
+                    "CFG; good to begin with. no CFG: GAG itself for cfg 1; harms pictures beside CFG. beside CFG: GAG "
+                    "itself, very mild. paper: exactly the published settings for SDXL at CFG 5; can distort pictures.",
                 ),
                 strength_input(),
                 schedule_input(),

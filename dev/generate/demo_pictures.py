@@ -60,7 +60,7 @@ def comparisons() -> None:
         sheet = Path(folder, "demo.png")
         run_demo(workflow, PROMPTS, None, None, sheet)
         save(Image.open(sheet), ROOT / "assets" / "demo.png", README_WIDTH)
-        run_demo(workflow, PROMPTS[:2], ["any CFG", "no CFG", "paper"], None, sheet)
+        run_demo(workflow, PROMPTS[:2], ["auto", "no CFG", "paper"], None, sheet)
         save(Image.open(sheet), HELP / "GAGuidance.png", HELP_WIDTH)
         thumbnail(Image.open(sheet), workflow.stem)
 

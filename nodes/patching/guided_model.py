@@ -45,7 +45,7 @@ def guide_model(
         observer: receiver of everything that users are shown.
         start_percent, end_percent: stretch of the run, 0 to 1.
         node_id: id of the node, None outside a graph.
-        adapt_to_cfg: True divides the strength by the square of the CFG scale of the run.
+        adapt_to_cfg: True lets guidance rest beside CFG, see :func:`cfg_factor`.
         apply_to: prompts that are guided.
         blocks: blocks to guide, see :func:`parse_blocks`; empty for the family's default.
         verbose: True lists every guided attention in the log.

@@ -190,10 +190,10 @@ def test_a_preset_fills_the_fields_and_shows_when_they_differ(extension: Extensi
     presets = extension.page.evaluate("async () => (await (await fetch('/gag/setup')).json()).presets")
     node = "GAGuidanceAdvanced"
     extension.open(advanced=True)
-    extension.wait_preset("any CFG")  # the node's defaults are this preset
+    extension.wait_preset("auto")  # the node's defaults are this preset
     for name, value in (("apply_to", "positive"), ("blocks", "u"), ("verbose", True)):
         extension.set_field(node, name, value)
-    extension.wait_preset("any CFG")  # these fields are not part of a preset
+    extension.wait_preset("auto")  # these fields are not part of a preset
     fields = set(extension.page.evaluate("() => gagNode('GAGuidanceAdvanced').widgets.map(w => w.name)"))
     for name, config in presets.items():
         extension.choose(name)
@@ -217,13 +217,13 @@ def test_a_preset_is_one_step_for_undo(extension: Extension) -> None:
     node = "GAGuidanceAdvanced"
     undo = "() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.undo()"
     extension.open(advanced=True)
-    extension.wait_preset("any CFG")
+    extension.wait_preset("auto")
     extension.click(node, "chart")  # makes the front end note the values of the fields
     extension.choose("paper")
     extension.wait_preset("paper")
     time.sleep(0.5)
     extension.page.evaluate(undo)
-    extension.wait_preset("any CFG")
+    extension.wait_preset("auto")
     assert extension.field(node, "norm_mode") == "relative"
     assert extension.field(node, "adapt_to_cfg") is True
     extension.wait_fit(node)

@@ -64,9 +64,10 @@ def cfg_guider(model: Any, cfg: float, kind: type = comfy.samplers.CFGGuider) ->
 
 
 @pytest.mark.parametrize(
-    ("cfg", "factor"), [(1.0, 1.0), (2.0, 0.25), (4.0, 0.0625), (0.5, 1.0), (0.0, 1.0), (-3.0, 1.0), (1e200, 0.0)]
+    ("cfg", "factor"),
+    [(1.0, 1.0), (1.25, 0.75), (2.0, 0.0), (4.0, 0.0), (0.5, 1.0), (0.0, 1.0), (-3.0, 1.0), (1e200, 0.0)],
 )
-def test_the_factor_is_one_over_the_square_of_cfg(cfg: float, factor: float) -> None:
+def test_the_factor_falls_from_1_to_0_between_cfg_1_and_2(cfg: float, factor: float) -> None:
     assert cfg_factor(cfg) == factor
 
 
@@ -92,32 +93,53 @@ def test_the_cfg_scale_of_any_guider_is_a_finite_number(attributes: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("cfg", "divisor", "sentence"),
+    ("cfg", "factor", "sentence"),
     [
         (1.0, 1.0, ""),
         (0.5, 1.0, ""),
-        (2.0, 4.0, " Strength was divided by 4, because CFG is 2."),
-        (4.0, 16.0, " Strength was divided by 16, because CFG is 4."),
-        (7.5, 56.25, " Strength was divided by 56.2, because CFG is 7.5."),
+        (1.25, 0.75, " Strength was multiplied by 0.75, because CFG is 1.25."),
+        (1.5, 0.5, " Strength was multiplied by 0.5, because CFG is 1.5."),
     ],
 )
-def test_the_strength_that_acts_and_the_report(
-    cfg: float, divisor: float, sentence: str, node_texts: list[str]
-) -> None:
+def test_the_strength_that_acts_and_the_report(cfg: float, factor: float, sentence: str, node_texts: list[str]) -> None:
     model = adapted(host.build_model("sd15"), strength=0.8)
     with strengths() as found:
         picture = host.sample(model, "sd15", cfg=cfg)
-    assert set(found) == {pytest.approx(0.8 / divisor)}
+    assert len(set(found)) == 1 and found[0] == pytest.approx(0.8 * factor)
     assert node_texts == [GUIDED + sentence]
     by_hand = host.guide(host.build_model("sd15"), "paper", strength=0.8 * cfg_factor(cfg))
     assert torch.equal(picture, host.sample(by_hand, "sd15", cfg=cfg))
 
 
+@pytest.mark.parametrize("cfg", [2.0, 7.0])
+def test_beside_cfg_the_node_rests_and_says_so(
+    cfg: float, node_texts: list[str], log_messages: Callable[[], str]
+) -> None:
+    model = host.build_model("sd15")
+    with strengths() as found:
+        picture = host.sample(adapted(model), "sd15", cfg=cfg)
+    assert not found
+    assert torch.equal(picture, host.sample(model, "sd15", cfg=cfg))
+    assert node_texts == [f"Nothing guided: it rests beside CFG {cfg:g}."]
+    assert (
+        f"GAG guided nothing in this run: CFG is {cfg:g}, and the node rests beside CFG of 2 and more;"
+        in log_messages()
+    )
+
+
+def test_a_node_that_rests_leaves_the_step_to_an_earlier_one(node_texts: list[str]) -> None:
+    model = adapted(adapted(host.build_model("sd15"), adapt_to_cfg=False, strength=0.5))
+    with strengths() as found:
+        host.sample(model, "sd15", cfg=4.0)
+    assert set(found) == {0.5}
+    assert node_texts == [GUIDED, "Nothing guided: it rests beside CFG 4."]
+
+
 def test_a_joint_attention_is_adapted_too(node_texts: list[str]) -> None:
     with strengths() as found:
-        host.sample(adapted(host.build_model("flux")), "flux", cfg=2.0)
+        host.sample(adapted(host.build_model("flux")), "flux", cfg=1.75)
     assert set(found) == {0.25}
-    assert node_texts[0].endswith(" Strength was divided by 4, because CFG is 2.")
+    assert node_texts[0].endswith(" Strength was multiplied by 0.25, because CFG is 1.75.")
 
 
 def test_the_switch_off_keeps_the_strength(node_texts: list[str]) -> None:
@@ -127,7 +149,7 @@ def test_the_switch_off_keeps_the_strength(node_texts: list[str]) -> None:
     assert node_texts == [GUIDED]
 
 
-@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize("cfg", [1.0, 1.5])
 def test_factors_of_cfg_and_of_a_schedule_are_multiplied(cfg: float, node_texts: list[str]) -> None:
     model = adapted(host.build_model("sd15"), strength=0.5, schedule=[1.0, 0.5])
     with strengths() as found:
@@ -136,18 +158,20 @@ def test_factors_of_cfg_and_of_a_schedule_are_multiplied(cfg: float, node_texts:
 
 
 def test_a_schedule_of_0_still_leaves_the_step_alone(node_texts: list[str]) -> None:
-    host.sample(adapted(host.build_model("sd15"), schedule=[0.0, 1.0]), "sd15", cfg=2.0)
-    assert node_texts == ["Guided 6 of 6 attentions in 1 of 2 calls. Strength was divided by 4, because CFG is 2."]
+    host.sample(adapted(host.build_model("sd15"), schedule=[0.0, 1.0]), "sd15", cfg=1.5)
+    assert node_texts == [
+        "Guided 6 of 6 attentions in 1 of 2 calls. Strength was multiplied by 0.5, because CFG is 1.5."
+    ]
 
 
 def test_each_of_two_nodes_adapts_or_not(node_texts: list[str]) -> None:
     model = adapted(adapted(host.build_model("sd15"), adapt_to_cfg=False, end_percent=0.4), start_percent=0.4)
     with strengths() as found:
-        host.sample(model, "sd15", steps=4, cfg=2.0)
+        host.sample(model, "sd15", steps=4, cfg=1.75)
     assert set(found) == {1.0, 0.25}
     first, second = node_texts
-    assert "divided" not in first
-    assert second.endswith(" Strength was divided by 4, because CFG is 2.")
+    assert "multiplied" not in first
+    assert second.endswith(" Strength was multiplied by 0.25, because CFG is 1.75.")
 
 
 # --- guiders ------------------------------------------------------------------------------------------------------
@@ -160,7 +184,7 @@ def test_the_first_scale_of_dual_cfg_counts(style: str, node_texts: list[str]) -
         "nodes_custom_sampler",
         "DualCFGGuider",
         model=adapted(host.build_model("sd15")),
-        cfg_conds=2.0,
+        cfg_conds=1.75,
         cfg_cond2_negative=5.0,
         style=style,
         **prompts,
@@ -168,7 +192,7 @@ def test_the_first_scale_of_dual_cfg_counts(style: str, node_texts: list[str]) -
     with strengths() as found:
         run_guider(guider)
     assert set(found) == {0.25}
-    assert node_texts == [GUIDED + " Strength was divided by 4, because CFG is 2."]
+    assert node_texts == [GUIDED + " Strength was multiplied by 0.25, because CFG is 1.75."]
 
 
 def test_a_guider_without_cfg_counts_as_cfg_1(node_texts: list[str]) -> None:
@@ -191,7 +215,7 @@ def test_a_guider_without_cfg_counts_as_cfg_1(node_texts: list[str]) -> None:
 
 
 class Falling(comfy.samplers.CFGGuider):
-    """A guider whose CFG scale is 4 in the first step and 1 in the others."""
+    """A guider whose CFG scale is 1.75 in the first step and 1 in the others."""
 
     def predict_noise(self, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = super().predict_noise(*args, **kwargs)
@@ -201,23 +225,23 @@ class Falling(comfy.samplers.CFGGuider):
 
 def test_a_guider_that_changes_cfg_between_steps_changes_the_strength(node_texts: list[str]) -> None:
     with strengths() as found:
-        run_guider(cfg_guider(adapted(host.build_model("sd15")), 4.0, Falling))
-    assert sorted(set(found)) == [0.0625, 1.0]
-    assert found[0] == 0.0625
-    assert node_texts == [GUIDED + " Strength was divided by 1 to 16, because CFG was 1 to 4."]
+        run_guider(cfg_guider(adapted(host.build_model("sd15")), 1.75, Falling))
+    assert sorted(set(found)) == [0.25, 1.0]
+    assert found[0] == 0.25
+    assert node_texts == [GUIDED + " Strength was multiplied by 0.25 to 1, because CFG was 1 to 1.75."]
 
 
 # --- probes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_a_probe_without_gag_measures_the_adapted_default(cfg: float) -> None:
+def test_a_probe_without_gag_measures_the_default_preset_at_its_own_strength(cfg: float) -> None:
     model, probe = host.run_node("GAGProbe", model=host.build_model("sd15"))
     host.sample(model, "sd15", cfg=cfg)
-    assert probe.result.strength == cfg_factor(cfg)
+    assert probe.result.strength == 1.0
 
 
 def test_a_probe_sees_the_strength_that_acts() -> None:
     model, probe = host.run_node("GAGProbe", model=adapted(host.build_model("sd15")))
-    host.sample(model, "sd15", cfg=2.0)
+    host.sample(model, "sd15", cfg=1.75)
     assert probe.result.strengths == (0.25, 0.25)

@@ -53,7 +53,7 @@ def test_advanced_has_every_field_of_the_config_with_the_default_preset() -> Non
 def test_any_cfg_is_the_default_preset() -> None:
     inputs = {i.id: i for i in host.NODES["GAGuidance"].GET_SCHEMA().inputs}
     assert list(inputs) == ["model", "preset", "strength", "schedule"]
-    assert inputs["preset"].default == "any CFG"
+    assert inputs["preset"].default == "auto"
     assert inputs["preset"].options == list(PRESETS)
     assert inputs["strength"].default == 1.0, "the preset as named"
 
@@ -129,7 +129,7 @@ def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(case: str) -> 
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"preset must be one of any CFG, .*, got 'wild'"):
+    with pytest.raises(ValueError, match=r"preset must be one of auto, .*, got 'wild'"):
         host.run_node("GAGuidance", model=host.build_model("sd15"), preset="wild")
 
 

@@ -716,7 +716,7 @@ def test_the_report_works_without_guidance_and_with_one_prompt_and_one_step(outp
     plots, summary, text, *_ = report(probe, latent={}).result
     assert plots.shape[0] == 2
     assert summary.startswith(
-        "No guidance acted; the numbers are for the preset any CFG at strength 1. Guidance would change the attention"
+        "No guidance acted; the numbers are for the preset auto at strength 1. Guidance would change the attention"
     )
     assert "of the attention falls on the text." in summary
     data = json.loads(text)

@@ -37,7 +37,7 @@ BY_HAND: dict[str, Any] = {
 }
 # Two values of each setting, as text and as values.
 TRIED: dict[str, tuple[str, list[Any]]] = {
-    "preset": ("paper, any CFG", ["paper", "any CFG"]),
+    "preset": ("paper, auto", ["paper", "auto"]),
     "rule": ("pladis, gag", ["pladis", "gag"]),
     "guidance_scale": ("0..10 in 2", [0.0, 10.0]),
     "norm_threshold": ("0.5, inf", [0.5, math.inf]),
@@ -136,8 +136,8 @@ def test_the_default_preset_is_varied_without_a_gag_node(caplog: pytest.LogCaptu
     plain = host.build_model("sd15")
     with caplog.at_level(logging.INFO, logger="comfyui-gag"):
         (off, model), _, _ = swept(plain, "strength", "0.7")
-    assert "there is no GAG node on the model, so preset any CFG is varied" in caplog.text
-    by_hand = host.guide(plain, "any CFG", strength=0.7)
+    assert "there is no GAG node on the model, so preset auto is varied" in caplog.text
+    by_hand = host.guide(plain, "auto", strength=0.7)
     assert torch.equal(picture(model), picture(by_hand))
     assert torch.equal(picture(off), picture(plain))
 
@@ -198,7 +198,7 @@ def test_rows_of_one_setting_are_even(count: int, columns: int) -> None:
         ("norm_threshold", ".5, 1., inf", [0.5, 1.0, math.inf]),
         ("anderson_depth", "1..3 in 3, 5", [1, 2, 3, 5]),
         ("merge_heads", "off,on", [False, True]),
-        ("preset", "any CFG , paper", ["any CFG", "paper"]),
+        ("preset", "auto , paper", ["auto", "paper"]),
         ("blocks", "d0,m; u ;double 0-18, single 1", ["d0,m", "u", "double 0-18, single 1"]),
     ],
 )

@@ -114,7 +114,7 @@ def test_without_gag_the_report_is_about_the_default_preset(server: ComfyServer,
     result, prompt = run(server, object_info, next(_seeds), without_gag=True)
     assert result.status == "success", result.error
     summary = report_of(server, result, prompt)["summary"]
-    assert summary.startswith("No guidance acted; the numbers are for the preset any CFG at strength ")
+    assert summary.startswith("No guidance acted; the numbers are for the preset auto at strength ")
 
 
 def test_equal_probes_of_two_models_have_their_own_reports(server: ComfyServer, object_info: Json) -> None:
