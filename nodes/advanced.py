@@ -36,8 +36,8 @@ class GAGuidanceAdvanced(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return guidance_schema(
             node_id="GAGuidanceAdvanced",
-            display_name="GAG (advanced)",
-            description="Geometry-Aware Attention Guidance with every setting. "
+            display_name="GAG (advanced): Attention Guidance",
+            description="Geometry-Aware Attention Guidance with every setting, and PLADIS. "
             "The defaults are those of GAG: the preset gentle at a quarter of its strength.",
             settings=[
                 io.Combo.Input(

@@ -64,9 +64,9 @@ def test_one_run_makes_all_pictures_and_each_equals_one_set_by_hand(server: Comf
     assert len(texts(result, sweep)) == 4
     assert set(texts(result, sweep)) == {"Guided 4 of 4 attentions in 2 of 4 calls."}
     found = pictures(server, result)
-    (grid,) = (picture for picture in found if picture.width > 32)
-    each = [picture for picture in found if picture.width == 32]
-    batch = graph[id_of(graph, "GAGDemoEmptyLatent")]["inputs"]["batch_size"]
+    (grid,) = (picture for picture in found if picture.width > 256)
+    each = [picture for picture in found if picture.width == 256]
+    batch = graph[id_of(graph, "EmptyLatentImage")]["inputs"]["batch_size"]
     assert len(each) == 5 * batch
 
     by_hand: list[Image.Image] = []
