@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import comfy.hooks
 import comfy.utils
 import pytest
 import torch
@@ -208,11 +207,6 @@ def test_the_clip_object_is_one_for_the_hosts_other_nodes() -> None:
         host.encode(copy, "red")
     host.encode(clip, "red")
     assert clip.get_sd().keys() == {f"encoder.{key}" for key in clip.cond_stage_model.encoder.state_dict()}
-    schedule = clip.clone()  # hooks of the text encoder are applied step range by step range
-    schedule.patcher.forced_hooks = comfy.hooks.HookGroup()
-    schedule.use_clip_schedule = True
-    ((context, _),) = schedule.encode_from_tokens_scheduled(clip.tokenize("red"), show_pbar=False)
-    assert torch.equal(context, host.encode(clip, "red")[0][0])
 
 
 @with_each_cfg_model
