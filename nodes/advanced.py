@@ -36,8 +36,9 @@ class GAGuidanceAdvanced(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return guidance_schema(
             node_id="GAGuidanceAdvanced",
-            display_name="GAG (advanced)",
-            description="Geometry-Aware Attention Guidance with every setting. The defaults are those of GAG.",
+            display_name="GAG (advanced): Attention Guidance",
+            description="Geometry-Aware Attention Guidance with every setting, and PLADIS. The defaults are those of "
+            "GAG.",
             settings=[
                 io.Combo.Input(
                     "rule",

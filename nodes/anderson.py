@@ -37,7 +37,7 @@ class GAGAnderson(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return guidance_schema(
             node_id="GAGAnderson",
-            display_name="GAG Anderson",
+            display_name="GAG Anderson: Attention Guidance",
             description="GAG that solves for how far to push, separately for each query token (a small patch of the "
             "picture) and each step, by Anderson acceleration. Experimental. Goes between the model loader and the "
             "sampler.",

@@ -37,7 +37,7 @@ class GAGCheck(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="GAGCheck",
-            display_name="GAG Check",
+            display_name="GAG Check (self-test)",
             category=CATEGORY,
             description="Checks on this machine that GAG computes right, and how fast, in less than a minute. Paste "
             "its text into an issue when you report a fault or a speed.",

@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Node "GAG demo": loads one of the small text-to-image models that come with the pack."""
+"""Node "GAG Demo": loads one of the small text-to-image models that come with the pack."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .demo.architecture import SIZE
-from .demo.models import WEIGHTS, load_demo
-
-DEMO_CATEGORY = "GAG/demo"
-DemoText = io.Custom("GAG_DEMO_TEXT")
+from .demo.models import PIXELS, WEIGHTS, load_demo
+from .shared_inputs import search_aliases
 
 
 class GAGDemoLoader(io.ComfyNode):
-    """Node that loads a demo model, its text encoder and its (trivial) VAE."""
+    """Node that loads a demo model, its text encoder and its VAE."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="GAGDemoLoader",
-            display_name="GAG demo",
-            category=DEMO_CATEGORY,
-            description=f"A tiny text-to-image model, {SIZE}x{SIZE} pixels, that knows coloured shapes. It comes with "
-            "the pack and runs in seconds on any machine.",
+            display_name="GAG Demo (tiny model)",
+            category="GAG/demo",
+            description="Loads a tiny text-to-image model that comes with the pack. It draws coloured shapes, "
+            f"{PIXELS}x{PIXELS} pixels in blocks, in seconds on any machine. Wire it like Load Checkpoint.",
             inputs=[
                 io.Combo.Input(
                     "kind",
@@ -36,10 +33,11 @@ class GAGDemoLoader(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="For the GAG node or the sampler."),
-                DemoText.Output(display_name="text encoder", tooltip="For GAG demo prompt."),
+                io.Model.Output(display_name="model", tooltip="For GAG or the sampler."),
+                io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode, and for GAG Probe."),
                 io.Vae.Output(display_name="vae", tooltip="For VAE Decode."),
             ],
+            **search_aliases("demo model", "tiny model", "test model", "example model", "load checkpoint"),
         )
 
     @classmethod

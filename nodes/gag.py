@@ -24,7 +24,7 @@ class GAGuidance(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return guidance_schema(
             node_id="GAGuidance",
-            display_name="GAG",
+            display_name="GAG: Attention Guidance",
             description="Geometry-Aware Attention Guidance: strengthens the model's attention to the prompt, at no "
             "extra model evaluation, with CFG or without. Goes between the model loader and the sampler.",
             settings=[

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..gag_core.echo import echo, plain
 from .input_checks import check_whole
 from .plots import BACKGROUND, INK
-from .shared_inputs import CATEGORY
+from .shared_inputs import CATEGORY, search_aliases
 
 MAX_COLUMNS = 64
 MAX_PICTURES = 4096
@@ -47,7 +47,7 @@ class GAGGrid(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="GAGGrid",
-            display_name="GAG Grid",
+            display_name="GAG Grid (labelled pictures)",
             category=CATEGORY,
             description="Puts pictures side by side with their labels, to compare them at a glance.",
             inputs=[
@@ -74,6 +74,7 @@ class GAGGrid(io.ComfyNode):
             ],
             outputs=[io.Image.Output(display_name="grid", tooltip="One picture, for Save Image or Preview Image.")],
             is_input_list=True,
+            **search_aliases("XY plot", "image grid", "contact sheet", "compare images", "labels"),
         )
 
     @classmethod

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 from ..gag_core.echo import echo
 
 MOST_CHARACTERS = 20_000
+_DEEPEST_BRACKETS = 32
 
 
 def check_option(name: str, value: object, options: Iterable[str]) -> None:
@@ -35,6 +37,19 @@ def check_text(name: str, value: object, most: int = MOST_CHARACTERS) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{name} must not have half a character (a lone surrogate), got {echo(value)}.") from None
+
+
+def check_brackets(name: str, text: str) -> None:
+    """Refuse a prompt with brackets in so many others that ComfyUI's parser of weights, which is recursive, could fail.
+
+    Raises:
+        ValueError: one sentence with the depth.
+    """
+    depths = accumulate((character == "(") - (character == ")") for character in text)
+    if (depth := max(map(abs, depths), default=0)) > _DEEPEST_BRACKETS:
+        raise ValueError(
+            f"{name} must not nest brackets more than {_DEEPEST_BRACKETS} deep, got {depth}; leave brackets out."
+        )
 
 
 def check_switch(name: str, value: object) -> None:

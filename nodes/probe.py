@@ -7,7 +7,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -15,16 +14,16 @@ from comfy import sd1_clip
 from comfy_api.latest import io
 
 from ..gag_core.echo import echo, plain
-from .demo.text_encoder import DemoTextEncoder, words_of
-from .demo_loader import DemoText
-from .input_checks import check_text
+from .demo.clip import DemoTokenizer
+from .demo.text_encoder import words_of
+from .input_checks import check_brackets, check_text
 from .panel.browser import BROWSER
 from .patching.families import Blocks, Family, Layer, all_layers, family_of
 from .patching.guidance import Guidance
 from .patching.guided_model import probe_model
 from .patching.measurements import Probe, Word
 from .presets import DEFAULT
-from .shared_inputs import CATEGORY, node_id_of
+from .shared_inputs import CATEGORY, node_id_of, search_aliases
 
 ProbeType = io.Custom("GAG_PROBE")
 # ComfyUI's names of the text encoders whose tokens the model gets one by one from the first, without a template.
@@ -32,7 +31,6 @@ _CLIP = ("l", "g", "h")
 _T5 = ("t5xxl", "umt5xxl", "pile_t5xl")
 MOST_WORDS = 32
 _LONGEST_WORD = 200
-_DEEPEST_BRACKETS = 32
 # Number of characters that one encoder tokenizes in the search for words, at most.
 _MOST_TOKENIZED = 1_000_000
 # Tokens of a text as ComfyUI's tokenizers return them: (token, weight, number of its word, 0 for padding).
@@ -61,7 +59,7 @@ class GAGProbe(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="GAGProbe",
-            display_name="GAG Probe",
+            display_name="GAG Probe (measure attention)",
             category=CATEGORY,
             description="Measures the attention to the prompt and how GAG changes it, layer by layer and step by step; "
             "without a GAG node, how GAG would change it. The picture stays exactly the same.",
@@ -84,12 +82,10 @@ class GAGProbe(io.ComfyNode):
                     optional=True,
                     tooltip="The positive prompt: the same text that goes to the sampler. Needed only for words.",
                 ),
-                io.MultiType.Input(
+                io.Clip.Input(
                     "text_encoder",
-                    [io.Clip, DemoText],
                     optional=True,
-                    tooltip="The CLIP or text encoder that encodes the prompt. Needed only for words, to find their "
-                    "tokens.",
+                    tooltip="The CLIP that encodes the prompt. Needed only for words, to find their tokens.",
                 ),
             ],
             outputs=[
@@ -98,6 +94,7 @@ class GAGProbe(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # else ComfyUI reuses an equal node's probe, and both reports show the later run
+            **search_aliases("attention map", "cross attention", "heatmap", "DAAM", "visualize attention"),
         )
 
     @classmethod
@@ -170,14 +167,9 @@ def _tokens_of(word: str, search: Callable[[str], set[int]]) -> tuple[int, ...]:
 
 def _search_in(prompt: str, text_encoder: Any) -> Callable[[str], set[int]]:
     """Return the function that finds the tokens of a word in a prompt."""
-    if isinstance(text_encoder, DemoTextEncoder):
-        return partial(_tokens_in_demo, words_of(prompt))
-    depths = accumulate((character == "(") - (character == ")") for character in prompt)
-    if max(map(abs, depths), default=0) > _DEEPEST_BRACKETS:
-        raise ValueError(
-            f"prompt must not nest brackets more than {_DEEPEST_BRACKETS} deep where words are given; leave words "
-            "empty or brackets out."
-        )
+    if isinstance(tokenizer := getattr(text_encoder, "tokenizer", None), DemoTokenizer):
+        return partial(_tokens_in_demo, [word for word, _ in tokenizer.words(prompt)])
+    check_brackets("prompt", prompt)
     sources = [TokenizedPrompt(prompt, source) for source in _token_sources(prompt, text_encoder)]
     return lambda word: set().union(*(source.tokens_of(word) for source in sources))
 
@@ -193,7 +185,7 @@ def _token_sources(prompt: str, clip: Any) -> list[TokenSource]:
     """Return the prompt's tokens from each encoder whose output the model gets token by token."""
     if not callable(getattr(clip, "tokenize", None)):
         given = plain(type(clip).__name__)
-        raise TypeError(f"text_encoder must be a CLIP or the text encoder of GAG demo, got {given}.")
+        raise TypeError(f"text_encoder must be a CLIP, got {given}.")
 
     def tokenizer(name: str) -> Tokenize:
         return lambda text: [part for chunk in clip.tokenize(text, return_word_ids=True)[name] for part in chunk]

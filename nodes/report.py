@@ -34,7 +34,7 @@ from .plots import (
 )
 from .presets import PRESETS
 from .probe import ProbeType
-from .shared_inputs import CATEGORY, node_id_of
+from .shared_inputs import CATEGORY, node_id_of, search_aliases
 
 WIDTH, HEIGHT = 1280, 896
 FORMAT = 1
@@ -66,7 +66,7 @@ class GAGReport(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="GAGReport",
-            display_name="GAG Report",
+            display_name="GAG Report (attention plots)",
             category=CATEGORY,
             description="Shows the measurements of GAG Probe: plots, a summary, and a JSON file with all numbers.",
             inputs=[
@@ -97,6 +97,7 @@ class GAGReport(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
+            **search_aliases("attention map", "heatmap", "DAAM", "visualize attention"),
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 from .output_files import NotSavedError, save_preview
 from .patching.strength_curve import KINDS, OVER, Curve
 from .plots import NotDrawnError, draw, new_figure, style, to_image
-from .shared_inputs import CATEGORY, ScheduleType
+from .shared_inputs import CATEGORY, ScheduleType, search_aliases
 
 log = logging.getLogger("comfyui-gag")
 
@@ -29,7 +29,7 @@ class GAGSchedule(io.ComfyNode):
         default = Curve()
         return io.Schema(
             node_id="GAGSchedule",
-            display_name="GAG Schedule",
+            display_name="GAG Schedule (strength over steps)",
             category=CATEGORY,
             description="Changes the strength of a GAG node during the run, and shows the curve. Connect it to the "
             "schedule input of that node.",
@@ -90,6 +90,7 @@ class GAGSchedule(io.ComfyNode):
             outputs=[
                 ScheduleType.Output(display_name="schedule", tooltip="For the schedule input of a GAG node."),
             ],
+            **search_aliases("strength schedule", "guidance schedule", "strength curve", "keyframes"),
         )
 
     @classmethod

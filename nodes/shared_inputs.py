@@ -17,10 +17,28 @@ from .presets import DEFAULT
 
 CATEGORY = "model/patch/GAG"
 ScheduleType = io.Custom("GAG_SCHEDULE")
+# What users who want guidance search for, including the other methods that they may know.
+_GUIDANCE_ALIASES = (
+    "geometry aware guidance",
+    "attention guidance",
+    "cross attention",
+    "sparse attention",
+    "prompt adherence",
+    "prompt following",
+    "PLADIS",
+    "NAG",
+    "PAG",
+    "SAG",
+)
 
 
-def guidance_schema(node_id: str, display_name: str, description: str, settings: list[io.Input]) -> io.Schema:
-    """Return the schema of a guidance node with these settings: a model comes in, and a guided model goes out."""
+def guidance_schema(
+    node_id: str, display_name: str, description: str, settings: list[io.Input], aliases: tuple[str, ...] = ()
+) -> io.Schema:
+    """Return the schema of a guidance node with these settings: a model comes in, and a guided model goes out.
+
+    Hosts that take aliases find the node by ``aliases`` too, beside those of every guidance node.
+    """
     return io.Schema(
         node_id=node_id,
         display_name=display_name,
@@ -33,7 +51,7 @@ def guidance_schema(node_id: str, display_name: str, description: str, settings:
         outputs=[io.Model.Output(display_name="model", tooltip="The guided model, for the sampler.")],
         hidden=[io.Hidden.unique_id],
         not_idempotent=True,  # else ComfyUI reuses an equal node's output and the report lands on the wrong node
-        **search_aliases("geometry aware guidance", "attention guidance", "prompt adherence", "PLADIS"),
+        **search_aliases(*_GUIDANCE_ALIASES, *aliases),
     )
 
 

@@ -23,7 +23,7 @@ from .patching.families import Blocks, Family, all_layers, default_layers, famil
 from .patching.guidance import Guidance
 from .patching.guided_model import check_range, guidances_of, with_guidances
 from .presets import DEFAULT, DEFAULT_PRESET, PRESETS
-from .shared_inputs import CATEGORY, node_id_of
+from .shared_inputs import CATEGORY, node_id_of, search_aliases
 
 log = logging.getLogger("comfyui-gag")
 
@@ -69,7 +69,7 @@ class GAGSweep(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="GAGSweep",
-            display_name="GAG Sweep",
+            display_name="GAG Sweep (XY plot)",
             category=CATEGORY,
             description="Tries several values of one or two GAG settings in one go: the sampler behind this node makes "
             "a picture with each. The last GAG node on the model is varied, or the default preset if there is none.",
@@ -117,6 +117,7 @@ class GAGSweep(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             not_idempotent=True,  # else ComfyUI reuses an equal node's models, and they report on the wrong node
+            **search_aliases("XY plot", "X/Y plot", "XYZ plot", "parameter sweep", "compare settings"),
         )
 
     @classmethod

@@ -4,6 +4,7 @@
 ============  =======================================================================
 architecture  sizes, and the settings of ComfyUI's classes; imports nothing of ComfyUI
 text_encoder  ``DemoTextEncoder``: prompts of a fixed vocabulary to contexts; imports nothing of ComfyUI
-models        ComfyUI's models with the weights in assets/
+clip          the text encoder as ComfyUI's CLIP object
+models        ComfyUI's models and VAE, with the weights in assets/
 ============  =======================================================================
 """

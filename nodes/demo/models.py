@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The demo models: ComfyUI's own UNet and Flux in pixel space, with weights that come with the pack."""
+"""The demo models: ComfyUI's own UNet and Flux on blocks of pixels, with weights that come with the pack."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ import comfy.utils
 import torch
 from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.pixel_space_convert import PixelspaceConversionVAE
+from einops import repeat
 from torch import Tensor, nn
 
 from ...gag_core.echo import echo, plain
 from ..input_checks import check_option
-from .architecture import CHANNELS, PATCH, TRANSFORMER_CONFIG, UNET_CONFIG
+from .architecture import CHANNELS, PATCH, SIZE, TRANSFORMER_CONFIG, UNET_CONFIG
+from .clip import demo_clip
 from .text_encoder import DemoTextEncoder
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -33,6 +36,9 @@ WEIGHTS = {
     "transformer": "demo_transformer.safetensors",
 }
 CHECKSUMS = "demo.sha256"
+# Pixels of a picture for each value of a latent, along each side: as in most models, so that Empty Latent Image fits.
+PIXELS_PER_VALUE = 8
+PIXELS = SIZE * PIXELS_PER_VALUE
 
 
 class PixelUNet(UNetModel):
@@ -58,6 +64,51 @@ class PixelLatent(comfy.latent_formats.LatentFormat):
         return (latent / 4.0 + 0.25) * 2.0 - 1.0
 
 
+class BlockVAE(PixelspaceConversionVAE):
+    """VAE of the demo models: every value of a latent is a block of 8x8 equal pixels."""
+
+    def encode(self, pixels: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Return the means of the blocks, ``[B, 3, H / 8, W / 8]``, of pictures ``[B, 3, H, W]``."""
+        return nn.functional.avg_pool2d(pixels, PIXELS_PER_VALUE)
+
+    def decode(self, samples: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Return pictures ``[B, 3, 8 H, 8 W]`` of latents ``[B, 3, H, W]``."""
+        return repeat(samples, "b c h w -> b c (h p) (w q)", p=PIXELS_PER_VALUE, q=PIXELS_PER_VALUE)
+
+
+class _OneSize:
+    """Part of a model class of ComfyUI's: refuses latents of another size than the demo models were trained on."""
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """Return the conditioning of a model call. ComfyUI calls this once for each prompt when a run begins.
+
+        Raises:
+            ValueError: one sentence with the shape of the latent.
+        """
+        given = tuple(kwargs["noise"].shape[1:])
+        if len(given) != 3 or given[0] != CHANNELS:
+            raise ValueError(
+                f"The demo model takes latents of {CHANNELS}x{SIZE}x{SIZE} values, got {'x'.join(map(str, given))}; "
+                "begin with Empty Latent Image, or encode a picture with the vae of GAG Demo."
+            )
+        if given != (CHANNELS, SIZE, SIZE):
+            width, height = (PIXELS_PER_VALUE * side for side in given[:0:-1])
+            raise ValueError(
+                f"The demo model draws {PIXELS}x{PIXELS} pixels, got a latent for {width}x{height}; set width and "
+                f"height of Empty Latent Image to {PIXELS}."
+            )
+        out: dict[str, Any] = super().extra_conds(**kwargs)  # type: ignore[misc]
+        return out
+
+
+class _UNetModel(_OneSize, comfy.model_base.BaseModel):
+    pass
+
+
+class _TransformerModel(_OneSize, comfy.model_base.Flux):
+    pass
+
+
 class _UNetSettings(comfy.supported_models_base.BASE):
     unet_config = UNET_CONFIG
     unet_extra_config: ClassVar[dict[str, Any]] = {}
@@ -76,14 +127,14 @@ def without_weights(name: str) -> Any:
     if name == "unet":
         settings = _UNetSettings(UNET_CONFIG)
         settings.set_inference_dtype(torch.float32, None)
-        return comfy.model_base.BaseModel(
+        return _UNetModel(
             settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device, unet_model=PixelUNet
         )
     # Later hosts require the axes in which text tokens have positions: none, as in Flux.1.
     text_axes: dict[str, Any] = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
     settings = _TransformerSettings({**TRANSFORMER_CONFIG, **text_axes})
     settings.set_inference_dtype(torch.float32, None)
-    return comfy.model_base.Flux(settings, model_type=comfy.model_base.ModelType.FLUX, device=device)
+    return _TransformerModel(settings, model_type=comfy.model_base.ModelType.FLUX, device=device)
 
 
 def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
@@ -108,8 +159,8 @@ def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:
     )
 
 
-def load_demo(kind: str) -> tuple[Any, DemoTextEncoder, Any]:
-    """Return the ModelPatcher, text encoder and VAE of a kind of demo model, one of WEIGHTS.
+def load_demo(kind: str) -> tuple[Any, Any, Any]:
+    """Return the ModelPatcher, CLIP and VAE of a kind of demo model, one of WEIGHTS.
 
     Raises:
         ValueError: there is no such kind, or the file of weights is not the one that came with the pack.
@@ -121,9 +172,17 @@ def load_demo(kind: str) -> tuple[Any, DemoTextEncoder, Any]:
     weights = {key: value.float() for key, value in weights.items()}
     encoder = DemoTextEncoder(metadata["vocabulary"].split(" "))
     encoder.load_state_dict(comfy.utils.state_dict_prefix_replace(weights, {"text.": ""}, filter_keys=True))
-    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    encoder.eval().requires_grad_(False)
     name = "unet" if any(key.startswith("unet.") for key in weights) else "mmdit"
-    return load_in_host(name, weights), encoder, vae
+    return load_in_host(name, weights), demo_clip(encoder), _vae()
+
+
+def _vae() -> Any:
+    """Return ComfyUI's VAE of pixel space, with blocks of pixels in the place of pixels."""
+    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    vae.first_stage_model = BlockVAE().to(vae.vae_dtype).eval()
+    vae.downscale_ratio = vae.upscale_ratio = PIXELS_PER_VALUE
+    return vae
 
 
 def _check_sha256(file: str) -> None:

@@ -20,6 +20,14 @@ _HEADS = 4
 _LAYERS = 2
 # Tokens with the ids 0, 1 and 2: padding, begin and end of a prompt.
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]")
+# The words that describe a picture, as the message about an unknown word names them. Captions have more.
+WORD_GROUPS = {
+    "colours": ("red", "green", "blue", "yellow", "purple", "white"),
+    "shapes": ("circle", "square", "triangle", "cross"),
+    "numbers": ("a", "one", "two", "three"),
+    "places": ("left of", "right of", "above", "below", "next to"),
+}
+_MOST_NAMED = 3
 
 
 def words_of(text: str) -> list[str]:
@@ -73,21 +81,25 @@ class DemoTextEncoder(nn.Module):
         """Return the contexts ``[B, 77, WIDTH]`` of prompts. The context of an empty prompt is the unconditional one.
 
         Raises:
-            ValueError: see :meth:`tokens_of`.
+            ValueError: see :meth:`tokens_of_words`.
         """
         return self(torch.tensor([self.tokens_of(text) for text in texts]))
 
     def tokens_of(self, text: str) -> list[int]:
-        """Return the 77 token ids of a prompt.
+        """Return the 77 token ids of a prompt; see :meth:`tokens_of_words`."""
+        return self.tokens_of_words(words_of(text))
+
+    def tokens_of_words(self, words: Sequence[str]) -> list[int]:
+        """Return the 77 token ids of a prompt's words and marks.
 
         Raises:
             ValueError: a word outside the vocabulary, or too many words.
         """
-        words = words_of(text)
-        if unknown := [word for word in words if word not in self.words]:
-            distinct = list(dict.fromkeys(unknown))
-            named = ", ".join(echo(word, 40) for word in distinct[:5]) + (", ..." if distinct[5:] else "")
-            raise ValueError(f"The demo model does not know {named}; it knows these words: {' '.join(self.words)}.")
+        if unknown := list(dict.fromkeys(word for word in words if word not in self.words)):
+            named = ", ".join(echo(word, 40) for word in unknown[:_MOST_NAMED])
+            named += ", ..." if unknown[_MOST_NAMED:] else ""
+            known = "; ".join(f"{group}: {', '.join(members)}" for group, members in WORD_GROUPS.items())
+            raise ValueError(f"The demo model does not know {named}; describe one to three shapes ({known}).")
         max_words = TOKENS - 2
         if len(words) > max_words:
             raise ValueError(f"The demo model reads up to {max_words} words and marks, got {len(words)}.")

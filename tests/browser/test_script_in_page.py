@@ -113,7 +113,7 @@ def test_words_of_the_prompt_and_the_name_of_the_file(extension: Extension) -> N
 ERRORS = {
     "blocks": ("GAGuidanceAdvanced", {"blocks": MARKUP}),
     "words": ("GAGProbe", {"words": MARKUP, "prompt": "a red circle"}),
-    "text": ("GAGDemoPrompt", {"text": MARKUP}),
+    "text": ("CLIPTextEncode", {"text": MARKUP}),
     "values": ("GAGSweep", {"field": "guidance_scale", "values": MARKUP}),
     "labels": ("GAGSweep", {"field": "blocks", "values": f"d; {MARKUP}"}),
 }

@@ -151,10 +151,10 @@ def test_joint_attention_gets_the_reference_output(settings: dict[str, Any], nam
 @pytest.mark.parametrize("settings", [{}, {"anderson_depth": 2}], ids=["depth 1", "depth 2"])
 def test_the_demo_model_gets_the_reference_output(settings: dict[str, Any]) -> None:
     """The demo model has trained weights and runs in the host's own sampler node with CFG."""
-    model, encoder, _ = host.run_node("GAGDemoLoader")
+    model, clip, _ = host.run_node("GAGDemoLoader")
     config = dataclasses.replace(DEFAULT, **settings)
     with record_calls(guided(model, **settings)) as calls:
-        latent = _sampled(guided(model, **settings), encoder, steps=2)
+        latent = _sampled(guided(model, **settings), clip, steps=2)
     guided_calls = [call for call in calls if call.module.endswith("attn2") and "middle_block" not in call.module]
     assert len(guided_calls) == 2 * 4  # steps, attentions
     for call in guided_calls:
@@ -165,10 +165,8 @@ def test_the_demo_model_gets_the_reference_output(settings: dict[str, Any]) -> N
     assert torch.isfinite(latent).all()
 
 
-def _sampled(model: Any, encoder: Any, steps: int) -> Tensor:
-    (positive,) = host.run_node("GAGDemoPrompt", text_encoder=encoder, text=PROMPT)
-    (negative,) = host.run_node("GAGDemoPrompt", text_encoder=encoder, text="")
-    (latent,) = host.run_node("GAGDemoEmptyLatent", batch_size=1)
+def _sampled(model: Any, clip: Any, steps: int) -> Tensor:
+    positive, negative, latent = host.encode(clip, PROMPT), host.encode(clip, ""), host.empty_latent()
     sampler = host.NODES["KSampler"]()
     (out,) = sampler.sample(model, 3, steps, 4.0, "euler", "normal", positive, negative, latent)
     samples: Tensor = out["samples"]
@@ -177,10 +175,10 @@ def _sampled(model: Any, encoder: Any, steps: int) -> Tensor:
 
 def test_the_rules_anderson_and_gag_give_different_pictures() -> None:
     """Otherwise the runs above would not tell the rules apart."""
-    model, encoder, _ = host.run_node("GAGDemoLoader")
+    model, clip, _ = host.run_node("GAGDemoLoader")
     settings = {"guidance_scale": 3.0, "norm_threshold": 0.5, "norm_mode": "relative", "orthogonal_scale": 1.0}
     (gag,) = host.run_advanced(model=model, **settings)
-    outs = [_sampled(m, encoder, 4) for m in (model, gag, guided(model), guided(model, anderson_depth=3))]
+    outs = [_sampled(m, clip, 4) for m in (model, gag, guided(model), guided(model, anderson_depth=3))]
     for i, one in enumerate(outs):
         assert all((one - other).abs().max() > 1e-2 for other in outs[:i])
 

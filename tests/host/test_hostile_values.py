@@ -61,8 +61,8 @@ def nested(depth: int) -> list[Any]:
 def built() -> dict[str, Any]:
     model = host.build_model("sd15")
     measured, found = host.run_node("GAGProbe", model=model)
-    _, encoder, vae = host.run_node("GAGDemoLoader")
-    return {"model": measured, "probe": found, "encoder": encoder, "vae": vae}
+    _, clip, vae = host.run_node("GAGDemoLoader")
+    return {"model": measured, "probe": found, "clip": clip, "vae": vae}
 
 
 @cache
@@ -107,7 +107,7 @@ def good(node: str) -> dict[str, Any]:
         if item.id == "model":
             found["model"] = built()["model"]
         elif item.id == "text_encoder":
-            found["text_encoder"] = built()["encoder"]
+            found["text_encoder"] = built()["clip"]
         elif getattr(item, "default", None) is not None:
             found[item.id] = item.default
         elif getattr(item, "options", None):
@@ -247,11 +247,11 @@ def parsers() -> dict[str, Any]:
     return {
         **{f"values of {field}": lambda text, field=field: sweep.parse_values(field, text) for field in sweep.FIELDS},
         "blocks": lambda text: block_syntax.parse_blocks(text, blocks),
-        "words of the demo": lambda text: probe.find_words(text, text[:9] + " a", built()["encoder"]),
-        "prompt of the demo": lambda text: probe.find_words("a", text, built()["encoder"]),
+        "words of the demo": lambda text: probe.find_words(text, text[:9] + " a", built()["clip"]),
+        "prompt of the demo": lambda text: probe.find_words("a", text, built()["clip"]),
         "words": lambda text: probe.find_words(text, "a 1 d0", Stub()),
         "prompt": lambda text: probe.find_words("a, 1, d", text, Stub()),
-        "demo prompt": lambda text: host.NODES["GAGDemoPrompt"].execute(built()["encoder"], text),
+        "demo prompt": lambda text: host.encode(built()["clip"], text),
         "label": lambda text: grid.wrap(text, len, 20.0),
     }
 
@@ -299,6 +299,8 @@ def test_words_are_bounded() -> None:
         probe.find_words("a" * 300, "a", Stub())
     with pytest.raises(ValueError, match=r"^prompt must not nest brackets more than 32 deep"):
         probe.find_words("a", "(" * 900 + "a" + ")" * 900, Stub())
+    with pytest.raises(ValueError, match=r"^prompt must not nest brackets more than 32 deep, got 900; leave brackets"):
+        host.encode(built()["clip"], "(" * 900 + "a" + ")" * 900)
     with pytest.raises(ValueError, match=r"^words and prompt must be shorter"):
         probe.find_words("a", "a." * 9000, Stub())
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.sd
@@ -20,14 +21,39 @@ NODE_IDS = [
     "GAGuidance",
     "GAGuidanceAdvanced",
     "GAGAnderson",
+    "GAGProbe",
+    "GAGReport",
     "GAGSchedule",
     "GAGSweep",
     "GAGGrid",
     "GAGCheck",
     "GAGDemoLoader",
-    "GAGDemoPrompt",
-    "GAGDemoEmptyLatent",
 ]
+# What users may type into the search box, with the nodes that it must find. The host's search ignores case.
+SEARCHED_BY_ALIAS = {
+    "PLADIS": {"GAGuidance", "GAGuidanceAdvanced"},
+    "NAG": {"GAGuidance"},
+    "prompt adherence": {"GAGuidance", "GAGuidanceAdvanced"},
+    "sparse attention": {"GAGuidance"},
+    "heatmap": {"GAGProbe", "GAGReport"},
+    "DAAM": {"GAGProbe", "GAGReport"},
+    "contact sheet": {"GAGGrid"},
+    "parameter sweep": {"GAGSweep"},
+    "keyframes": {"GAGSchedule"},
+    "benchmark": {"GAGCheck"},
+    "test model": {"GAGDemoLoader"},
+}
+# The same on hosts without aliases.
+SEARCHED_BY_NAME = {
+    "gag": {"GAGuidance", "GAGuidanceAdvanced", "GAGSweep", "GAGCheck", "GAGDemoLoader"},
+    "attention": {"GAGuidance", "GAGuidanceAdvanced", "GAGAnderson", "GAGProbe", "GAGReport"},
+    "attention guidance": {"GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"},
+    "xy plot": {"GAGSweep"},
+    "strength": {"GAGSchedule"},
+    "labelled": {"GAGGrid"},
+    "self-test": {"GAGCheck"},
+    "tiny model": {"GAGDemoLoader"},
+}
 
 
 @pytest.mark.parametrize("node_id", NODE_IDS)
@@ -37,6 +63,36 @@ def test_every_input_and_output_has_a_tooltip(node_id: str) -> None:
         assert item.tooltip, item.id
         assert len(item.tooltip) > 10
     assert schema.description
+
+
+def aliases_of(node_id: str) -> list[str]:
+    """Return the aliases that a node gives to hosts that take them."""
+
+    def schema(*, search_aliases: list[str], **fields: Any) -> Any:
+        return SimpleNamespace(search_aliases=search_aliases, **fields)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host.pack_module("nodes.gag").io, "Schema", schema)
+        found: list[str] = host.NODES[node_id].define_schema().search_aliases
+    return found
+
+
+@pytest.mark.parametrize("words", SEARCHED_BY_NAME)
+def test_a_search_finds_the_right_nodes_by_name(words: str) -> None:
+    names = {node_id: host.NODES[node_id].GET_SCHEMA().display_name.lower() for node_id in NODE_IDS}
+    assert {node_id for node_id, name in names.items() if words in name} >= SEARCHED_BY_NAME[words]
+
+
+@pytest.mark.parametrize("words", SEARCHED_BY_ALIAS)
+def test_a_search_finds_the_right_nodes_by_alias(words: str) -> None:
+    found = {node_id for node_id in NODE_IDS if any(words.lower() in alias.lower() for alias in aliases_of(node_id))}
+    assert found >= SEARCHED_BY_ALIAS[words]
+
+
+def test_names_sort_together_and_differ() -> None:
+    names = [host.NODES[node_id].GET_SCHEMA().display_name for node_id in NODE_IDS]
+    assert all(name.startswith("GAG") and len(name) > len("GAG Sweep") for name in names)
+    assert len(set(names)) == len(names)
 
 
 def test_advanced_has_every_field_of_the_config_with_the_default_preset() -> None:

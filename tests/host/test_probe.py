@@ -559,16 +559,16 @@ def test_words_after_the_first_75_tokens_are_found() -> None:
 
 
 def test_wrong_words_are_refused_in_a_sentence() -> None:
-    _, encoder, _ = host.run_node("GAGDemoLoader")
+    _, clip, _ = host.run_node("GAGDemoLoader")
     model = host.build_model("sd15")
     with pytest.raises(ValueError, match=r'^words: "dog" is not in the prompt; write words as they stand there'):
-        probed(model, words="red, dog", prompt="a red circle", text_encoder=encoder)
+        probed(model, words="red, dog", prompt="a red circle", text_encoder=clip)
     with pytest.raises(ValueError, match=r'^words: "berry" is not in the prompt;'):
         probed(model, words="berry", prompt="a strawberry", text_encoder=Clip(sd1_clip.SD1Tokenizer()))
     with pytest.raises(ValueError, match=r"^GAG Probe needs the text_encoder to find the words red; or leave"):
         probed(model, words="red", prompt="a red circle")
     with pytest.raises(ValueError, match=r"^GAG Probe needs the prompt to find the words red; or leave words empty\.$"):
-        probed(model, words="red", text_encoder=encoder)
+        probed(model, words="red", text_encoder=clip)
     other = type("Tokenizer", (), {"tokenize_with_weights": lambda *_: {"qwen25_7b": [[(5, 1.0, 1)]]}})()
     with pytest.raises(ValueError, match=r"^GAG Probe can find words for CLIP and T5, not for this .* \(qwen25_7b\)"):
         probed(model, words="red", prompt="a red circle", text_encoder=Clip(other))
@@ -576,16 +576,20 @@ def test_wrong_words_are_refused_in_a_sentence() -> None:
 
 
 def demo(prompt: str) -> tuple[Any, Any, dict[str, Any]]:
-    model, encoder, _ = host.run_node("GAGDemoLoader")
-    (positive,) = host.run_node("GAGDemoPrompt", text_encoder=encoder, text=prompt)
-    (negative,) = host.run_node("GAGDemoPrompt", text_encoder=encoder, text="")
-    return model, encoder, {"positive": positive, "negative": negative, "latent": torch.zeros(2, 3, 32, 32)}
+    model, clip, _ = host.run_node("GAGDemoLoader")
+    prompts = {"positive": host.encode(clip, prompt), "negative": host.encode(clip, "")}
+    return model, clip, {**prompts, "latent": torch.zeros(2, 3, 32, 32)}
+
+
+def test_words_with_weights_are_found_in_the_demos_prompt() -> None:
+    (word,) = probe_module.find_words("red circle", "a (red:1.3) circle, a (red (circle:0.7))", demo("")[1])
+    assert word.tokens == (2, 3, 6, 7)
 
 
 def test_maps_are_the_mean_attention_share_of_each_word() -> None:
     prompt = "a red circle above a blue circle"
-    model, encoder, run = demo(prompt)
-    model, probe = probed(guided(model), words="red, circle", prompt=prompt, text_encoder=encoder)
+    model, clip, run = demo(prompt)
+    model, probe = probed(guided(model), words="red, circle", prompt=prompt, text_encoder=clip)
     assert [word.tokens for word in probe.words] == [(2,), (3, 7)]
     with record_calls(model) as calls:
         host.sample(model, "sd15", **run, cfg=4.0)

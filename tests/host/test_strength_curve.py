@@ -241,10 +241,8 @@ def guided(model: Any, schedule: Any = None, **settings: Any) -> Any:
 
 def run(model: Any, sampler: str = "euler", steps: int = 6, **settings: Any) -> Tensor:
     """Run the demo model in the host's sampler."""
-    encoder = host.run_node("GAGDemoLoader")[1]
-    positive, negative = (
-        host.run_node("GAGDemoPrompt", text_encoder=encoder, text=text)[0] for text in ("a red circle", "")
-    )
+    clip = host.run_node("GAGDemoLoader")[1]
+    positive, negative = (host.encode(clip, text) for text in ("a red circle", ""))
     latent = settings.pop("latent", torch.zeros(1, 3, 32, 32))
     out: Tensor = comfy.sample.sample(
         model,
@@ -523,8 +521,7 @@ def test_a_schedule_covers_the_steps_of_its_own_run() -> None:
 
 def sample_custom(model: Any, sigmas: Tensor, sampler: str = "euler") -> Tensor:
     """Sample with the host's nodes for custom sampling."""
-    encoder = host.run_node("GAGDemoLoader")[1]
-    (positive,) = host.run_node("GAGDemoPrompt", text_encoder=encoder, text="a red circle")
+    positive = host.encode(host.run_node("GAGDemoLoader")[1], "a red circle")
     nodes = "nodes_custom_sampler"
     guider = companions.run_host_node(nodes, "BasicGuider", model=model, conditioning=positive)
     out: dict[str, Tensor] = companions.run_host_node(
@@ -569,7 +566,7 @@ def test_outside_a_sampler_the_position_comes_from_the_noise_level() -> None:
     """Without steps, a share of the steps is a share of the model's whole range of noise."""
     model = guided(demo(), Curve("linear", 1.0, 2.0))
     sampling = model.get_model_object("model_sampling")
-    encoder = host.run_node("GAGDemoLoader")[1]
+    context = host.encode(host.run_node("GAGDemoLoader")[1], "a red circle")[0][0]
     for percent in (0.25, 0.5, 0.9):
         sigma = float(sampling.percent_to_sigma(percent))
         with strengths() as calls, torch.no_grad():
@@ -577,7 +574,7 @@ def test_outside_a_sampler_the_position_comes_from_the_noise_level() -> None:
             model.model.apply_model(
                 torch.zeros(1, 3, 32, 32),
                 torch.tensor([sigma]),
-                c_crossattn=encoder.encode(["a red circle"]),
+                c_crossattn=context,
                 transformer_options={"wrappers": model.wrappers},
             )
         ((_, strength),) = calls

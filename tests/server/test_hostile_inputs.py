@@ -104,15 +104,19 @@ VALUES = TEXTS | OTHERS
 # What parsers of texts could take long for, each repeated to this length.
 UNITS = ("1", "1.", ".", "1e", "-", "0..", "0..1 in 2", "1,", ";", "d", "u0-", "d1,", " ", "double ", "(", "a ", "\\(")
 _REPEATED = 100_000
-PARSED = ("values", "values_2", "blocks", "words", "prompt", "text")
+PARSED = ("values", "values_2", "blocks", "words", "prompt")
 # Outputs for the inputs of these types, and values of widgets that differ from their defaults.
-_SOURCES = {"MODEL": ["loader", 0], "LATENT": ["sampler", 0], "IMAGE": ["picture", 0], "GAG_PROBE": ["probe", 1]}
+_SOURCES = {
+    "MODEL": ["loader", 0],
+    "CLIP": ["loader", 1],
+    "LATENT": ["sampler", 0],
+    "IMAGE": ["picture", 0],
+    "GAG_PROBE": ["probe", 1],
+}
 _SETTINGS = {"values": "1", "include_off": False, "words": "red", "prompt": "a red circle", "quick": True}
 # Where the output of a node under test goes: (node, input, number of the output).
 _USES = {
     "GAGSchedule": ("guidance", "schedule", 0),
-    "GAGDemoPrompt": ("sampler", "positive", 0),
-    "GAGDemoEmptyLatent": ("sampler", "latent_image", 0),
     "GAGGrid": ("sink", "source", 0),
     "GAGReport": ("sink", "source", 1),
     "GAGCheck": ("sink", "source", 1),
@@ -193,10 +197,8 @@ class Nodes:
             options = specs[key][1] if len(specs[key]) > 1 else {}
             if key in _SETTINGS:
                 found[key] = _SETTINGS[key]
-            elif kind in _SOURCES and (key in groups.get("required", {}) or node_type == "GAGReport"):
+            elif kind in _SOURCES and (key in groups.get("required", {}) or kind == "CLIP" or node_type == "GAGReport"):
                 found[key] = _SOURCES[kind]
-            elif "GAG_DEMO_TEXT" in kind:
-                found[key] = ["loader", 1]
             elif "default" in options:
                 found[key] = options["default"]
             elif kind == "COMBO":
@@ -207,8 +209,8 @@ class Nodes:
         """Return a prompt with a node under test, whose id is "subject"; its output is used."""
         found = {
             "loader": self.node("GAGDemoLoader"),
-            "words": self.node("GAGDemoPrompt"),
-            "latent": self.node("GAGDemoEmptyLatent"),
+            "words": self.node("CLIPTextEncode", text="a red circle"),
+            "latent": self.node("EmptyLatentImage", width=256, height=256),
             "schedule": self.node("GAGSchedule"),
             "subject": self.node(node_type, **inputs),
             "sampler": self.node("KSampler", steps=1, cfg=1.0, seed=0, positive=["words", 0], negative=["words", 0]),
@@ -367,7 +369,7 @@ def stays_healthy(server: ComfyServer, nodes: Nodes) -> Iterator[None]:
 
 NODE_TYPES = (
     *("GAGuidance", "GAGuidanceAdvanced", "GAGAnderson", "GAGSchedule", "GAGSweep", "GAGGrid", "GAGProbe"),
-    *("GAGReport", "GAGCheck", "GAGDemoLoader", "GAGDemoPrompt", "GAGDemoEmptyLatent"),
+    *("GAGReport", "GAGCheck", "GAGDemoLoader"),
 )
 
 

@@ -34,9 +34,9 @@ def graph(seed: int, **inputs: Any) -> Json:
     links = {"model": [NODE, 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
     return {
         "1": {"class_type": "GAGDemoLoader", "inputs": {}},
-        "2": {"class_type": "GAGDemoPrompt", "inputs": {"text_encoder": ["1", 1], "text": "a red circle"}},
-        "3": {"class_type": "GAGDemoPrompt", "inputs": {"text_encoder": ["1", 1], "text": ""}},
-        "4": {"class_type": "GAGDemoEmptyLatent", "inputs": {"batch_size": 1}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a red circle"}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 256, "height": 256, "batch_size": 1}},
         NODE: {"class_type": "GAGuidance", "inputs": {**guidance, **inputs}},
         "6": {"class_type": "KSampler", "inputs": {**links, **sampler}},
         "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},

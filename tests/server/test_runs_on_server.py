@@ -17,9 +17,9 @@ def graph(seed: int, guidance: Json | None = None, **sampler: Any) -> Json:
     """Return a graph of the demo model in API form. ``guidance`` is the GAG node; None leaves it out."""
     nodes: Json = {
         "1": {"class_type": "GAGDemoLoader", "inputs": {}},
-        "2": {"class_type": "GAGDemoPrompt", "inputs": {"text_encoder": ["1", 1], "text": "a red circle"}},
-        "3": {"class_type": "GAGDemoPrompt", "inputs": {"text_encoder": ["1", 1], "text": ""}},
-        "4": {"class_type": "GAGDemoEmptyLatent", "inputs": {"batch_size": 1}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a red circle"}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ""}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 256, "height": 256, "batch_size": 1}},
         "6": {
             "class_type": "KSampler",
             "inputs": {

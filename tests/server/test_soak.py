@@ -80,11 +80,11 @@ class Case:
         """Return the graph in API form. ``tidy`` makes the server collect garbage at the end."""
         nodes: Json = {}
         if self.family == "demo":
-            encoder = ["model", 1]
             nodes["model"] = {"class_type": "GAGDemoLoader", "inputs": {}}
             for name, text in (("positive", "a red circle above a blue square"), ("negative", "")):
-                nodes[name] = {"class_type": "GAGDemoPrompt", "inputs": {"text_encoder": encoder, "text": text}}
-            nodes["latent"] = {"class_type": "GAGDemoEmptyLatent", "inputs": {"batch_size": 1}}
+                nodes[name] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["model", 1], "text": text}}
+            size = {"width": 256, "height": 256, "batch_size": 1}
+            nodes["latent"] = {"class_type": "EmptyLatentImage", "inputs": size}
         else:
             nodes["model"] = {"class_type": "SoakModel", "inputs": {"name": self.family}}
             # The prompts have two lengths, so the host repeats them to a common length.

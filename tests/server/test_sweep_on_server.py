@@ -65,9 +65,9 @@ def test_one_run_makes_all_pictures_and_each_equals_one_set_by_hand(server: Comf
     assert len(texts(result, sweep)) == 4
     assert set(texts(result, sweep)) == {"Guided 4 of 4 attentions in 4 of 4 calls."}
     found = pictures(server, result)
-    (grid,) = (picture for picture in found if picture.width > 32)
-    each = [picture for picture in found if picture.width == 32]
-    batch = graph[id_of(graph, "GAGDemoEmptyLatent")]["inputs"]["batch_size"]
+    (grid,) = (picture for picture in found if picture.width > 256)
+    each = [picture for picture in found if picture.width == 256]
+    batch = graph[id_of(graph, "EmptyLatentImage")]["inputs"]["batch_size"]
     assert len(each) == 5 * batch
 
     by_hand: list[Image.Image] = []
@@ -93,7 +93,7 @@ def test_one_run_makes_all_pictures_and_each_equals_one_set_by_hand(server: Comf
     assert [picture.tobytes() for picture in each] == [picture.tobytes() for picture in by_hand]
     assert len({picture.tobytes() for picture in each}) == len(each)
 
-    # The grid has each picture eight times as large: the picture without GAG in the first row, then two rows of two.
+    # The grid has each picture as it is: the picture without GAG in the first row, then two rows of two.
     corners = [corner_of(grid, picture) for picture in each[::batch]]
     assert [top for _, top in corners] == sorted(top for _, top in corners)
     assert len({top for _, top in corners}) == 3
@@ -102,14 +102,13 @@ def test_one_run_makes_all_pictures_and_each_equals_one_set_by_hand(server: Comf
 
 def corner_of(grid: Image.Image, picture: Image.Image) -> tuple[int, int]:
     """Return left and top of a picture in the grid."""
-    large = picture.resize((256, 256), Image.Resampling.NEAREST)
     found = [
         (left, top)
         for top in range(grid.height - 255)
         for left in range(grid.width - 255)
-        if grid.getpixel((left, top)) == large.getpixel((0, 0))
-        and grid.getpixel((left + 255, top + 255)) == large.getpixel((255, 255))
-        and grid.crop((left, top, left + 256, top + 256)).tobytes() == large.tobytes()
+        if grid.getpixel((left, top)) == picture.getpixel((0, 0))
+        and grid.getpixel((left + 255, top + 255)) == picture.getpixel((255, 255))
+        and grid.crop((left, top, left + 256, top + 256)).tobytes() == picture.tobytes()
     ]
     assert len(found) == 1
     return found[0]

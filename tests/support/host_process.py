@@ -68,6 +68,16 @@ def run_node(node_id: str, **inputs: Any) -> tuple[Any, ...]:
     return output
 
 
+def encode(clip: Any, text: str) -> Any:
+    """Return the conditioning of a prompt from the host's own CLIP Text Encode."""
+    return NODES["CLIPTextEncode"]().encode(clip, text)[0]
+
+
+def empty_latent(width: int = 256, height: int = 256, batch_size: int = 1) -> Any:
+    """Return a latent from the host's own Empty Latent Image, by default of the demo models' size."""
+    return NODES["EmptyLatentImage"]().generate(width, height, batch_size)[0]
+
+
 def run_advanced(**inputs: Any) -> tuple[Any, ...]:
     """Execute GAG (advanced) at the preset ``paper``, the defaults of ``GuidanceConfig``, and return its outputs."""
     return run_node("GAGuidanceAdvanced", **{**preset_inputs("paper"), **inputs})
