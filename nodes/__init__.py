@@ -10,6 +10,7 @@ sweep              "GAG Sweep": one model in many settings
 grid               "GAG Grid": pictures side by side with labels
 probe              "GAG Probe": measures what guidance sees and does
 report             "GAG Report": plots and sentences of a probe's measures
+score              "GAG Score": how well pictures fit their prompt, with and without guidance
 check              "GAG Check": correctness and speed on this machine
 demo_loader        "GAG demo": the demo models
 demo_prompt        "GAG demo prompt": their prompts
@@ -19,6 +20,7 @@ output_files       the files that nodes save: checked prefixes, written beside a
 presets            settings behind the preset names, and the defaults
 shared_inputs      inputs, schema and output that several nodes share
 plots              the look of all plots
+scoring/           the arithmetic of scores
 patching/          the engine: from a node's settings to a guided attention call
 panel/             the server's side of web/
 demo/              the demo models' code
@@ -41,6 +43,7 @@ from .panel.routes import add_routes
 from .probe import GAGProbe
 from .report import GAGReport
 from .schedule import GAGSchedule
+from .score import GAGScore
 from .sweep import GAGSweep
 
 
@@ -57,6 +60,7 @@ class GAGExtension(ComfyExtension):
             GAGSchedule,
             GAGSweep,
             GAGGrid,
+            GAGScore,
             GAGCheck,
             GAGDemoLoader,
             GAGDemoPrompt,
