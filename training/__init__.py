@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import pack
 
+__all__ = ["demo_architecture", "demo_captions", "demo_scene_check", "demo_scenes", "demo_text_encoder"]
+
 demo_architecture = pack.module(pack.DEMO_ARCHITECTURE)
 demo_text_encoder = pack.module(pack.DEMO_TEXT_ENCODER)
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ def embed_text(clip: Any, prompt: str) -> Tensor:
     model = getattr(clip, "cond_stage_model", None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"clip must come from Load CLIP or a checkpoint's loader, got {plain(type(clip).__name__)}.")
-    projections = [part.text_projection for part in model.modules() if hasattr(part, "text_projection")]
+    projections: list[Any] = [part.text_projection for part in model.modules() if hasattr(part, "text_projection")]
     pooled = None
     if projections:
         pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled="unprojected")[1]
