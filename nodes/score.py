@@ -110,8 +110,7 @@ class GAGScore(io.ComfyNode):
         # With is_input_list ComfyUI passes every input as a list, a single value as a list of length 1.
         measure = _measure(_only("clip_vision", clip_vision), _only("clip", clip), _only("text_encoder", text_encoder))
         report = report_of(measure, images, prompt, baseline, labels)
-        # Labels may have half of a surrogate pair, which could not be sent on.
-        summary = report.summary().encode("utf-8", "backslashreplace").decode()
+        summary = report.summary()
         BROWSER.send_text(summary, node_id_of(cls))
         return io.NodeOutput(summary, report.labels(), report.as_json(), ui={"text": (without_markup(summary),)})
 
@@ -172,7 +171,7 @@ def report_of(
     if baseline is not None:
         check_pictures("baseline", baseline)
     images = list(images) if labels is None else cells_of(images, labels)
-    names = [""] if labels is None else [label if isinstance(label, str) else plain(label) for label in labels]
+    names = [""] if labels is None else [plain(label) for label in labels]
     # Index of the pictures that GAG Sweep made without GAG.
     off = names.index(WITHOUT_GAG) if baseline is None and len(names) > 1 and WITHOUT_GAG in names else None
     without = baseline if off is None else [images[off]]

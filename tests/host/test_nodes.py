@@ -23,6 +23,7 @@ NODE_IDS = [
     "GAGSchedule",
     "GAGSweep",
     "GAGGrid",
+    "GAGScore",
     "GAGCheck",
     "GAGDemoLoader",
     "GAGDemoPrompt",
