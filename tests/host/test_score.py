@@ -82,7 +82,7 @@ def test_the_score_is_the_cosine_of_the_projected_embeddings(halves: Halves) -> 
         {key: value.float() for key, value in halves.text.cond_stage_model.clip_l.transformer.state_dict().items()}
     )
     images = pictures(3)
-    embedded = torch.cat([halves.vision.encode_image(image[None])["image_embeds"] for image in images])
+    embedded = torch.cat([halves.vision.encode_image(image[None])["image_embeds"].detach() for image in images])
     for prompt in ("a red circle", "an old house by the sea"):
         tokens = [token for token, *_ in comfy.sd1_clip.SD1Tokenizer().tokenize_with_weights(prompt)["l"][0]]
         with torch.no_grad():
