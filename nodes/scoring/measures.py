@@ -54,8 +54,8 @@ class ClipMeasure:
     def prepared(self, prompt: str) -> Tensor:
         """Return the embedding of a prompt, and note what CLIP leaves out of it."""
         embedding = embed_text(self.clip, prompt)
-        if is_cut(self.clip, prompt):
-            _add(self.notes, "CLIP reads the first 75 tokens of a prompt; words after them do not count.")
+        if is_cut(self.clip, prompt) and not self.notes:
+            self.notes.append("CLIP reads the first 75 tokens of a prompt; words after them do not count.")
         return embedding
 
     def scores(self, prepared: Tensor, pictures: Tensor) -> list[float]:
@@ -65,10 +65,9 @@ class ClipMeasure:
     def finish(self) -> None:
         """Note if the two halves cannot tell plain colours, whatever the pictures are."""
         if not tells_colours(self.clip, self.clip_vision):
-            _add(
-                self.notes,
+            self.notes.append(
                 "Do not trust these scores: clip and clip_vision cannot even tell plain red, green and blue pictures "
-                "apart. They may be of different CLIP models, or clip may lack its text projection.",
+                "apart. They may be of different CLIP models, or clip may lack its text projection."
             )
 
 
@@ -101,9 +100,3 @@ class DemoMeasure:
 
     def finish(self) -> None:
         """Do nothing: the check has nothing to note."""
-
-
-def _add(notes: list[str], note: str) -> None:
-    """Add a note that is not there yet."""
-    if note not in notes:
-        notes.append(note)
