@@ -18,14 +18,11 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ..gag_core.echo import echo, plain
-from .input_checks import check_whole
+from .input_checks import MAX_PIXELS, check_pictures, check_whole
 from .plots import BACKGROUND, INK
 from .shared_inputs import CATEGORY, search_aliases
 
 MAX_COLUMNS = 64
-MAX_PICTURES = 4096
-# Number of pixels of one picture that comes in, and of the grid, at most: 1.2 GB in fp32.
-MAX_PIXELS = 100_000_000
 # Pictures are magnified to at least this many pixels on the longer side, so that there is room for their labels.
 _MIN_SIDE = 256
 _MAX_GRID_SIDE = 8192
@@ -108,14 +105,9 @@ def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None)
             message says which.
         TypeError: labels are not a list.
     """
-    _check_inputs(images, columns, labels)
-    if len(images) == 1 and (labels is None or len(labels) > 1):
-        images = list(images[0].split(1))
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(
-            f"labels must be one for each of the pictures, got {len(labels)} for {len(images)}; connect the pictures "
-            "and the labels of one GAG Sweep."
-        )
+    check_pictures("images", images)
+    check_whole("columns", columns, 0, MAX_COLUMNS)
+    images = cells_of(images, labels)
     rows = _rows(len(images), columns)
     layout = _Layout.fit(images, rows)
     texts = [layout.wrapped([labels[index] for index in row]) for row in rows] if labels is not None else []
@@ -141,33 +133,23 @@ def grid_of(images: list[Tensor], columns: int, labels: list[str] | None = None)
     return grid[None]
 
 
-def _check_inputs(images: Any, columns: Any, labels: Any) -> None:
-    """Refuse inputs that make no grid, before anything is allocated."""
-    if not isinstance(images, (list, tuple)) or not images or not all(map(_is_picture, images)):
-        given = images if isinstance(images, (list, tuple)) else [images]
-        shapes = [tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in given[:9]]
-        raise ValueError(
-            f"images must be pictures [batch, height, width, channels], got {plain(shapes) if shapes else 'none'}."
-        )
-    check_whole("columns", columns, 0, MAX_COLUMNS)
+def cells_of(images: list[Tensor], labels: list[str] | None) -> list[Tensor]:
+    """Return the pictures of each cell: batches, or the single pictures of one batch unless it has exactly one label.
+
+    Raises:
+        ValueError: there is another number of labels.
+        TypeError: labels are not a list.
+    """
     if labels is not None and not isinstance(labels, (list, tuple)):
         raise TypeError(f"labels must be a list of texts, got {echo(labels)}.")
-    count = sum(image.shape[0] for image in images)
-    if count > MAX_PICTURES:
-        raise ValueError(f"images must be at most {MAX_PICTURES} pictures, got {count}; leave pictures out.")
-    largest = max(image.shape[1] * image.shape[2] for image in images)
-    if largest > MAX_PIXELS:
-        raise ValueError(f"images must have at most {MAX_PIXELS} pixels each, got {largest}; make them smaller.")
-
-
-def _is_picture(image: Any) -> bool:
-    return (
-        isinstance(image, Tensor)
-        and image.ndim == 4
-        and image.numel() > 0
-        and image.layout == torch.strided
-        and not (image.is_complex() or image.is_quantized or image.is_meta)
-    )
+    if len(images) == 1 and (labels is None or len(labels) > 1):
+        images = list(images[0].split(1))
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(
+            f"labels must be one for each of the pictures, got {len(labels)} for {len(images)}; connect the pictures "
+            "and the labels of one GAG Sweep."
+        )
+    return images
 
 
 def _rows(count: int, columns: int) -> list[range]:

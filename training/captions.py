@@ -9,38 +9,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from training import demo_text_encoder
+from training import demo_captions, demo_text_encoder
 from training.pictures import COLOURS, RELATIONS, SHAPES, Scene, changed, draw, lay_out, make_scene, stream
 
 words_of = demo_text_encoder.words_of
+PLURAL, COUNTS, RELATION_WORDS, UNRELATED = (
+    demo_captions.PLURAL, demo_captions.COUNTS, demo_captions.RELATION_WORDS, demo_captions.UNRELATED
+)  # fmt: skip
+OPENINGS, CLOSINGS, SENTENCES = demo_captions.OPENINGS, demo_captions.CLOSINGS, demo_captions.SENTENCES
 # Share of training captions that leave something out or get something wrong, as captions of real pictures do.
 NOISY = 0.28
 SPLITS = ("train", "tune", "report", "final")
 
-_PLURAL = {shape: f"{shape}es" if shape == "cross" else f"{shape}s" for shape in SHAPES}
-_COUNTS = {1: ("a", "a", "a", "one"), 2: ("two", "two", "two", "a pair of"), 3: ("three",)}
-_RELATIONS = {
-    "left": ("left of", "to the left of", "on the left of", "on the left side of"),
-    "right": ("right of", "to the right of", "on the right of", "on the right side of"),
-    "above": ("above", "above", "over", "placed above", "on top of"),
-    "below": ("below", "below", "under", "beneath", "underneath", "placed below"),
-}
-_UNRELATED = ("and", "and", "next to", "near", "beside", "with")
-_OPENINGS = (
-    *("", "", "", "", "there {is}", "here {is}", "we see", "you can see", "this is", "it shows"),
-    *("a picture of", "an image of", "a drawing of", "a simple picture of", "a small drawing of", "a scene with"),
-    *("the picture shows", "this image contains", "in this picture we see", "in the image there {is}"),
-)
-_CLOSINGS = (
-    *("on a dark background", "on a plain dark background", "in front of a dark background"),
-    *("on black", "in a small picture", "and nothing else"),
-)
-_SENTENCES = (
-    *("the background is dark", "the background is plain and dark", "it is a simple picture"),
-    *("nothing else is in the picture", "there is nothing else", "that is all we can see"),
-    *("this is a small drawing", "the scene is simple", "we see it in front of a dark background"),
-    *("everything else is black", "the picture contains just some simple objects", "all shapes are plain"),
-)
 _LOOKS = ("shape", "thing", "object")
 
 
@@ -66,7 +46,7 @@ def describe(scene: Scene, rng: random.Random) -> str:
     if scene.relation is not None and rng.random() < 0.25:  # seen from the second group
         scene = Scene(scene.groups[::-1], RELATIONS[scene.relation])
     phrases = [_phrase(scene, index, rng) for index in range(len(scene.groups))]
-    link = rng.choice(_RELATIONS[scene.relation]) if scene.relation else rng.choice(_UNRELATED)
+    link = rng.choice(RELATION_WORDS[scene.relation]) if scene.relation else rng.choice(UNRELATED)
     after = ""
     if len(phrases) == 3:
         core = f"{phrases[0]}, {phrases[1]} and {phrases[2]}"
@@ -77,14 +57,14 @@ def describe(scene: Scene, rng: random.Random) -> str:
     else:
         core = f" {link} ".join(phrases)
     plural = len(phrases) == 1 and scene.groups[0].count != 1
-    opening = rng.choice(_OPENINGS).replace("{is}", "are" if plural else "is")
+    opening = rng.choice(OPENINGS).replace("{is}", "are" if plural else "is")
     if plural and opening == "this is":
         opening = "these are"
     text = f"{opening} {core}".strip()
     if not after and rng.random() < 0.3:
-        text = f"{text} {rng.choice(_CLOSINGS)}"
+        text = f"{text} {rng.choice(CLOSINGS)}"
     text += after
-    fillers = rng.sample(_SENTENCES, rng.choices((0, 1, 2, 3), (60, 22, 12, 6))[0])
+    fillers = rng.sample(SENTENCES, rng.choices((0, 1, 2, 3), (60, 22, 12, 6))[0])
     if fillers and rng.random() < 0.25:
         return ". ".join((fillers[0], text, *fillers[1:])) + "."
     text = ". ".join((text, *fillers))
@@ -122,7 +102,7 @@ def sample(split: str, seed: int, index: int) -> Sample:
 
 def nouns_of(shape: str | None) -> tuple[str, ...]:
     """Return the words for things of a shape; none for None."""
-    return () if shape is None else (shape, _PLURAL[shape])
+    return () if shape is None else (shape, PLURAL[shape])
 
 
 def _phrase(scene: Scene, index: int, rng: random.Random) -> str:
@@ -130,21 +110,21 @@ def _phrase(scene: Scene, index: int, rng: random.Random) -> str:
     if group.shape is None:
         noun = rng.choice(_LOOKS) + ("" if group.count == 1 else "s")
     else:
-        noun = group.shape if group.count == 1 else _PLURAL[group.shape]
-    count = "some" if group.count is None else rng.choice(_COUNTS[group.count])
+        noun = group.shape if group.count == 1 else PLURAL[group.shape]
+    count = "some" if group.count is None else rng.choice(COUNTS[group.count])
     return " ".join(part for part in (count, group.colour, noun) if part)
 
 
 def _bare(scene: Scene, index: int) -> str:
     group = scene.groups[index]
     one = group.count == 1
-    noun = ("shape" if one else "shapes") if group.shape is None else group.shape if one else _PLURAL[group.shape]
+    noun = ("shape" if one else "shapes") if group.shape is None else group.shape if one else PLURAL[group.shape]
     return f"{group.colour} {noun}" if group.colour else noun
 
 
 def _vocabulary() -> tuple[str, ...]:
-    phrases = [*_OPENINGS, *_CLOSINGS, *_SENTENCES, *_UNRELATED, *COLOURS, *SHAPES, *_PLURAL.values(), *_LOOKS]
-    phrases += [phrase for listed in (*_COUNTS.values(), *_RELATIONS.values()) for phrase in listed]
+    phrases = [*OPENINGS, *CLOSINGS, *SENTENCES, *UNRELATED, *COLOURS, *SHAPES, *PLURAL.values(), *_LOOKS]
+    phrases += [phrase for listed in (*COUNTS.values(), *RELATION_WORDS.values()) for phrase in listed]
     phrases += [f"{look}s" for look in _LOOKS]
     phrases += ["is", "are", "these", "some", "the", ".", ","]
     return tuple(sorted({word for phrase in phrases for word in words_of(phrase) if word != "{is}"}))

@@ -8,45 +8,21 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from training import demo_architecture, demo_scenes
+
 # Fixed before any guidance was measured. Another version has other pictures and other captions.
 DATA_VERSION = 1
-SIZE = 32
-SIZES = (8, 9, 10)
+SIZE = demo_architecture.SIZE
 MARGIN = 2
-COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.90, 0.12, 0.12),
-    "green": (0.10, 0.75, 0.20),
-    "blue": (0.15, 0.30, 0.95),
-    "yellow": (0.95, 0.85, 0.10),
-    "purple": (0.75, 0.15, 0.85),
-    "white": (0.95, 0.95, 0.95),
-}
-BACKGROUND = (0.12, 0.12, 0.12)
-SHAPES = ("circle", "square", "triangle", "cross")
-# Each relation with its opposite: "a left of b" is "b right of a".
-RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}
-
-
-@dataclass(frozen=True)
-class Group:
-    """One to three things that look alike; None stands for an attribute that a caption leaves out."""
-
-    count: int | None
-    colour: str | None
-    shape: str | None
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Groups of things; ``relation`` is the position of the first group relative to the second, or None."""
-
-    groups: tuple[Group, ...]
-    relation: str | None = None
+SIZES, COLOURS, BACKGROUND = demo_scenes.SIZES, demo_scenes.COLOURS, demo_scenes.BACKGROUND
+SHAPES, RELATIONS = demo_scenes.SHAPES, demo_scenes.RELATIONS
+Group = demo_scenes.Group
+Scene = demo_scenes.Scene
+mask, gap, box = demo_scenes.mask, demo_scenes.gap, demo_scenes.box
 
 
 @dataclass(frozen=True)
@@ -62,20 +38,6 @@ class Thing:
 def stream(split: str, seed: int, index: int) -> random.Random:
     """Return the random number generator of one picture of a split."""
     return random.Random(f"{DATA_VERSION}:{split}:{seed}:{index}")
-
-
-@cache
-def mask(shape: str, size: int) -> NDArray[np.bool_]:
-    """Return the mask ``[size, size]`` of a shape."""
-    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
-    if shape == "circle":
-        return rows**2 + columns**2 <= (size / 2) ** 2
-    if shape == "square":
-        return np.ones((size, size), bool)
-    if shape == "triangle":
-        return np.abs(columns) <= (rows + size / 2) / 2
-    arm = (size - 2 * round(size / 3)) / 2
-    return (np.abs(rows) < arm) | (np.abs(columns) < arm)
 
 
 def make_scene(rng: random.Random) -> Scene:
@@ -125,19 +87,6 @@ def draw(scene: Scene, things: tuple[Thing, ...]) -> NDArray[np.float32]:
         part = picture[:, thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]
         part[:, mask(group.shape, thing.size)] = np.array(COLOURS[group.colour], np.float32)[:, None]
     return picture
-
-
-def gap(first: tuple[float, float, float, float], second: tuple[float, float, float, float], relation: str) -> float:
-    """Return the free pixels between boxes (left, top, right, bottom) along the relation; negative for an overlap."""
-    if relation in ("right", "below"):
-        return gap(second, first, RELATIONS[relation])
-    return second[0] - first[2] if relation == "left" else second[1] - first[3]
-
-
-def box(boxes: list[tuple[float, float, float, float]]) -> tuple[float, float, float, float]:
-    """Return the box around boxes (left, top, right, bottom)."""
-    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
-    return min(lefts), min(tops), max(rights), max(bottoms)
 
 
 def changed(scene: Scene, index: int, **values: int | str | None) -> Scene:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """CLIP scores of a checkpoint of the user's, without and with guidance, on the user's prompts.
 
-ComfyUI's loaders read the checkpoint and the CLIP model; nothing is downloaded. A CLIP score is 100 times the cosine
-between CLIP's embeddings of prompt and picture, at least 0 (arXiv 2104.08718, without its factor of 2.5). It is a poor
-measure of counts and relations. The exact checker measures these, but only of the small models' pictures.
+ComfyUI's loaders read the checkpoint and the CLIP model; nothing is downloaded. The CLIP score is that of GAG Score
+(``nodes/scoring/clip_score.py``). It is a poor measure of counts and relations. The exact checker measures these, but
+only of the small models' pictures.
 """
 
 from __future__ import annotations
@@ -18,17 +18,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import pack
 from benchmarks.quality.methods import BASELINE, GAIN, METHODS, SHARPER, SPARSE, Method, applied
 from benchmarks.quality.statistics import mean
 from benchmarks.speed import machine
 from benchmarks.speed.steps import start_host
 from comfy_host import HostError
+
+if TYPE_CHECKING:
+    from gag.nodes.scoring import clip_score
+else:
+    clip_score = pack.module(pack.CLIP_SCORE)
 
 FOLDER = "checkpoints"
 # Nothing is tuned here: only named settings and one setting of each control are compared.
@@ -73,7 +79,6 @@ class Scorer:
                 "layout, such as model.safetensors of openai/clip-vit-large-patch14."
             )
         sd = importlib.import_module("comfy.sd")
-        self.projection = weights["text_projection.weight"].float().cpu()
         self.vision = importlib.import_module("comfy.clip_vision").load_clipvision_from_sd(dict(weights))
         if self.vision is None:
             raise HostError(f"ComfyUI does not know the vision model in {path}.")
@@ -81,12 +86,8 @@ class Scorer:
 
     def scores(self, pictures: Tensor, prompt: str) -> list[float]:
         """Return the scores of pictures ``[B, H, W, 3]`` in 0..1."""
-        # Only some of ComfyUI's text encoders apply the projection, so it is applied here for all.
-        _, pooled = self.text.encode_from_tokens(self.text.tokenize(prompt), return_pooled="unprojected")
-        text = torch.nn.functional.linear(pooled.float(), self.projection)
-        image = self.vision.encode_image(pictures)["image_embeds"]
-        cosines = torch.nn.functional.cosine_similarity(text, image.float(), dim=-1)
-        return [100 * max(0.0, cosine) for cosine in cosines.tolist()]
+        text = clip_score.embed_text(self.text, prompt)
+        return clip_score.clip_scores(text, clip_score.embed_pictures(self.vision, pictures))
 
 
 class Checkpoint(NamedTuple):

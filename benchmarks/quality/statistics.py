@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Statistics of methods that are compared on the same captions with the same noise."""
+"""Statistics of methods that are compared on the same captions with the same noise.
+
+Means, the sign test and Holm's correction are those of GAG Score, in the pack.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+import pack
+
+if TYPE_CHECKING:
+    from gag.nodes.scoring import significance
+else:
+    significance = pack.module(pack.SIGNIFICANCE)
+
 # Standard errors for a two-sided level of 5 % and for a power of 80 %.
 _LEVEL, _POWER = 1.96, 0.8416
-SIGNIFICANT = 0.05
+SIGNIFICANT = significance.SIGNIFICANT
+mean, sign_test, holm = significance.mean, significance.sign_test, significance.holm
 
 Marks = NDArray[np.bool_]
 
@@ -58,30 +68,7 @@ def paired(baseline: Marks, method: Marks) -> Paired:
     return Paired(len(baseline), (gained - lost) / len(baseline), error, gained, lost, sign_test(gained, lost))
 
 
-def sign_test(gained: int, lost: int) -> float:
-    """Return the two-sided probability that fair coins fall at least this unevenly."""
-    from scipy.stats import binomtest  # type: ignore[import-untyped, unused-ignore]
-
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-
-
-def mean(values: NDArray[np.floating]) -> tuple[float, float]:
-    """Return the mean of ``[N]`` and its standard error."""
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
 def share(marks: Marks) -> tuple[float, float]:
     """Return the share of right marks and its standard error."""
     part = float(marks.mean())
     return part, float(np.sqrt(part * (1 - part) / len(marks)))
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """Adjust p-values so that a false alarm among all of them is no likelier than in a single test (Holm 1979)."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    adjusted = [0.0] * len(values)
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
-        adjusted[index] = largest
-    return adjusted

@@ -104,7 +104,9 @@ def test_files_that_the_page_for_developers_names_exist() -> None:
     assert [name for name in sorted(named_folders) if not any(f"{path}/".endswith(f"/{name}") for path in paths)] == []
 
 
-@pytest.mark.parametrize("folder", ["gag_core", "gag_core/triton", "nodes/patching", "nodes/panel", "nodes/demo"])
+@pytest.mark.parametrize(
+    "folder", ["gag_core", "gag_core/triton", "nodes/patching", "nodes/panel", "nodes/demo", "nodes/scoring"]
+)
 def test_the_page_for_developers_names_every_file(folder: str) -> None:
     text = DEVELOPING.read_text(encoding="utf-8")
     names = [path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]

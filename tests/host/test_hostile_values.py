@@ -114,6 +114,12 @@ def good(node: str) -> dict[str, Any]:
             found[item.id] = item.options[0]
     if node == "GAGReport":
         found |= {"probe": measured_probe(), "images": torch.rand(1, 8, 8, 3)}
+    if node == "GAGScore":
+        found |= {
+            "images": [torch.rand(2, 32, 32, 3)],
+            "prompt": ["a red circle"],
+            "text_encoder": [built()["encoder"]],
+        }
     if node == "GAGGrid":
         found |= {"images": [torch.rand(1, 8, 8, 3)], "columns": [0]}
     return found
@@ -148,7 +154,7 @@ CASES = [(node, item.id) for node in NODES for item in host.NODES[node].GET_SCHE
 def test_every_value_of_every_input_ends_in_a_result_or_a_sentence(node: str, name: str) -> None:
     values = VALUES | built() | {"other": next(reversed(VALUES.values()))}
     for label, value in values.items():
-        for given in (value, [value]) if node == "GAGGrid" else (value,):
+        for given in (value, [value]) if node in ("GAGGrid", "GAGScore") else (value,):
             assert failure_of(node, {**good(node), name: given}) == "", f"{node} {name} = {label}"
 
 

@@ -26,6 +26,7 @@ NODE_IDS = [
     "GAGSchedule",
     "GAGSweep",
     "GAGGrid",
+    "GAGScore",
     "GAGCheck",
     "GAGDemoLoader",
 ]

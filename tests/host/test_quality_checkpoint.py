@@ -9,11 +9,8 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import comfy.clip_model
 import comfy.clip_vision
-import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.taesd.taesd
@@ -22,10 +19,10 @@ import safetensors.torch
 import torch
 
 import host_process as host
+import tiny_clip
 from benchmarks.quality import checkpoint, study
 from benchmarks.quality.methods import BASELINE
 
-WIDTH = 64
 _UNET = {
     **host.CONFIGS["sd15"][1],
     "model_channels": 320,
@@ -35,27 +32,7 @@ _UNET = {
     "transformer_depth_output": [1, 1],
     "context_dim": 768,
 }
-_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-_TEXT = {**_LAYERS, "hidden_size": 768}
-_CLIP_TEXT = {**_LAYERS, "hidden_size": WIDTH}
-_CLIP_VISION = {
-    **_LAYERS, "hidden_size": WIDTH, "image_size": 28, "patch_size": 14, "num_channels": 3,
-    "hidden_act": "quick_gelu", "model_type": "clip_vision_model",
-    "projection_dim": WIDTH,
-}  # fmt: skip
-_REST = {"hidden_act": "quick_gelu", "max_position_embeddings": 77, "eos_token_id": 49407}
-
-
-def _filled(module: torch.nn.Module, seed: int, prefix: str) -> dict[str, torch.Tensor]:
-    host.fill(module, seed)
-    return {prefix + name: tensor.half().contiguous().clone() for name, tensor in module.state_dict().items()}
-
-
-def _text(config: dict[str, Any]) -> torch.nn.Module:
-    model: torch.nn.Module = comfy.clip_model.CLIPTextModel(
-        {**config, **_REST}, torch.float32, "cpu", comfy.ops.manual_cast
-    )
-    return model
+_TEXT = {**tiny_clip.LAYERS, "hidden_size": 768}
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +40,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoint")
     unet = host.build("SD15", _UNET).model.diffusion_model
     checkpoint = {f"model.diffusion_model.{key}": value.half() for key, value in unet.state_dict().items()}
-    checkpoint.update(_filled(comfy.taesd.taesd.TAESD(), 2, "first_stage_model."))
-    checkpoint.update(_filled(_text(_TEXT), 3, "cond_stage_model.transformer."))
+    checkpoint.update(tiny_clip.filled(comfy.taesd.taesd.TAESD(), 2, "first_stage_model."))
+    checkpoint.update(tiny_clip.filled(tiny_clip.text_model(_TEXT), 3, "cond_stage_model.transformer."))
     checkpoint.pop("cond_stage_model.transformer.text_projection.weight")  # SD1.5 has none
-    vision = comfy.clip_model.CLIPVisionModelProjection(_CLIP_VISION, torch.float32, "cpu", comfy.ops.manual_cast)
-    clip = {**_filled(_text(_CLIP_TEXT), 4, ""), **_filled(vision, 5, "")}
+    clip = {
+        **tiny_clip.filled(tiny_clip.text_model(tiny_clip.TEXT), 4),
+        **tiny_clip.filled(tiny_clip.vision_model(), 5),
+    }
     paths = {name: folder / f"{name}.safetensors" for name in ("checkpoint", "clip", "half_clip")}
     safetensors.torch.save_file(checkpoint, paths["checkpoint"])
     safetensors.torch.save_file(clip, paths["clip"])
@@ -80,19 +59,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Pass the sizes to ComfyUI's loaders."""
-    config = tmp_path / "vision.json"
-    config.write_text(json.dumps(_CLIP_VISION), encoding="utf-8")
-
-    def vision(sd: dict[str, Any]) -> Any:
-        model = comfy.clip_vision.ClipVisionModel(str(config))
-        missing, _ = model.load_sd(sd)
-        assert not missing
-        return model
-
-    monkeypatch.setattr(comfy.clip_vision, "load_clipvision_from_sd", vision)
+    monkeypatch.setattr(comfy.clip_vision, "load_clipvision_from_sd", partial(tiny_clip.load_vision, folder=tmp_path))
     for name, options in (
         ("load_checkpoint_guess_config", {"te_model_options": {"clip_l_model_config": _TEXT}}),
-        ("load_text_encoder_state_dicts", {"model_options": {"model_config": _CLIP_TEXT}}),
+        ("load_text_encoder_state_dicts", {"model_options": {"model_config": tiny_clip.TEXT}}),
     ):
         monkeypatch.setattr(comfy.sd, name, partial(getattr(comfy.sd, name), **options))
 
@@ -130,7 +100,7 @@ def test_the_score_is_the_cosine_of_the_two_embeddings(files: dict[str, Path]) -
     scorer = checkpoint.Scorer(files["clip"])
     picture = torch.rand(1, 28, 28, 3, generator=torch.Generator().manual_seed(1))
     weights = safetensors.torch.load_file(files["clip"])
-    text = _text(_CLIP_TEXT)
+    text = tiny_clip.text_model(tiny_clip.TEXT)
     text.load_state_dict({key: value.float() for key, value in weights.items() if key.startswith("text_")})
     cosines = []
     for prompt in ("a red circle", "a dog", "an old house by the sea"):

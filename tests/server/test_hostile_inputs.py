@@ -120,6 +120,7 @@ _USES = {
     "GAGGrid": ("sink", "source", 0),
     "GAGReport": ("sink", "source", 1),
     "GAGCheck": ("sink", "source", 1),
+    "GAGScore": ("sink", "source", 0),
 }
 
 
@@ -224,8 +225,8 @@ class Nodes:
         if node_type == "GAGDemoLoader":
             found["loader"] = found["subject"]
             found["subject"] = self.node("GAGuidance")
-        if node_type == "GAGGrid":
-            found["picture"] = self.node("EmptyImage", width=16, height=16)
+        if node_type in ("GAGGrid", "GAGScore"):
+            found["picture"] = self.node("EmptyImage", width=32, height=32)
         if node_type == "GAGReport":
             found["probe"] = self.node("GAGProbe", words="")
             found["sampler"]["inputs"]["model"] = ["probe", 0]
@@ -369,7 +370,7 @@ def stays_healthy(server: ComfyServer, nodes: Nodes) -> Iterator[None]:
 
 NODE_TYPES = (
     *("GAGuidance", "GAGuidanceAdvanced", "GAGAnderson", "GAGSchedule", "GAGSweep", "GAGGrid", "GAGProbe"),
-    *("GAGReport", "GAGCheck", "GAGDemoLoader"),
+    *("GAGReport", "GAGScore", "GAGCheck", "GAGDemoLoader"),
 )
 
 

@@ -70,6 +70,7 @@ def test_the_list_of_workflows_is_complete() -> None:
         "gag_demo_few_step",
         "gag_demo_probe",
         "gag_demo_schedule",
+        "gag_demo_score",
         "gag_demo_sweep",
         "gag_demo_transformer",
         "gag_flux2_dev",

@@ -8,10 +8,10 @@ import hashlib
 import numpy as np
 import pytest
 
-from training import demo_architecture
+from training import demo_architecture, demo_captions
 from training.captions import NOISY, WORDS, describe, muddle, sample, words_of
 from training.checker import look
-from training.pictures import DATA_VERSION, RELATIONS, SIZE, lay_out, make_scene, stream
+from training.pictures import DATA_VERSION, RELATIONS, SIZE, Scene, lay_out, make_scene, stream
 from training.text import VOCABULARY, new_encoder
 
 
@@ -69,6 +69,38 @@ def test_every_drawn_thing_is_seen_by_the_checker() -> None:
     for index in range(100):
         one = sample("report", 5, index)
         assert len(look(one.picture)) == sum(group.count or 0 for group in one.scene.groups)
+
+
+def test_the_scene_of_every_caption_is_read_from_its_words() -> None:
+    """Captions that begin with the second group describe the same scene the other way round."""
+    for index in range(3000):
+        rng = stream("tune", 79, index)
+        scene = make_scene(rng)
+        caption = describe(scene, rng)
+        opposite = None if scene.relation is None else RELATIONS[scene.relation]
+        assert demo_captions.scene_of(caption) in (scene, Scene(scene.groups[::-1], opposite)), caption
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        *(
+            "",
+            "a shape",
+            "two circle",
+            "a red circles",
+            "the red circle",
+            "a circle and a red square",
+            "some red circles",
+        ),
+        *("a red circle left of a blue square and a white cross", "a red circle. a blue square", "a dog", "."),
+        "a red circle and a blue square. the red circle is left of the white cross",
+        *("a red circle left of a blue square. the red circle is above the blue square", "left of a red circle"),
+    ],
+)
+def test_a_caption_that_leaves_something_out_has_no_scene(caption: str) -> None:
+    with pytest.raises(ValueError, match=r"^prompt must describe one to three kinds of shapes, .* got "):
+        demo_captions.scene_of(caption)
 
 
 def test_muddling_changes_the_scene_always_and_training_captions_as_often_as_stated() -> None:
