@@ -13,8 +13,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..gag_core.echo import plain
-from .demo.text_encoder import DemoTextEncoder
-from .demo_loader import DemoText
+from .demo.clip import encoder_of
 from .grid import cells_of
 from .input_checks import check_pictures, check_text
 from .panel.browser import BROWSER
@@ -35,7 +34,7 @@ class GAGScore(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="GAGScore",
-            display_name="GAG Score",
+            display_name="GAG Score (prompt adherence)",
             category=CATEGORY,
             description="Measures how well pictures fit their prompt, with CLIP or the demo model's own check. Says if "
             "they fit better with guidance than without, or if the difference cannot be told from chance.",
@@ -65,13 +64,8 @@ class GAGScore(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="From Load CLIP: the half that reads the prompt, best from the same file as clip_vision.",
-                ),
-                DemoText.Input(
-                    "text_encoder",
-                    optional=True,
-                    tooltip="From GAG demo, in place of the two CLIP inputs: each picture is checked to be right or "
-                    "wrong.",
+                    tooltip="From Load CLIP: the half that reads the prompt, best from the same file as clip_vision. "
+                    "Or from GAG Demo, without clip_vision: then each picture is checked to be right or wrong.",
                 ),
                 io.String.Input(
                     "labels",
@@ -104,11 +98,10 @@ class GAGScore(io.ComfyNode):
         baseline: list[Tensor] | None = None,
         clip_vision: list[Any] | None = None,
         clip: list[Any] | None = None,
-        text_encoder: list[Any] | None = None,
         labels: list[str] | None = None,
     ) -> io.NodeOutput:
         # With is_input_list ComfyUI passes every input as a list, a single value as a list of length 1.
-        measure = _measure(_only("clip_vision", clip_vision), _only("clip", clip), _only("text_encoder", text_encoder))
+        measure = _measure(_only("clip_vision", clip_vision), _only("clip", clip))
         report = report_of(measure, images, prompt, baseline, labels)
         summary = report.summary()
         BROWSER.send_text(summary, node_id_of(cls))
@@ -127,22 +120,20 @@ def _only(name: str, values: Any) -> Any:
 # --- the scores ---------------------------------------------------------------------------------------------------
 
 
-def _measure(clip_vision: Any, clip: Any, text_encoder: Any) -> Measure:
+def _measure(clip_vision: Any, clip: Any) -> Measure:
     """Return the measure for what is connected.
 
     Raises:
-        ValueError, TypeError: nothing is connected, or half of it, or both.
+        ValueError, TypeError: nothing is connected, or half of it, or a half that does not fit.
     """
-    if text_encoder is not None:
-        if clip_vision is not None or clip is not None:
-            raise ValueError("GAG Score needs either clip_vision and clip or text_encoder, got both; disconnect one.")
-        if not isinstance(text_encoder, DemoTextEncoder):
-            raise TypeError(f"text_encoder must come from GAG demo, got {plain(type(text_encoder).__name__)}.")
-        return DemoMeasure(text_encoder)
+    if (encoder := encoder_of(clip)) is not None:
+        if clip_vision is not None:
+            raise ValueError("GAG Score checks the demo model's pictures without clip_vision; disconnect clip_vision.")
+        return DemoMeasure(encoder)
     if clip_vision is None or clip is None:
         missing = [name for name, given in (("clip_vision", clip_vision), ("clip", clip)) if given is None]
         raise ValueError(
-            f"GAG Score needs clip_vision and clip, or the text_encoder of GAG demo; connect {' and '.join(missing)}."
+            f"GAG Score needs clip_vision and clip, or the clip of GAG Demo; connect {' and '.join(missing)}."
         )
     return ClipMeasure(clip_vision, clip)
 

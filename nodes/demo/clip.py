@@ -33,11 +33,17 @@ def demo_clip(encoder: DemoTextEncoder) -> Any:
     return comfy.sd.CLIP(parts, model_options={"load_device": cpu, "offload_device": cpu, "dtype": torch.float32})
 
 
+def encoder_of(clip: Any) -> DemoTextEncoder | None:
+    """Return the text encoder of a CLIP object that comes from the demo loader; None for others."""
+    tokenizer = getattr(clip, "tokenizer", None)
+    return tokenizer.encoder if isinstance(tokenizer, DemoTokenizer) else None
+
+
 class DemoTokenizer:
     """Tokenizer of prompts for the demo's text encoder, with the methods of ComfyUI's tokenizers."""
 
     def __init__(self, encoder: DemoTextEncoder) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
 
     def words(self, text: str) -> list[tuple[str, float]]:
         """Return the words and marks of a prompt with their weights; brackets are read as ComfyUI reads them.
@@ -57,7 +63,7 @@ class DemoTokenizer:
             ValueError, TypeError: a word outside the vocabulary, too many words, or see :meth:`words`.
         """
         weighted = self.words(text)
-        ids = self._encoder.tokens_of_words([word for word, _ in weighted])
+        ids = self.encoder.tokens_of_words([word for word, _ in weighted])
         weights = dict(enumerate((weight for _, weight in weighted), start=1))
         tokens: list[Any] = [(token, weights.get(index, 1.0)) for index, token in enumerate(ids)]
         if return_word_ids:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from einops import rearrange
 from torch import Tensor
 
-from ..demo.architecture import SIZE
 from ..demo.captions import scene_of
+from ..demo.models import PIXELS, PIXELS_PER_VALUE
 from ..demo.scene_check import check
 from ..demo.text_encoder import DemoTextEncoder
 from .clip_score import clip_scores, embed_pictures, embed_text, is_cut, tells_colours
@@ -89,13 +89,14 @@ class DemoMeasure:
 
     def scores(self, prepared: Any, pictures: Tensor) -> list[float]:
         """Return 1 for each right picture and 0 for each wrong one."""
-        if pictures.shape[1:3] != (SIZE, SIZE) or pictures.shape[3] < 3:
+        if pictures.shape[1:3] != (PIXELS, PIXELS) or pictures.shape[3] < 3:
             height, width, channels = pictures.shape[1:]
             raise ValueError(
-                f"images must be the demo model's own pictures of {SIZE} x {SIZE} pixels, got {width} x {height} with "
-                f"{channels} channels; connect VAE Decode itself."
+                f"images must be the demo model's own pictures of {PIXELS} x {PIXELS} pixels, got {width} x {height} "
+                f"with {channels} channels; connect VAE Decode itself."
             )
-        found = rearrange(pictures[..., :3].detach().float().cpu(), "b h w c -> b c h w").numpy()
+        values = pictures[:, ::PIXELS_PER_VALUE, ::PIXELS_PER_VALUE, :3]
+        found = rearrange(values.detach().float().cpu(), "b h w c -> b c h w").numpy()
         return [float(check(picture, prepared).everything) for picture in found]
 
     def finish(self) -> None:
