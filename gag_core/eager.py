@@ -12,7 +12,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import card
 from .anderson import KeySpace, retrieve_with_coefficients
@@ -287,7 +286,7 @@ def attention_with_logsumexp(
         The attention output ``[B, H, N_q, D_v]`` in the dtype of q, and the logsumexp ``[B, H, N_q]``.
     """
     bias = _additive_mask(mask, q)
-    fused = None if _is_forward() else _fused_attention(q, k, v, bias, scale)
+    fused = None if is_forward_mode() else _fused_attention(q, k, v, bias, scale)
     if fused is None:
         return plain_attention(q, k, v, mask, scale), logsumexp_of_logits(q, k, mask, scale)
     if bias is None:
@@ -303,14 +302,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
     """
     bias = _additive_mask(mask, q)
     # In forward-mode differentiation torch has no derivative of its fused attention.
-    exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if _is_forward() else nullcontext()
+    exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if is_forward_mode() else nullcontext()
     with exact:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out if bias is None else out.masked_fill(_unreadable(bias), 0.0)
-
-
-def _is_forward() -> bool:
-    return forward_ad._current_level >= 0
 
 
 def _unreadable(bias: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import GuidanceConfig
 from .eager import attention_with_logsumexp, plain_attention
+from .entmax import is_forward_mode
 from .geometry import text_mass
 from .numerics import config_numbers, work_dtype
 
@@ -95,6 +96,10 @@ def _attention(
 
 
 def _write(out: Tensor, result: Tensor) -> None:
-    """Write a result to ``out``, with finite numbers only; the result is changed."""
+    """Write a result to ``out``, with finite numbers only; the result may be changed."""
     largest = torch.finfo(out.dtype).max
+    if out.dtype == result.dtype and not is_forward_mode() and not torch.compiler.is_compiling():
+        # In one pass. Neither of the two modes takes this ``out=``.
+        torch.nan_to_num(result, nan=0.0, posinf=largest, neginf=-largest, out=out)
+        return
     out.copy_(result.nan_to_num_(nan=0.0, posinf=largest, neginf=-largest).clamp_(-largest, largest))

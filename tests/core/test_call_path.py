@@ -22,8 +22,9 @@ CORE = Path(gag_core.__file__).parent
 CROSS = ["attention", "eager", "numerics", "eager", "numerics", "entmax", "geometry", "numerics"]
 # The joint attention itself comes first, then the guidance of its image queries.
 JOINT = ["attention", "eager", *CROSS]
-# Rule "uniform" is plain attention to other values: no entmax, no chunks, and the text mass alone is of geometry.
-UNIFORM = {"attention", "eager", "uniform", "numerics"}
+# Rule "uniform" is plain attention to other values: of entmax.py it asks for the mode of differentiation alone, and of
+# geometry.py for the text mass.
+UNIFORM = {"attention", "eager", "uniform", "numerics", "entmax"}
 
 
 def path_of(call: Callable[[], object]) -> list[str]:

@@ -178,7 +178,7 @@ def test_bad_input_is_refused_in_one_sentence_and_changes_nothing(case: str) -> 
     inputs, words = WRONG[case]
     model = host.build_model("sd15")
     before = {key: dict(entry) for key, entry in model.wrappers.items()}
-    with pytest.raises(ValueError, match=r".") as raised:
+    with pytest.raises((ValueError, TypeError)) as raised:
         host.run_node("GAGuidanceAdvanced", model=model, **inputs)
     assert all(word in str(raised.value) for word in words), str(raised.value)
     assert "\n" not in str(raised.value)

@@ -158,9 +158,9 @@ def test_prompts_of_different_lengths_are_measured_in_their_own_length() -> None
         "positive": host.conditioning("sd15", 10, 154),
         "negative": host.conditioning("sd15", 11, 77),
     }
-    together, probe = probed(host.build_model("sd15"))
+    together, probe = probed(guided(host.build_model("sd15"), norm_threshold=0.7, guidance_scale=2.0))
     host.sample(together, "sd15", steps=1, **prompts)
-    alone, probe_alone = probed(host.build_model("sd15"))
+    alone, probe_alone = probed(guided(host.build_model("sd15"), norm_threshold=0.7, guidance_scale=2.0))
     host.sample(alone, "sd15", steps=1, cfg=1.0, positive=prompts["negative"])
     # Rounding may put a single token on the other side of the cap.
     torch.testing.assert_close(probe.result.values[1], probe_alone.result.values[0], rtol=1e-3, atol=0.01)
