@@ -75,7 +75,7 @@ class DemoTokenizer:
         return {}
 
 
-class _DemoClipModel(nn.Module, sd1_clip.ClipTokenWeightEncoder):  # type: ignore[misc]
+class _DemoClipModel(nn.Module, sd1_clip.ClipTokenWeightEncoder):
     """The text encoder with the methods that ComfyUI's CLIP object calls."""
 
     dtypes: ClassVar[set[torch.dtype]] = {torch.float32}
@@ -102,7 +102,7 @@ class _DemoClipModel(nn.Module, sd1_clip.ClipTokenWeightEncoder):  # type: ignor
 
     def encode_token_weights(self, tokens: dict[str, list[list[Any]]]) -> Any:
         """Return the context ``[1, 77, WIDTH]`` and the pooled text ``[1, POOLED]``, fp32, of a tokenized prompt."""
-        return super().encode_token_weights(tokens[NAME])
+        return sd1_clip.ClipTokenWeightEncoder.encode_token_weights(self, tokens[NAME])
 
     @torch.no_grad()
     def encode(self, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
