@@ -29,7 +29,8 @@ def node_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Texts that the pack's nodes show during the test, in order."""
     texts: list[str] = []
     browser = host.pack_module("nodes.panel.browser").BROWSER
-    monkeypatch.setattr(browser, "send_text", lambda text, _: texts.append(text))
+    joined = lambda sentences: " ".join(sentence.text for sentence in sentences)  # noqa: E731
+    monkeypatch.setattr(browser, "send_status", lambda _, sentences, *counts: texts.append(joined(sentences)))
     return texts
 
 

@@ -687,7 +687,7 @@ def test_the_report_has_all_measures_in_a_file_and_as_text(output_folder: Any) -
     assert len(out.ui["images"]) == 3
     assert "report_00001_.json" in out.ui["text"][1]
     assert data["summary"] == summary
-    assert summary.startswith("Guidance acted in 4 of 5 text attentions and in ")
+    assert summary.startswith("Guidance acted in 4 of the model's 5 attentions and in ")
     assert data["layers"] == list(probe.result.layers)
     assert list(data["measures"]) == NAMES
     for index, name in enumerate(NAMES):
@@ -706,8 +706,8 @@ def test_the_summary_has_the_right_numbers(output_folder: Any) -> None:
     result = probe.result
     gain, capped = (result.values[0, ..., NAMES.index(name)][result.guided[0]] for name in ("gain", "capped"))
     assert f"Guidance changed the attention output by {100 * float(gain.mean()):.0f} % on average" in summary
-    assert f"The cap shortened the guidance in {100 * float(capped.mean()):.0f} % of the query tokens." in summary
-    assert "Guidance acted in 6 of 7 text attentions and in 2 of 2 steps." in summary
+    assert f"The cap held it back in {100 * float(capped.mean()):.0f} % of the picture: " in summary
+    assert "Guidance acted in 6 of the model's 7 attentions and in 2 of 2 steps." in summary
 
 
 def test_the_report_works_without_guidance_and_with_one_prompt_and_one_step(output_folder: Any) -> None:

@@ -73,7 +73,7 @@ def test_the_report_belongs_to_the_run_before_it(server: ComfyServer, object_inf
     data = report_of(server, result, prompt)
     summary, _ = result.outputs[id_of(prompt, "GAGReport")]["text"]
     assert summary == data["summary"]
-    assert summary.startswith("Guidance acted in 4 of 5 text attentions and in ")
+    assert summary.startswith("Guidance acted in 4 of the model's 5 attentions and in ")
     assert data["layers"] == ["d0", "d1", "m0", "u0", "u1"]
     assert len(data["step_sigmas"]) == 12
     assert data["words"] == ["red", "circle", "blue", "square"]
@@ -81,7 +81,7 @@ def test_the_report_belongs_to_the_run_before_it(server: ComfyServer, object_inf
     assert len(pages) == 3
     shown_texts = {data["node"]: data["text"] for event, data in result.messages if event == "progress_text"}
     assert shown_texts[id_of(prompt, "GAGProbe")] == "Measured 5 attentions in 12 model calls."
-    assert shown_texts[id_of(prompt, "GAGReport")].startswith("Guidance acted in 4 of 5 text attentions")
+    assert shown_texts[id_of(prompt, "GAGReport")].startswith("Guidance acted in 4 of the model's 5 attentions")
 
     # The host does not run the probe's node again, and still another seed has other measures.
     again, prompt = run(server, object_info, next(_seeds))
