@@ -174,7 +174,7 @@ def sentences(result: Result) -> list[str]:
         found.append(f"The cap {held} it back in {_percent(capped)} of the picture: {advice}.")
     dense, sparse = (_mean(_values(result, branch, name), measured) for name in ("entropy_dense", "entropy_sparse"))
     found.append(
-        f"A spot of the picture attends to about {math.exp(dense):.1f} tokens of the prompt; guidance pushes towards the "
+        f"A query token attends to about {math.exp(dense):.1f} tokens of the prompt; guidance pushes towards the "
         f"{math.exp(sparse):.1f} that matter most to it."
     )
     mass = _mean(_values(result, branch, "mass"), measured)

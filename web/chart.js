@@ -71,7 +71,7 @@ export class Chart {
       return top(one, values);
     });
     const axis = (/** @type {number} */ i) =>
-      i < 0 || !steps.length ? [] : [tops[i], series[i].range[0]].map((value) => shown(series[i], value));
+      i < 0 || !steps.length ? [] : [tops[i], series[i].range[0]].map((value) => shown(series[i], value).trim());
     write(this.left, axis(series.findIndex(({ range }) => range[1] === null)));
     write(this.right, axis(series.findIndex(({ range }) => range[1] !== null)));
     const named = run ? [0, ...(last > 2 ? [Math.round(last / 2)] : []), last] : [];

@@ -45,7 +45,9 @@ export function readStatus({ parts, text, guided, inputs }) {
 }
 
 /** @param {unknown} value @returns {value is [string, Content]} */
-const isPart = (value) => Array.isArray(value) && value.length === 2 && isString(value[0]) && isObject(value[1]);
+const isPart = (value) =>
+  Array.isArray(value) && value.length === 2 && isString(value[0]) && isObject(value[1]) &&
+  Object.values(value[1]).every((item) => isString(item) || isNumber(item));
 
 /**
  * @param {unknown} content

@@ -2,7 +2,7 @@
 /** Room for a node that grows: it moves to the nearest place where it covers no other node. Other nodes stay. */
 
 const TITLE = 30;
-const GAP = 12;
+const GAP = 24;
 const MOST_PLACES = 60;
 
 /** @typedef {[number, number]} Pair */

@@ -132,9 +132,7 @@ def test_a_sentence_has_the_same_words_and_values_on_the_node_and_in_the_panel()
     found: set[str] = set()
     for module in MODULES:
         tree = ast.parse(module.read_text(encoding="utf-8"))
-        assigned = {
-            ast.unparse(node.targets[0]): node.value for node in ast.walk(tree) if isinstance(node, ast.Assign)
-        }
+        assigned = {ast.unparse(node.targets[0]): node.value for node in ast.walk(tree) if isinstance(node, ast.Assign)}
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or ast.unparse(node.func) != "Sentence":
                 continue
