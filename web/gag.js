@@ -13,7 +13,7 @@ import { element } from "./dom.js";
 import { isObject, isString, readModel, readRuns, readSetup, readStatus } from "./messages.js";
 import { Picker } from "./picker.js";
 import { PresetChooser } from "./presets.js";
-import { nearestRoom } from "./room.js";
+import { nearestRoom, TITLE } from "./room.js";
 import { isEdited, StatusLine } from "./status.js";
 import { say, speak } from "./texts.js";
 
@@ -64,6 +64,7 @@ let sending = false;
 let token = "";
 const TOKEN_MS = 2000;
 const MOST_TRIES = 8;
+const MOST_LOOKS = 4;
 /** @type {Promise<void> | undefined} the request for a token that goes on */
 let askingForToken;
 /** @type {string[]} nodes of the job that goes on whose outputs ComfyUI reused */
@@ -140,6 +141,8 @@ class Panel {
     /** @type {Memory} */
     this.memory = {};
     this.line = new StatusLine();
+    /** @type {{from: [number, number], looks: number} | undefined} the size before the node grew a moment ago */
+    this.grown = undefined;
     this.chart = new Chart();
     this.picker = new Picker((blocks) => this.write({ blocks }));
     const row = element("div", { className: "gag-row" }, this.line.element);
@@ -221,7 +224,7 @@ class Panel {
     // Undo and a change of workflow make new nodes. Vue reuses the page's elements of the old node with the same id,
     // among them the old panel, which nothing draws any more.
     if (vueNodes() && !this.element.isConnected && this.node.graph === app.canvas.graph) {
-      document.querySelector(`[data-node-id="${CSS.escape(String(this.node.id))}"] .gag-panel`)?.replaceWith(this.element);
+      vueNode(this.node)?.querySelector(".gag-panel")?.replaceWith(this.element);
     }
     this.line.draw(this.node, status, cached);
     if (this.chartButton) {
@@ -238,6 +241,7 @@ class Panel {
       this.presetRow.prepend(this.chooser.element);
     }
     this.chooser?.draw();
+    this.makeRoom();
     this.resize();
   }
 
@@ -264,14 +268,9 @@ class Panel {
       width,
       Math.max(node.computeSize()[1], oldHeight + Math.min(0, growth)),
     ]);
-    const [x, y] = node.pos;
     const { from, to } = memory.moved ?? {};
     if (growth > 0 && size[1] > oldHeight) {
-      const place = nearestRoom(node, [width, oldHeight], size);
-      if (place[0] !== x || place[1] !== y) {
-        memory.moved = { from: from && isAt(node, to) ? from : [x, y], to: place };
-        node.pos = place;
-      }
+      this.grown = { from: [width, oldHeight], looks: MOST_LOOKS };
     } else if (from && !this.isOpen(CHART) && !this.isOpen(PICKER)) {
       // Back to where it was, if nobody has moved it since.
       if (isAt(node, to)) node.pos = from;
@@ -280,7 +279,28 @@ class Panel {
     node.setSize(size);
     node.graph?.setDirtyCanvas?.(true, true);
   }
+
+  /** Move the node, once it has grown, to where it covers no other. Vue takes a moment to draw it in its new height. */
+  makeRoom() {
+    const { node, memory, grown } = this;
+    if (!grown) return;
+    if (--grown.looks <= 0) this.grown = undefined;
+    const [width, height] = node.size;
+    const shown = vueNodes() && node.graph === app.canvas.graph ? vueNode(node)?.offsetHeight : undefined;
+    const place = nearestRoom(node, grown.from, [width, Math.max(height, (shown ?? 0) - TITLE)]);
+    if (isAt(node, place)) return;
+    const { from, to } = memory.moved ?? {};
+    memory.moved = { from: from && isAt(node, to) ? from : [node.pos[0], node.pos[1]], to: place };
+    node.pos = place;
+  }
 }
+
+/**
+ * Return the element that Vue draws a node with.
+ * @param {any} node
+ * @returns {HTMLElement | null}
+ */
+const vueNode = (node) => document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`);
 
 /**
  * @param {any} node

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 /** Room for a node that grows: it moves to the nearest place where it covers no other node. Other nodes stay. */
 
-const TITLE = 30;
+export const TITLE = 30;
 const GAP = 24;
 const MOST_PLACES = 60;
 
@@ -24,8 +24,8 @@ export function nearestRoom(node, oldSize, size) {
   if (isFree([x, y])) return [x, y];
   const places = (/** @type {0 | 1} */ axis, /** @type {number} */ title) => {
     const beside = others.flatMap((/** @type {any} */ { pos, size: [...own] }) => [
-      pos[axis] - size[axis] - GAP - title,
-      pos[axis] + own[axis] + GAP + title,
+      Math.round(pos[axis] - size[axis] - GAP - title),
+      Math.round(pos[axis] + own[axis] + GAP + title),
     ]);
     const distance = (/** @type {number} */ place) => Math.abs(place - node.pos[axis]);
     return [node.pos[axis], ...beside].sort((a, b) => distance(a) - distance(b)).slice(0, MOST_PLACES);
