@@ -677,7 +677,7 @@ def test_the_report_has_all_measures_in_a_file_and_as_text(output_folder: Any) -
     host.sample(model, "sd15", **run, steps=4, cfg=4.0)
     latent = {"samples": torch.zeros(1)}
     images = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(1))
-    out = report(probe, images=images, latent=latent)
+    out = report(probe, images=images, latent=latent, pages="all")
     plots, summary, text, same_images, same_latent = out.result
     assert same_images is images and same_latent is latent
     assert plots.shape == (3, 896, 1280, 3) and plots.dtype == torch.float32
@@ -695,8 +695,11 @@ def test_the_report_has_all_measures_in_a_file_and_as_text(output_folder: Any) -
             listed = torch.tensor(data["measures"][name][key], dtype=torch.float64)
             torch.testing.assert_close(listed, probe.result.values[branch, ..., index], rtol=1e-5, atol=1e-12)
     assert data["guided"]["positive"] == probe.result.guided[0].tolist()
-    report(probe, images=images)
+    words_alone = report(probe, images=images)
+    assert torch.equal(words_alone.result[0], plots[:1]), "the words come first, and alone if not all is asked for"
     assert (output_folder / "sub" / "report_00002_.json").exists()
+    with pytest.raises(ValueError, match="^pages must be one of"):
+        report(probe, images=images, pages="curves")
 
 
 def test_the_summary_has_the_right_numbers(output_folder: Any) -> None:

@@ -223,7 +223,7 @@ def test_words_are_drawn_as_they_are(result: Any, output: Path, word: str, caplo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = report(with_words(result, word))
-    summary = check_report(out, pages=3)
+    summary = check_report(out, pages=1)
     assert "could not" not in summary and caplog.text == ""
 
 
