@@ -153,7 +153,9 @@ class GAGReport(io.ComfyNode):
         except NotSavedError as error:
             failures.append(str(error))
         summary = " ".join([summary, *failures])
-        on_node = f"{summary} All numbers: {shown}" if shown else summary
+        on_node = summary
+        if shown:
+            on_node = f"{summary} All numbers: {shown}"
         BROWSER.send_status(node_id_of(cls), [Sentence("", {}, on_node)])
         texts = tuple(without_markup(part) for part in (summary, shown) if part)
         return io.NodeOutput(plots, summary, text, images, latent, ui={**preview, "text": texts})

@@ -149,12 +149,15 @@ class Panel {
     this.content = element("div", {}, row);
     this.element = element("div", { className: "gag-panel" }, this.content);
     if (TEXT.includes(node.comfyClass)) row.className = "gag-text";
-    if (GUIDANCE.includes(node.comfyClass)) this.chartButton = this.button(row, say("chart"), say("chart_tip"), CHART);
     if (node.comfyClass === "GAGuidanceAdvanced") {
       this.presetRow = element("div", { className: "gag-row" });
-      this.pickerButton = this.button(this.presetRow, say("blocks"), say("blocks_tip"), PICKER);
       this.content.append(this.presetRow);
     }
+    const buttons = this.presetRow ?? row;
+    if (GUIDANCE.includes(node.comfyClass)) {
+      this.chartButton = this.button(buttons, say("chart"), say("chart_tip"), CHART);
+    }
+    if (this.presetRow) this.pickerButton = this.button(buttons, say("blocks"), say("blocks_tip"), PICKER);
     this.height = TEXT.includes(node.comfyClass) ? TEXT_HEIGHT : ROW * this.content.children.length;
     const height = () => this.height;
     // The panel is not saved: it is in neither the workflow nor the prompt, and comes after all widgets that are.
@@ -228,12 +231,13 @@ class Panel {
     }
     this.line.draw(this.node, status, cached);
     if (this.chartButton) {
-      show(this.chartButton, this.chart.element, this.isOpen(CHART), this.content);
+      show(this.chartButton, this.chart.element, this.isOpen(CHART), this.presetRow ?? this.line.element.parentElement);
       const old = isEdited(this.node, status);
       if (this.isOpen(CHART)) this.chart.draw(run, setup?.series ?? NO_SERIES, this.note(), old);
     }
     if (this.pickerButton) {
-      show(this.pickerButton, this.picker.element, this.isOpen(PICKER), this.content);
+      const above = this.isOpen(CHART) ? this.chart.element : this.presetRow;
+      show(this.pickerButton, this.picker.element, this.isOpen(PICKER), above);
       if (this.isOpen(PICKER)) this.picker.draw(this.memory.model, String(this.field("blocks")?.value ?? ""));
     }
     if (this.presetRow && setup && !this.chooser) {
@@ -311,15 +315,15 @@ const isAt = (node, place) => node.pos[0] === place?.[0] && node.pos[1] === plac
 const vueNodes = () => Boolean(/** @type {any} */ (globalThis).LiteGraph?.vueNodesMode);
 
 /**
- * Add an element to a container, or remove it, and mark its button accordingly.
+ * Add an element below another, or remove it, and mark its button accordingly.
  * @param {Element} button
  * @param {Element} part
  * @param {boolean} open
- * @param {Element} container
+ * @param {Element | null | undefined} above
  */
-function show(button, part, open, container) {
+function show(button, part, open, above) {
   button.setAttribute("aria-expanded", String(open));
-  if (open && part.parentElement !== container) container.append(part);
+  if (open && part.parentElement !== above?.parentElement) above?.after(part);
   if (!open) part.remove();
 }
 
@@ -427,6 +431,8 @@ function refresh() {
     if (!setup) void askForSetup();
     // A chart that is opened later is measured from the next step on if the token is there by then.
     askingForToken ??= askForToken();
+    // A picker that was saved open shows the model that came in before the page was loaded.
+    if ([...open.keys()].some((panel) => panel.isOpen(PICKER) && !panel.memory.model)) void askForBlocks();
   }
   if (open.size || sent) void sendOpenCharts(charts.slice(0, MOST_CHARTS));
 }

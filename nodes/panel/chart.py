@@ -93,7 +93,8 @@ class Chart:
 
     def begin(self, nodes: Iterable[str | None], steps: int) -> None:
         """Send the open charts of these nodes that a run of ``steps`` steps begins: they have no points yet."""
-        if points := {node: [] for node in nodes if node is not None and is_listening(node)}:
+        points: dict[str, list[list[float]]] = {node: [] for node in nodes if node is not None and is_listening(node)}
+        if points:
             self._send_points(points, steps)
 
     def add(self, guidance: Guidance, recording: CallRecording, reached: Iterable[Layer], steps: Steps) -> None:

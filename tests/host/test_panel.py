@@ -271,6 +271,7 @@ def test_the_status_has_the_inputs_that_the_node_was_queued_with(monkeypatch: py
     assert data["inputs"] == {**inputs, "model": None}
     assert data["text"] == "Guided 6 of 6 attentions in 2 of 2 calls."
     assert data["parts"] == [["guided", {"guided": 6, "of": 6, "calls": 2, "all": 2}]]
+    wrong: Any
     for wrong in (None, [], "text", {NODE: 1}):
         queue(server, monkeypatch, wrong)
         assert messages.queued_inputs(NODE) == ({} if not isinstance(wrong, dict) else {NODE: 1})

@@ -698,7 +698,7 @@ def test_the_report_has_all_measures_in_a_file_and_as_text(output_folder: Any) -
     words_alone = report(probe, images=images)
     assert torch.equal(words_alone.result[0], plots[:1]), "the words come first, and alone if not all is asked for"
     assert (output_folder / "sub" / "report_00002_.json").exists()
-    with pytest.raises(ValueError, match="^pages must be one of"):
+    with pytest.raises(ValueError, match=r"^pages must be one of"):
         report(probe, images=images, pages="curves")
 
 
