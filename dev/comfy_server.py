@@ -65,10 +65,17 @@ def prepare_base(base: Path, pack: Path = ROOT) -> None:
 
 
 def server_command(base: Path, port: int, *, cpu: bool = False) -> list[str]:
-    """Return the command line of a server for this machine only. Without an accelerator it runs on the CPU."""
+    """Return the command line of a server for this machine only. Without an accelerator it runs on the CPU.
+
+    The environment variable GAG_FRONT_END names the folder of another front end than the installed one, such as the
+    FOLDER of ``pip install --no-deps --target FOLDER comfyui-frontend-package==VERSION``.
+    """
     command = [sys.executable, str(find_host() / "main.py"), "--listen", "127.0.0.1", "--port", str(port)]
     command += ["--base-directory", str(base), "--disable-auto-launch", "--disable-api-nodes"]
     command += ["--database-url", "sqlite:///:memory:"]
+    if folder := os.environ.get("GAG_FRONT_END"):
+        inner = Path(folder, "comfyui_frontend_package", "static")
+        command += ["--front-end-root", str(inner if inner.is_dir() else folder)]
     return [*command, "--cpu"] if cpu or not _has_accelerator() else command
 
 

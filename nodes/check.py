@@ -17,6 +17,7 @@ from .input_checks import check_switch
 from .output_files import NotSavedError, save_json, save_preview
 from .panel.browser import BROWSER
 from .panel.messages import without_markup
+from .patching.observer import Sentence
 from .plots import AS_IT_IS, COLOURS, INK, NotDrawnError, draw, new_figure, picture_of_text, style, to_image
 from .shared_inputs import CATEGORY, node_id_of, search_aliases
 
@@ -102,7 +103,7 @@ class GAGCheck(io.ComfyNode):
         except NotSavedError as error:
             failures.append(str(error))
         on_node = "\n\n".join([text, *failures, *([f"All numbers: {shown}"] if shown else [])])
-        BROWSER.send_text(on_node, node_id_of(cls))
+        BROWSER.send_status(node_id_of(cls), [Sentence("", {}, on_node)])
         texts = tuple(without_markup(part) for part in ("\n\n".join([text, *failures]), shown) if part)
         return io.NodeOutput(picture, text, data, ui={**preview, "text": texts})
 

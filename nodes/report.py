@@ -15,10 +15,12 @@ from torch import Tensor
 
 from ..gag_core.echo import plain
 from ..gag_core.measures import MEASURES
+from .input_checks import check_option
 from .output_files import NotSavedError, save_json, save_preview
 from .panel.browser import BROWSER
 from .panel.messages import without_markup
 from .patching.measurements import BRANCHES, Probe, Result, list_index
+from .patching.observer import Sentence
 from .plots import (
     AS_IT_IS,
     COLOURS,
@@ -38,6 +40,7 @@ from .shared_inputs import CATEGORY, node_id_of, search_aliases
 
 WIDTH, HEIGHT = 1280, 896
 FORMAT = 1
+WORDS, ALL = PAGES = ("words", "all")
 # Measures that are shares, whose colours go up to 1.
 _SHARES = ("parallel", "negative", "capped", "mass")
 # Measures in the plots. In models whose text has no attention of its own, "mass" takes the place of "parallel".
@@ -87,6 +90,15 @@ class GAGReport(io.ComfyNode):
                     default="GAG_report",
                     tooltip="Beginning of the name of the JSON file in the output folder.",
                 ),
+                io.Combo.Input(
+                    "pages",
+                    options=list(PAGES),
+                    default=WORDS,
+                    optional=True,
+                    tooltip="The plots to draw. words: where in the picture the model attends to each word of GAG "
+                    "Probe; the other plots if it has no words. all: then every measure too, by layer and by step, for "
+                    "experts.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="plots", tooltip="One picture per page, all of one size."),
@@ -102,8 +114,14 @@ class GAGReport(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, probe: Probe, filename_prefix: str, images: Tensor | None = None, latent: dict[str, Any] | None = None
+        cls,
+        probe: Probe,
+        filename_prefix: str,
+        images: Tensor | None = None,
+        latent: dict[str, Any] | None = None,
+        pages: str = WORDS,
     ) -> io.NodeOutput:
+        check_option("pages", pages, PAGES)
         if images is None and latent is None:
             raise ValueError("GAG Report needs images or latent, so that it comes after the sampler: connect one.")
         if not isinstance(probe, Probe):
@@ -125,7 +143,7 @@ class GAGReport(io.ComfyNode):
         summary = " ".join([*which_run, *sentences(result)]).encode("utf-8", "backslashreplace").decode()
         text = as_json(result, summary)
         # Whatever cannot be drawn or saved, everything else is given.
-        plots, failures = pages(result, images)
+        plots, failures = draw_pages(result, images, everything=pages == ALL)
         shown, preview = "", {}
         try:
             shown = save_json(text, filename_prefix)
@@ -136,10 +154,10 @@ class GAGReport(io.ComfyNode):
         except NotSavedError as error:
             failures.append(str(error))
         summary = " ".join([summary, *failures])
+        on_node = summary
         if shown:
-            BROWSER.send_text(f"{summary} All numbers: {shown}", node_id_of(cls))
-        else:
-            BROWSER.send_text(summary, node_id_of(cls))
+            on_node = f"{summary} All numbers: {shown}"
+        BROWSER.send_status(node_id_of(cls), [Sentence("", {}, on_node)])
         texts = tuple(without_markup(part) for part in (summary, shown) if part)
         return io.NodeOutput(plots, summary, text, images, latent, ui={**preview, "text": texts})
 
@@ -153,22 +171,18 @@ def sentences(result: Result) -> list[str]:
     cells = result.guided[branch] if bool(result.guided[branch].any()) else measured
     found = [_where_guided(result) if has_acted else _not_guided(result), _gain(result, branch, cells, has_acted)]
     if any(settings.rule in ("gag", "anderson") for settings in result.settings):
-        shortened = "shortened" if has_acted else "would shorten"
-        capped = _percent(_mean(_values(result, branch, "capped"), cells))
-        found.append(f"The cap {shortened} the guidance in {capped} of the query tokens.")
+        capped = _mean(_values(result, branch, "capped"), cells)
+        advice = "for more effect raise norm_threshold" if capped >= 0.5 else "for less effect lower norm_threshold"
+        held = "held" if has_acted else "would hold"
+        found.append(f"The cap {held} it back in {_percent(capped)} of the picture: {advice}.")
     dense, sparse = (_mean(_values(result, branch, name), measured) for name in ("entropy_dense", "entropy_sparse"))
     found.append(
-        f"By entropy the model's own attention spreads over {math.exp(dense):.1f} text tokens, the sparse attention "
-        f"over {math.exp(sparse):.1f}."
+        f"A query token attends to about {math.exp(dense):.1f} tokens of the prompt; guidance pushes towards the "
+        f"{math.exp(sparse):.1f} that matter most to it."
     )
     mass = _mean(_values(result, branch, "mass"), measured)
     if mass < 1.0:
         found.append(f"{_percent(mass)} of the attention falls on the text.")
-    negative = _mean(_values(result, branch, "negative"), measured)
-    found.append(
-        f"In {_percent(negative)} of the query tokens the difference of the two attention outputs opposes the sparse "
-        "output, so that guidance along the difference would weaken the sparse output."
-    )
     return [*found, *result.notes]
 
 
@@ -179,8 +193,8 @@ def _where_guided(result: Result) -> str:
     numbers = cells.any(dim=0).nonzero().flatten().tolist()
     span = "" if steps == len(result.sigmas) else f", from step {numbers[0] + 1} to {numbers[-1] + 1}"
     return (
-        f"Guidance acted in {layers} of {len(result.layers)} text attentions and in {steps} of {len(result.sigmas)} "
-        f"steps{span}."
+        f"Guidance acted in {layers} of the model's {len(result.layers)} attentions and in {steps} of "
+        f"{len(result.sigmas)} steps{span}."
     )
 
 
@@ -238,14 +252,15 @@ def as_json(result: Result, summary: str) -> str:
     return json.dumps(data, allow_nan=False)
 
 
-def pages(result: Result, images: Tensor | None) -> tuple[Tensor, list[str]]:
-    """Return the plots ``[pages, HEIGHT, WIDTH, 3]``: layers by steps, curves over steps, and words if mapped.
+def draw_pages(result: Result, images: Tensor | None, everything: bool) -> tuple[Tensor, list[str]]:
+    """Return the plots ``[pages, HEIGHT, WIDTH, 3]``: words if mapped; layers by steps and curves over steps.
 
-    In the place of plots that cannot be drawn, there is one picture of the reason. The reasons are returned too.
+    Without ``everything`` the last two are left out where there are words. In the place of plots that cannot be drawn,
+    there is one picture of the reason. The reasons are returned too.
     """
-    drawings = [lambda: _heat_map_page(result), lambda: _curve_page(result)]
-    if result.maps:
-        drawings.append(lambda: _word_page(result, images))
+    drawings = [lambda: _word_page(result, images)] if result.maps else []
+    if everything or not drawings:
+        drawings += [lambda: _heat_map_page(result), lambda: _curve_page(result)]
     failures: list[str] = []
     found = [page for drawing in drawings if (page := _page(drawing, failures)) is not None]
     return torch.cat(found), failures
@@ -335,7 +350,11 @@ def _label(axes: Any, measure: str) -> None:
 
 
 def _word_page(result: Result, images: Tensor | None) -> Tensor:
-    """Draw the maps of the words: a row for each picture, a column for each word, over the pictures if given."""
+    """Draw the maps of the words, over the pictures if given, as large as they fit.
+
+    Several pictures have a row each, with a column for each word. A single picture has as many rows as make its maps
+    largest.
+    """
     maps = _combined(result.maps)
     pictures = min(maps.shape[0], _MAX_PICTURES)
     words = result.words[:_MAX_WORDS]
@@ -349,13 +368,16 @@ def _word_page(result: Result, images: Tensor | None) -> Tensor:
         color=INK,
     )
     first = 0 if images is None else 1
-    grid = figure.subplots(pictures, len(words) + first, squeeze=False)
+    cells = len(words) + first
+    columns = _columns(cells, maps.shape[-1] / maps.shape[-2]) if pictures == 1 else cells
+    axes_of = figure.subplots(pictures * math.ceil(cells / columns), columns, squeeze=False)
+    grid = [axes_of.flat] if pictures == 1 else axes_of
+    for axes in axes_of.flat:
+        axes.set_axis_off()
     for row in range(pictures):
         picture = None if images is None or row >= images.shape[0] else images[row, ..., :3].detach().cpu().clamp(0, 1)
-        if first:
-            grid[row][0].set_axis_off()
-            if picture is not None:
-                grid[row][0].imshow(picture.numpy(), interpolation="nearest")
+        if first and picture is not None:
+            grid[row][0].imshow(picture.numpy(), interpolation="nearest")
         for column, word in enumerate(words):
             axes = grid[row][column + first]
             _draw_word_map(axes, maps[row, column], picture)
@@ -364,9 +386,18 @@ def _word_page(result: Result, images: Tensor | None) -> Tensor:
     return to_image(figure)
 
 
+def _columns(cells: int, ratio: float) -> int:
+    """Return the number of columns with which cells of this ratio of width to height are largest on a page."""
+
+    def width_of(columns: int) -> float:
+        rows = math.ceil(cells / columns)
+        return min(WIDTH / columns, ratio * HEIGHT / rows)
+
+    return max(range(1, cells + 1), key=width_of)
+
+
 def _draw_word_map(axes: Any, share: Tensor, picture: Tensor | None) -> None:
     """Draw the map of a word ``[height, width]``, over a grey version of the picture ``[height, width, 3]`` if any."""
-    axes.set_axis_off()
     extent = (0.0, 1.0, 0.0, 1.0)
     height, width = share.shape if picture is None else picture.shape[:2]
     if picture is not None:

@@ -18,6 +18,7 @@ from .grid import cells_of
 from .input_checks import check_pictures, check_text
 from .panel.browser import BROWSER
 from .panel.messages import without_markup
+from .patching.observer import Sentence
 from .scoring.measures import ClipMeasure, DemoMeasure, Measure
 from .scoring.score_report import Cell, Difference, Report, differences_of
 from .shared_inputs import CATEGORY, node_id_of, search_aliases
@@ -104,7 +105,7 @@ class GAGScore(io.ComfyNode):
         measure = _measure(_only("clip_vision", clip_vision), _only("clip", clip))
         report = report_of(measure, images, prompt, baseline, labels)
         summary = report.summary()
-        BROWSER.send_text(summary, node_id_of(cls))
+        BROWSER.send_status(node_id_of(cls), [Sentence("", {}, summary)])
         return io.NodeOutput(summary, report.labels(), report.as_json(), ui={"text": (without_markup(summary),)})
 
 

@@ -21,17 +21,24 @@ const MARGIN = 2;
 
 /**
  * Numbers of one run: for each step one number per series, in the order of `series`. New numbers make a new object.
- * @typedef {{id: number, steps: number, series: Series[], points: Map<number, number[]>}} Run
+ * @typedef {{id: number, steps: number, series: Series[], points: Map<number, number[]>, live?: boolean}} Run `live`: true
+ *   until the run has ended.
  */
 
-/** Chart of a run: a line for each series over the steps, and a legend with the latest values. */
+/** Chart of a run: a line for each series over the steps, axes, a legend with the latest values, and a sentence. */
 export class Chart {
   constructor() {
     this.svg = document.createElementNS(SVG, "svg");
     this.svg.setAttribute("viewBox", `0 0 ${SIZE} ${SIZE}`);
     this.svg.setAttribute("preserveAspectRatio", "none");
-    this.legend = element("div");
-    this.element = element("div", { className: "gag-chart" }, this.svg, this.legend);
+    // Axes: that of the series whose top grows with the values, that of the others, and that of the steps.
+    this.left = element("div", { className: "gag-axis" });
+    this.right = element("div", { className: "gag-axis" });
+    this.steps = element("div", { className: "gag-steps" });
+    this.legend = element("div", { className: "gag-legend" });
+    this.note = element("div", { className: "gag-note" });
+    const plot = element("div", { className: "gag-plot" }, this.left, this.svg, this.right, this.steps);
+    this.element = element("div", { className: "gag-chart" }, plot, this.legend, this.note);
     /** @type {Series[]} */
     this.series = [];
     /** @type {SVGPolylineElement[]} by series */
@@ -45,19 +52,30 @@ export class Chart {
   /**
    * @param {Run | undefined} run
    * @param {Series[]} declared the series to show while there is no run
+   * @param {string} note
+   * @param {boolean} old true if the node was edited since the run
    */
-  draw(run, declared) {
+  draw(run, declared, note, old) {
+    this.element.classList.toggle("gag-old", old);
+    if (this.note.textContent !== note) this.note.textContent = note;
     const series = run?.series ?? declared;
     if (run === this.drawn && series === this.series) return;
     this.drawn = run;
     if (series !== this.series) this.declare(series);
     const steps = [...(run?.points.keys() ?? [])].sort((a, b) => a - b);
     const last = Math.max((run?.steps ?? 0) - 1, steps.at(-1) ?? 0, 1);
-    series.forEach((one, i) => {
+    const tops = series.map((one, i) => {
       const values = steps.map((step) => run?.points.get(step)?.[i] ?? 0);
       this.lines[i].setAttribute("points", polyline(one, steps.map((step) => step / last), values));
       this.labels[i].textContent = `${label(one)}${shown(one, values.at(-1))}`;
+      return top(one, values);
     });
+    const axis = (/** @type {number} */ i) =>
+      i < 0 || !steps.length ? [] : [tops[i], series[i].range[0]].map((value) => shown(series[i], value).trim());
+    write(this.left, axis(series.findIndex(({ range }) => range[1] === null)));
+    write(this.right, axis(series.findIndex(({ range }) => range[1] !== null)));
+    const named = run ? [0, ...(last > 2 ? [Math.round(last / 2)] : []), last] : [];
+    write(this.steps, named.map((step, i) => (i ? `${step + 1}` : say("step", { step: step + 1 }))));
   }
 
   /** @param {Series[]} series */
@@ -74,8 +92,47 @@ export class Chart {
     });
     this.svg.replaceChildren(...this.lines);
     this.legend.replaceChildren(...this.labels);
+    // The axis of a single series has its colour.
+    const growing = series.filter(({ range }) => range[1] === null);
+    this.left.classList.toggle("gag-series", growing.length === 1);
+    this.left.style.setProperty("--gag-series", growing[0]?.colour ?? "");
   }
 }
+
+/**
+ * Return what the numbers of a run mean, in a sentence or two; an empty text without points.
+ * @param {Run} run
+ * @param {string} field the setting that makes guidance stronger on this node
+ */
+export function meaning(run, field) {
+  const gain = mean(run, "gain");
+  const capped = mean(run, "capped");
+  if (gain === undefined || capped === undefined) return "";
+  const values = { gain: percent(gain), capped: percent(capped), field };
+  if (capped === 0) return say("meaning", values); // the rule may have no cap
+  return `${say("meaning", values)} ${say(capped >= 0.5 ? "meaning_capped" : "meaning_free", values)}`;
+}
+
+/** @param {number} share */
+const percent = (share) => Number((100 * share).toPrecision(2));
+
+/**
+ * Return the mean of a series over the steps of a run.
+ * @param {Run} run
+ * @param {string} name
+ */
+function mean({ series, points }, name) {
+  const index = series.findIndex((one) => one.name === name);
+  if (index < 0 || !points.size) return undefined;
+  return [...points.values()].reduce((sum, values) => sum + values[index], 0) / points.size;
+}
+
+/**
+ * Write the texts of an axis.
+ * @param {HTMLElement} axis
+ * @param {string[]} texts
+ */
+const write = (axis, texts) => axis.replaceChildren(...texts.map((text) => element("span", {}, text)));
 
 /** @param {Series} series */
 const label = ({ name }) => (isText(name) ? say(name) : name);
@@ -87,7 +144,7 @@ function tooltip({ name }) {
 }
 
 /**
- * Return the latest value for the legend, with a space before it.
+ * Return a value with its unit, and a space before it; an empty text without a value.
  * @param {Series} series
  * @param {number | undefined} value
  */
@@ -98,13 +155,22 @@ function shown({ unit }, value) {
 }
 
 /**
+ * Return the value at the top of the box.
+ * @param {Series} series
+ * @param {number[]} values
+ */
+const top = ({ range: [, high] }, values) =>
+  high ?? values.reduce((largest, value) => Math.max(largest, value), -Infinity);
+
+/**
  * Return the points of an SVG polyline, all of them within the box.
  * @param {Series} series
  * @param {number[]} xs places along the run, from 0 to 1
  * @param {number[]} values
  */
-function polyline({ range: [low, top] }, xs, values) {
-  const high = top ?? values.reduce((largest, value) => Math.max(largest, value), -Infinity);
+function polyline(series, xs, values) {
+  const low = series.range[0];
+  const high = top(series, values);
   // A range without extent, such as that of values that are all 0, has all its values at the bottom.
   const extent = high - low > 0 ? high - low : 1;
   const points = values.map((value, k) => {

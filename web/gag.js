@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-3.0-or-later
 /**
- * Panel of the guidance nodes in the browser: a badge with the result of the last run, a live chart, and on
+ * Panels of our nodes in the browser: on each node what its last run did; on guidance nodes a live chart, and on
  * GAG (advanced) a list of presets and a picker of blocks. The server's side is nodes/panel/.
  *
  * Messages only change the memory of a node. A timer draws it, so that panels follow every change of a field: by hand,
@@ -8,19 +8,26 @@
  */
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { Chart } from "./chart.js";
+import { Chart, meaning } from "./chart.js";
 import { element } from "./dom.js";
-import { isObject, isString, readModel, readReport, readRuns, readSetup } from "./messages.js";
+import { isObject, isString, readModel, readRuns, readSetup, readStatus } from "./messages.js";
 import { Picker } from "./picker.js";
 import { PresetChooser } from "./presets.js";
-import { isText, say, speak } from "./texts.js";
+import { nearestRoom, TITLE } from "./room.js";
+import { isEdited, StatusLine } from "./status.js";
+import { say, speak } from "./texts.js";
 
 const GUIDANCE = ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"];
+/** Nodes with a line, and nodes with several lines. */
+const LINE = ["GAGProbe", "GAGSweep"];
+const TEXT = ["GAGReport", "GAGScore", "GAGCheck"];
 const WIDGET = "gag_panel";
 const REFRESH_MS = 250;
 const ROW = 24;
-const MUTED = 2;
-const BYPASSED = 4;
+const TEXT_HEIGHT = 110;
+/** Properties of a node, saved with it, for the parts that are open. */
+const CHART = "gag_chart";
+const PICKER = "gag_blocks";
 const MOST_REMEMBERED = 500;
 /** Limits of a search for nodes. Subgraphs within each other can hold more nodes than fit anywhere. */
 const MOST_NODES = 10_000;
@@ -31,12 +38,13 @@ const MOST_CHARTS = 1000;
 /**
  * Memory of a node. It outlives the node's object: undo and a change of workflow make new objects.
  * @typedef {{
- *   chartOpen?: boolean,
- *   pickerOpen?: boolean,
- *   report?: import("./messages.js").Report,
+ *   status?: import("./status.js").Status,
+ *   cached?: boolean,
  *   run?: import("./chart.js").Run,
  *   model?: import("./picker.js").Model,
- * }} Memory
+ *   moved?: {from: [number, number], to: [number, number]},
+ * }} Memory `cached`: true if ComfyUI ran nothing behind the node the last time; `moved`: the node's place before it
+ *   moved to have room, and the place where it moved to.
  */
 
 /** @type {Map<string, Memory>} by workflow and the server's id of the node */
@@ -49,15 +57,22 @@ let setup;
 let asked = false;
 /** @type {import("./chart.js").Series[]} */
 const NO_SERIES = [];
-/** The message about open charts that was last sent to the server; empty if no chart is open there. */
+/** The message about this page's panels that was last sent to the server; empty if it has none of this connection. */
 let sent = "";
 let sending = false;
 /** Token that the server sent over this tab's connection, and that requests repeat as proof that they come from it. */
 let token = "";
 const TOKEN_MS = 2000;
+const MOST_TRIES = 8;
+const MOST_LOOKS = 4;
 /** @type {Promise<void> | undefined} the request for a token that goes on */
 let askingForToken;
+/** @type {string[]} nodes of the job that goes on whose outputs ComfyUI reused */
+let reused = [];
+/** @type {Set<string>} nodes that said something in this job */
+const told = new Set();
 
+const pause = (/** @type {number} */ ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const rootGraph = () => app.rootGraph ?? app.graph;
 const connected = () => api.socket?.readyState === WebSocket.OPEN && Boolean(api.clientId);
 
@@ -125,19 +140,25 @@ class Panel {
     this.node = node;
     /** @type {Memory} */
     this.memory = {};
-    this.badge = element("span", { className: "gag-badge" });
+    this.line = new StatusLine();
+    /** @type {{from: [number, number], looks: number} | undefined} the size before the node grew a moment ago */
+    this.grown = undefined;
     this.chart = new Chart();
     this.picker = new Picker((blocks) => this.write({ blocks }));
-    this.buttons = element("div", { className: "gag-row" }, this.badge);
-    this.content = element("div", {}, this.buttons);
+    const row = element("div", { className: "gag-row" }, this.line.element);
+    this.content = element("div", {}, row);
     this.element = element("div", { className: "gag-panel" }, this.content);
-    this.chartButton = this.button(say("chart"), say("chart_tip"), "chartOpen");
+    if (TEXT.includes(node.comfyClass)) row.className = "gag-text";
     if (node.comfyClass === "GAGuidanceAdvanced") {
-      this.pickerButton = this.button(say("blocks"), say("blocks_tip"), "pickerOpen");
       this.presetRow = element("div", { className: "gag-row" });
       this.content.append(this.presetRow);
     }
-    this.height = ROW * this.content.children.length;
+    const buttons = this.presetRow ?? row;
+    if (GUIDANCE.includes(node.comfyClass)) {
+      this.chartButton = this.button(buttons, say("chart"), say("chart_tip"), CHART);
+    }
+    if (this.presetRow) this.pickerButton = this.button(buttons, say("blocks"), say("blocks_tip"), PICKER);
+    this.height = TEXT.includes(node.comfyClass) ? TEXT_HEIGHT : ROW * this.content.children.length;
     const height = () => this.height;
     // The panel is not saved: it is in neither the workflow nor the prompt, and comes after all widgets that are.
     const options = { serialize: false, hideOnZoom: false, margin: 0, getMinHeight: height, getMaxHeight: height };
@@ -149,21 +170,31 @@ class Panel {
   }
 
   /**
+   * @param {HTMLElement} row
    * @param {string} text
    * @param {string} title
-   * @param {"chartOpen" | "pickerOpen"} key
+   * @param {string} part the property of the node that says if the part is open
    */
-  button(text, title, key) {
+  button(row, text, title, part) {
     const button = element("button", { textContent: text, title });
     button.onclick = () => {
+      app.canvas.emitBeforeChange?.();
       // A node that was added just now has no memory yet.
       refresh();
-      this.memory[key] = !this.memory[key];
-      if (this.memory.pickerOpen && !this.memory.model) void askForBlocks();
+      const { properties } = this.node;
+      if (this.isOpen(part)) delete properties[part];
+      else properties[part] = true;
+      if (this.isOpen(PICKER) && !this.memory.model) void askForBlocks();
       refresh();
+      app.canvas.emitAfterChange?.();
     };
-    this.buttons.append(button);
+    row.append(button);
     return button;
+  }
+
+  /** @param {string} part */
+  isOpen(part) {
+    return this.node.properties?.[part] === true;
   }
 
   /** @param {string} name */
@@ -192,39 +223,41 @@ class Panel {
   }
 
   draw() {
-    const { chartOpen = false, pickerOpen = false } = this.memory;
+    const { status, run, cached = false } = this.memory;
     // Undo and a change of workflow make new nodes. Vue reuses the page's elements of the old node with the same id,
     // among them the old panel, which nothing draws any more.
     if (vueNodes() && !this.element.isConnected && this.node.graph === app.canvas.graph) {
-      document.querySelector(`[data-node-id="${CSS.escape(String(this.node.id))}"] .gag-panel`)?.replaceWith(this.element);
+      vueNode(this.node)?.querySelector(".gag-panel")?.replaceWith(this.element);
     }
-    this.drawBadge();
-    show(this.chartButton, this.chart.element, chartOpen, this.content);
-    if (chartOpen) this.chart.draw(this.memory.run, setup?.series ?? NO_SERIES);
+    this.line.draw(this.node, status, cached);
+    if (this.chartButton) {
+      show(this.chartButton, this.chart.element, this.isOpen(CHART), this.presetRow ?? this.line.element.parentElement);
+      const old = isEdited(this.node, status);
+      if (this.isOpen(CHART)) this.chart.draw(run, setup?.series ?? NO_SERIES, this.note(), old);
+    }
     if (this.pickerButton) {
-      show(this.pickerButton, this.picker.element, pickerOpen, this.content);
-      if (pickerOpen) this.picker.draw(this.memory.model, String(this.field("blocks")?.value ?? ""));
+      const above = this.isOpen(CHART) ? this.chart.element : this.presetRow;
+      show(this.pickerButton, this.picker.element, this.isOpen(PICKER), above);
+      if (this.isOpen(PICKER)) this.picker.draw(this.memory.model, String(this.field("blocks")?.value ?? ""));
     }
     if (this.presetRow && setup && !this.chooser) {
       this.chooser = new PresetChooser(setup.presets, this.field.bind(this), this.write.bind(this));
-      this.presetRow.append(this.chooser.element);
+      this.presetRow.prepend(this.chooser.element);
     }
     this.chooser?.draw();
+    this.makeRoom();
     this.resize();
   }
 
-  drawBadge() {
-    const { report } = this.memory;
-    const { mode } = this.node;
-    let text = "";
-    if (mode === BYPASSED) text = say("bypassed");
-    else if (mode === MUTED) text = say("muted");
-    else if (report) text = report.guided ? say("guiding", report) : say("nothing", { why: reason(report) });
-    const title = mode === 0 && report ? `${text}\n${report.text}` : text;
-    if (this.badge.title === title) return;
-    this.badge.textContent = text;
-    this.badge.title = title;
-    this.badge.classList.toggle("gag-none", mode === 0 && report?.guided === 0);
+  /** Return the sentence below the chart: what its numbers mean, or why there are none. */
+  note() {
+    const { status, run, cached } = this.memory;
+    if (cached && !isEdited(this.node, status)) return say("chart_cached");
+    if (run?.points.size) return meaning(run, this.field("norm_threshold") ? "norm_threshold" : "strength");
+    const start = Number(this.field("start_percent")?.value);
+    if (run) return start > 0 ? say("chart_later", { start: Number((100 * start).toFixed(1)) }) : say("chart_soon");
+    if (!status) return say("chart_empty");
+    return say(status.guided === 0 ? "chart_nothing" : "chart_closed");
   }
 
   /** Keep the node as high as its panel needs. The page knows that height only once it shows the panel. */
@@ -233,27 +266,64 @@ class Panel {
     if (!height || height === this.height) return;
     const growth = height - this.height;
     this.height = height;
-    const [width, nodeHeight] = this.node.size;
-    this.node.setSize([width, Math.max(this.node.computeSize()[1], nodeHeight + Math.min(0, growth))]);
-    this.node.graph?.setDirtyCanvas?.(true, true);
+    const { node, memory } = this;
+    const [width, oldHeight] = node.size;
+    const size = /** @type {[number, number]} */ ([
+      width,
+      Math.max(node.computeSize()[1], oldHeight + Math.min(0, growth)),
+    ]);
+    const { from, to } = memory.moved ?? {};
+    if (growth > 0 && size[1] > oldHeight) {
+      this.grown = { from: [width, oldHeight], looks: MOST_LOOKS };
+    } else if (from && !this.isOpen(CHART) && !this.isOpen(PICKER)) {
+      // Back to where it was, if nobody has moved it since.
+      if (isAt(node, to)) node.pos = from;
+      memory.moved = undefined;
+    }
+    node.setSize(size);
+    node.graph?.setDirtyCanvas?.(true, true);
+  }
+
+  /** Move the node, once it has grown, to where it covers no other. Vue takes a moment to draw it in its new height. */
+  makeRoom() {
+    const { node, memory, grown } = this;
+    if (!grown) return;
+    if (--grown.looks <= 0) this.grown = undefined;
+    const [width, height] = node.size;
+    const shown = vueNodes() && node.graph === app.canvas.graph ? vueNode(node)?.offsetHeight : undefined;
+    const place = nearestRoom(node, grown.from, [width, Math.max(height, (shown ?? 0) - TITLE)]);
+    if (isAt(node, place)) return;
+    const { from, to } = memory.moved ?? {};
+    memory.moved = { from: from && isAt(node, to) ? from : [node.pos[0], node.pos[1]], to: place };
+    node.pos = place;
   }
 }
 
-/** @param {import("./messages.js").Report} report */
-const reason = (report) => (isText(report.why) ? say(report.why, report) : report.why);
+/**
+ * Return the element that Vue draws a node with.
+ * @param {any} node
+ * @returns {HTMLElement | null}
+ */
+const vueNode = (node) => document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`);
+
+/**
+ * @param {any} node
+ * @param {[number, number] | undefined} place
+ */
+const isAt = (node, place) => node.pos[0] === place?.[0] && node.pos[1] === place?.[1];
 
 const vueNodes = () => Boolean(/** @type {any} */ (globalThis).LiteGraph?.vueNodesMode);
 
 /**
- * Add an element to a container, or remove it, and mark its button accordingly.
+ * Add an element below another, or remove it, and mark its button accordingly.
  * @param {Element} button
  * @param {Element} part
  * @param {boolean} open
- * @param {Element} container
+ * @param {Element | null | undefined} above
  */
-function show(button, part, open, container) {
+function show(button, part, open, above) {
   button.setAttribute("aria-expanded", String(open));
-  if (open && part.parentElement !== container) container.append(part);
+  if (open && part.parentElement !== above?.parentElement) above?.after(part);
   if (!open) part.remove();
 }
 
@@ -279,7 +349,7 @@ async function askForToken() {
   try {
     await post("/gag/token", {});
     for (let waited = 0; !token && waited < TOKEN_MS; waited += REFRESH_MS) {
-      await new Promise((resolve) => setTimeout(resolve, REFRESH_MS));
+      await pause(REFRESH_MS);
     }
   } catch {
     // The server is gone. The next request asks again.
@@ -324,13 +394,14 @@ async function askForBlocks() {
 }
 
 /**
- * Send the server the list of open charts, if it changed. The server measures for these charts and no others.
+ * Tell the server that this page shows our panels, and which charts are open, if that changed. It measures for these
+ * charts and no others, and writes no text of the host's on our nodes.
  * @param {string[]} nodes
  */
 async function sendOpenCharts(nodes) {
   if (sending || !connected()) return;
   const content = { workflow: openWorkflow(), nodes };
-  const message = nodes.length ? JSON.stringify([api.clientId, content]) : "";
+  const message = JSON.stringify([api.clientId, content]);
   if (message === sent) return;
   sending = true;
   sent = message;
@@ -353,15 +424,17 @@ function refresh() {
   for (const [panel, ids] of open) {
     panel.memory = memoryOf(workflow, ids[0]);
     panel.draw();
-    if (panel.memory.chartOpen) charts.push(...ids);
+    if (panel.isOpen(CHART)) charts.push(...ids);
   }
   if (open.size && !asked && connected()) {
     asked = true;
     if (!setup) void askForSetup();
     // A chart that is opened later is measured from the next step on if the token is there by then.
     askingForToken ??= askForToken();
+    // A picker that was saved open shows the model that came in before the page was loaded.
+    if ([...open.keys()].some((panel) => panel.isOpen(PICKER) && !panel.memory.model)) void askForBlocks();
   }
-  void sendOpenCharts(charts.slice(0, MOST_CHARTS));
+  if (open.size || sent) void sendOpenCharts(charts.slice(0, MOST_CHARTS));
 }
 
 /**
@@ -392,9 +465,16 @@ on("gag.token", (data) => {
   if (isString(data.token)) token = data.token;
 });
 
-on("gag.report", (data, find) => {
-  const report = readReport(data);
-  if (report && isString(data.node)) find(data.node).report = report;
+on("gag.status", (data, find) => {
+  const status = readStatus(data);
+  if (!status || !isString(data.node)) return;
+  told.add(data.node);
+  const memory = find(data.node);
+  // The chart shows a run or nothing: a run that guided nothing or began while the chart was closed has no points.
+  if (status.guided === 0 || !memory.run?.live || !memory.run.points.size) memory.run = undefined;
+  else memory.run = { ...memory.run, live: false };
+  memory.status = status;
+  memory.cached = false;
 });
 
 on("gag.blocks", (data, find) => {
@@ -407,9 +487,54 @@ on("gag.chart", (data, find) => {
     const memory = find(node);
     const earlier = memory.run?.id === run.id ? memory.run : undefined;
     const points = new Map([...(earlier?.points ?? []), ...run.points]);
-    memory.run = { ...run, series: earlier?.series ?? run.series, points };
+    memory.run = { ...run, series: earlier?.series ?? run.series, points, live: true };
+    memory.cached = false;
   }
 });
+
+api.addEventListener("execution_start", () => {
+  reused = [];
+  told.clear();
+});
+
+api.addEventListener("execution_cached", ({ detail }) => {
+  reused = Array.isArray(detail?.nodes) ? detail.nodes : [];
+});
+
+api.addEventListener("execution_success", ({ detail }) => {
+  const candidates = reused.filter((id) => !told.has(id));
+  if (isString(detail?.prompt_id) && candidates.length) void markCached(detail.prompt_id, candidates, reused);
+});
+
+/**
+ * Mark the nodes behind which ComfyUI ran nothing in a job, because nothing had changed.
+ * @param {string} job
+ * @param {string[]} candidates nodes whose outputs were reused and that said nothing
+ * @param {string[]} all nodes whose outputs were reused
+ */
+async function markCached(job, candidates, all) {
+  const ours = [...openPanels().values()].flat().filter((id) => candidates.includes(id));
+  if (!ours.length) return;
+  try {
+    let found;
+    // The server keeps the job just after its last message.
+    for (let tries = 0; !found && tries < MOST_TRIES; tries++) {
+      await pause(REFRESH_MS);
+      found = (await ask(`/history/${job}`))[job];
+    }
+    // The job has the workflow that it was queued from; another one may be open by now.
+    const [, , prompt, { extra_pnginfo: info }] = found.prompt;
+    const workflow = isString(info?.workflow?.id) ? info.workflow.id : openWorkflow();
+    for (const id of ours) {
+      const readers = Object.entries(prompt).filter(([, { inputs }]) =>
+        Object.values(inputs).some((value) => Array.isArray(value) && value[0] === id),
+      );
+      if (readers.every(([reader]) => all.includes(reader))) memoryOf(workflow, firstId(workflow, id)).cached = true;
+    }
+  } catch {
+    // The server has forgotten the job. The nodes keep saying what they said.
+  }
+}
 
 // Nothing has been sent over a new connection yet, and it has another token.
 api.addEventListener("reconnected", () => {
@@ -435,6 +560,6 @@ app.registerExtension({
   },
   /** @param {any} node */
   nodeCreated(node) {
-    if (GUIDANCE.includes(node.comfyClass)) panels.set(node, new Panel(node));
+    if ([...GUIDANCE, ...LINE, ...TEXT].includes(node.comfyClass)) panels.set(node, new Panel(node));
   },
 });

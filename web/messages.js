@@ -10,12 +10,6 @@ const MOST_ATTENTIONS = 4096;
 /** @typedef {Record<string, unknown>} Content */
 
 /**
- * Outcome of a run for one node: numbers of attentions, a sentence, the name of the reason if nothing was guided, and
- * what that reason may name: the node's range, and code of another pack.
- * @typedef {{guided: number, of: number, text: string, why: string, start: string, end: string, found: string}} Report
- */
-
-/**
  * Answer of the server to /gag/setup.
  * @typedef {{presets: import("./presets.js").Presets, series: import("./chart.js").Series[]}} Setup
  */
@@ -42,13 +36,18 @@ const isListOf = (value, isItem) => Array.isArray(value) && value.every(isItem);
 
 /**
  * @param {Content} content
- * @returns {Report | undefined}
+ * @returns {import("./status.js").Status | undefined}
  */
-export function readReport({ guided, of, text, why, start, end, found }) {
-  if (!isCount(guided) || !isCount(of)) return undefined;
-  if (!isString(text) || !isString(why) || !isString(start) || !isString(end) || !isString(found)) return undefined;
-  return { guided, of, text, why, start, end, found };
+export function readStatus({ parts, text, guided, inputs }) {
+  if (guided !== null && !isCount(guided)) return undefined;
+  if (!isString(text) || !isObject(inputs) || !isListOf(parts, isPart)) return undefined;
+  return { parts, text, guided: /** @type {number | null} */ (guided), inputs };
 }
+
+/** @param {unknown} value @returns {value is [string, Content]} */
+const isPart = (value) =>
+  Array.isArray(value) && value.length === 2 && isString(value[0]) && isObject(value[1]) &&
+  Object.values(value[1]).every((item) => isString(item) || isNumber(item));
 
 /**
  * @param {unknown} content

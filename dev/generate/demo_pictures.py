@@ -26,7 +26,7 @@ HELP_WIDTH, THUMBNAIL_WIDTH, README_WIDTH = 760, 660, 1600
 MOST_BYTES = 78_000
 # Pictures of the help pages by workflow: the node that shows them, and a name for each; None leaves a picture out.
 HELP_PICTURES = {
-    "gag_demo_probe": ("GAGReport", ("GAGReport", None, "GAGReport-words")),
+    "gag_demo_probe": ("GAGReport", ("GAGReport-words", "GAGReport", None)),
     "gag_demo_schedule": ("GAGSchedule", ("GAGSchedule",)),
     "gag_demo_sweep": ("GAGGrid", ("GAGGrid",)),
 }
@@ -41,10 +41,13 @@ def main() -> int:
         for file in sorted(WORKFLOWS.glob("gag_demo_*.json")):
             workflow = json.loads(file.read_text(encoding="utf-8"))
             prompt = to_api(workflow, info)
+            for node in prompt.values():
+                if node["class_type"] == "GAGReport":
+                    node["inputs"]["pages"] = "all"
             titles = {str(node["id"]): node.get("title", "") for node in workflow["nodes"]}
             shown = pictures_by_node(server, in_grids(prompt, {i: titles[i] for i in prompt if not is_grid(prompt, i)}))
-            # The last picture stands for a report, because its words are all that can be read in so small a picture.
-            thumbnail(sheet_of([[shown[node_id][-1] for node_id in titles if node_id in shown]]), file.stem)
+            # The first picture stands for a report, because its words are all that can be read in so small a picture.
+            thumbnail(sheet_of([[shown[node_id][0] for node_id in titles if node_id in shown]]), file.stem)
             if file.stem in HELP_PICTURES:
                 node_type, names = HELP_PICTURES[file.stem]
                 for name, picture in zip(names, shown[showing_node(prompt, node_type, set(shown))], strict=True):

@@ -6,7 +6,8 @@ Read in this order:
 ==========  ================================================================================================
 browser     ``BROWSER``: the observer that nodes hand to the patching engine
 messages    messages to the browser tab that queued the run; blocks of the models that came into nodes
-listeners   charts that are open, by browser tab
+listeners   browser tabs that show our panels, and their open charts
+status      what the last run of a node did, for its panel, or as the host's text where there is no panel
 chart       ``SERIES``: the declaration of every line of a chart; means of a run's measures
 routes      ``/gag/setup``, ``/gag/token``, ``/gag/blocks`` and ``/gag/listen``
 ==========  ================================================================================================

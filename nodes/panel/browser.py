@@ -3,35 +3,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..patching.families import Blocks, Layer
+from ..patching.observer import Sentence
 from . import messages
 from .chart import Chart
 from .listeners import is_listening
+from .status import send_status
 
 
 class Browser:
     """Sends the outcome of runs to the browser; implements :class:`nodes.patching.observer.Observer`."""
 
-    def send_text(self, text: str, node_id: str | None) -> None:
-        """Show a sentence on a node."""
-        messages.send_text(text, node_id)
-
     def send_blocks(self, node_id: str | None, blocks: Blocks, default: frozenset[Layer]) -> None:
         """Send the blocks of the model that came into a node, and the layers guided by default."""
         messages.send_blocks(node_id, blocks, default)
 
-    def send_report(
-        self,
-        node_id: str | None,
-        guided: int,
-        total: int,
-        text: str,
-        why: str = "",
-        span: tuple[float, float] = (0.0, 1.0),
-        found: str = "",
+    def send_status(
+        self, node_id: str | None, sentences: Sequence[Sentence], guided: int | None = None, total: int | None = None
     ) -> None:
-        """Send the outcome of a run."""
-        messages.send_report(node_id, guided, total, text, why, span, found)
+        """Show what the last run did on a node."""
+        send_status(node_id, sentences, guided, total)
 
     def wants_chart(self, node_id: str | None) -> bool:
         """Return True if a chart of the node is open."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from math import isfinite
 from typing import Any, NamedTuple
@@ -91,6 +91,12 @@ class Chart:
         self.unsent: dict[str, set[int]] = {}
         self.last_sent = 0.0
 
+    def begin(self, nodes: Iterable[str | None], steps: int) -> None:
+        """Send the open charts of these nodes that a run of ``steps`` steps begins: they have no points yet."""
+        points: dict[str, list[list[float]]] = {node: [] for node in nodes if node is not None and is_listening(node)}
+        if points:
+            self._send_points(points, steps)
+
     def add(self, guidance: Guidance, recording: CallRecording, reached: Iterable[Layer], steps: Steps) -> None:
         """Take the measures of one model call in which the layers ``reached`` were guided."""
         if guidance.node_id is None:
@@ -135,8 +141,11 @@ class Chart:
         points = {node: self._points(node, own) for node, own in unsent.items() if is_listening(node)}
         if points:
             self.last_sent = time.monotonic()
-            series = [one.declaration for one in SERIES]
-            send(CHART, {"run": self.run, "steps": steps, "series": series, "points": points})
+            self._send_points(points, steps)
+
+    def _send_points(self, points: Mapping[str, list[list[float]]], steps: int) -> None:
+        series = [one.declaration for one in SERIES]
+        send(CHART, {"run": self.run, "steps": steps, "series": series, "points": points})
 
     def _points(self, node: str, steps: set[int]) -> list[list[float]]:
         """Return steps with their means. Values of a model that overflows are left out: JSON has no infinity or NaN."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Charts that are open, by browser tab; and the proof that a request comes from that tab.
+"""Tabs that show our panels, and their open charts; and the proof that a request comes from that tab.
 
 The id of a tab's connection is no secret: a request could name another tab. So the server sends a random token over the
 connection itself, and a request must repeat it.
@@ -15,7 +15,7 @@ from .messages import TOKEN, running_client, running_server, workflow_id
 
 
 class Listener(NamedTuple):
-    """The open charts of a browser tab, and their workflow.
+    """The open charts of a browser tab that shows our panels, and their workflow. There may be no open chart.
 
     A tab that is closed or loaded again has another connection or none, so this entry no longer counts then.
     """
@@ -43,6 +43,12 @@ def is_listening(node_id: str | None) -> bool:
     return running_server().sockets.get(client) is listener.connection and workflow_id() in (None, listener.workflow)
 
 
+def has_panels(client: str) -> bool:
+    """Return True if a tab has said that its page shows our panels."""
+    listener = _listeners.get(client)
+    return listener is not None and running_server().sockets.get(client) is listener.connection
+
+
 def is_tab(client: str, token: str) -> bool:
     """Return True if ``token`` is the one that was sent over the connection ``client``.
 
@@ -65,12 +71,10 @@ def is_tab(client: str, token: str) -> bool:
 
 
 def set_open_charts(client: str, workflow: str, nodes: list[str]) -> None:
-    """Store the open charts of a tab that has a connection, and forget tabs that are gone."""
+    """Store that a tab with a connection shows our panels, and its open charts; forget tabs that are gone."""
     sockets = getattr(running_server(), "sockets", {})
     for known, listener in list(_listeners.items()):
         if sockets.get(known) is not listener.connection:
             del _listeners[known]
-    if nodes and client in sockets:
+    if client in sockets:
         _listeners[client] = Listener(sockets[client], workflow, frozenset(nodes))
-    else:
-        _listeners.pop(client, None)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Messages to the browser tab that queued the run: reports, blocks, charts, and text on a node."""
+"""Messages to the browser tab that queued the run; the blocks of models; the host's own text on a node."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from typing import Any
@@ -12,11 +13,11 @@ from ..patching.families import Blocks, Layer
 
 Json = dict[str, Any]
 
-CHART, REPORT, BLOCKS, TOKEN = "gag.chart", "gag.report", "gag.blocks", "gag.token"
-_MAX_REMEMBERED = 256
-_MAX_TEXT = 4000
+CHART, STATUS, BLOCKS, TOKEN = "gag.chart", "gag.status", "gag.blocks", "gag.token"
+MAX_REMEMBERED = 256
+MAX_TEXT = 4000
 # The front end's ids of workflows and nodes are far shorter. Ids that a stranger made longer are not remembered.
-_MAX_ID = 200
+MAX_ID = 200
 # Characters that front ends take for markup, with characters that look alike.
 _MARKUP = (
     (re.compile("<"), "\u2039"),
@@ -59,10 +60,10 @@ def without_markup(text: str) -> str:
     links, and stop at their own placeholder ``__LNK``. A text may quote words of a prompt, file names and errors, which
     are a stranger's.
     """
-    text = text[:_MAX_TEXT].encode("utf-8", "backslashreplace").decode("utf-8")
+    text = text[:MAX_TEXT].encode("utf-8", "backslashreplace").decode("utf-8")
     for pattern, plain in _MARKUP:
         text = pattern.sub(plain, text)
-    return text[:_MAX_TEXT]
+    return text[:MAX_TEXT]
 
 
 def send_blocks(node_id: str | None, blocks: Blocks, default: frozenset[Layer]) -> None:
@@ -77,24 +78,13 @@ def send_blocks(node_id: str | None, blocks: Blocks, default: frozenset[Layer]) 
     _remember_blocks(node_id, {"parts": parts, "default": chosen})
 
 
-def send_report(
-    node_id: str | None,
-    guided: int,
-    total: int,
-    text: str,
-    why: str = "",
-    span: tuple[float, float] = (0.0, 1.0),
-    found: str = "",
-) -> None:
-    """Send the outcome of a run; arguments as in :class:`..patching.observer.Observer`."""
-    if node_id is None:
-        return
-    start, end = (f"{percent:g}" for percent in span)
-    counts = {"guided": guided, "of": total}
-    send(REPORT, {"node": node_id, **counts, "text": text, "why": why, "start": start, "end": end, "found": found})
+def send_known_blocks(node_id: str, total: int) -> None:
+    """Send the blocks of a model with ``total`` text attentions whose node ComfyUI did not run again.
+
+    It reused the node's output from another workflow, so no message about the blocks came in this one.
+    """
     if _key(node_id) in _blocks:
         return
-    # ComfyUI reused the node's output from another workflow, so no message about the blocks came in this one.
     elsewhere = (known for (_, _, node), known in reversed(_blocks.items()) if node == node_id)
     known = next(elsewhere, None)
     if known is not None and sum(map(sum, known["parts"].values())) == total:
@@ -126,13 +116,37 @@ def running_client() -> str | None:
 
 def workflow_id() -> str | None:
     """Return the id that the front end gave the workflow that runs; None if what was queued has no proper id."""
-    queue = getattr(running_server(), "prompt_queue", None)
-    running = list(getattr(queue, "currently_running", {}).values())
-    found = running[0][3] if running else None
+    found = _running_item(3)
     # Whoever queues a prompt chooses all of this: any JSON can stand in each place.
     for key in ("extra_pnginfo", "workflow", "id"):
         found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, str) and len(found) <= _MAX_ID else None
+    return found if isinstance(found, str) and len(found) <= MAX_ID else None
+
+
+def queued_inputs(node_id: str) -> Json:
+    """Return the inputs with which a node of the running prompt was queued; None for an input that is linked.
+
+    Texts that are too long for a message, and numbers that JSON does not have, are left out.
+    """
+    found = _running_item(2)
+    for key in (node_id, "inputs"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return {}
+    values = {name: None if isinstance(value, list) else value for name, value in found.items()}
+    return {name: value for name, value in values.items() if len(name) <= MAX_ID and _is_short(value)}
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_TEXT
+    return value is None or (isinstance(value, (bool, int, float)) and abs(value) < math.inf)
+
+
+def _running_item(index: int) -> Any:
+    """Return an item of the prompt that runs, as ComfyUI's queue keeps it; None if none runs."""
+    running = list(getattr(getattr(running_server(), "prompt_queue", None), "currently_running", {}).values())
+    return running[0][index] if running else None
 
 
 def _key(node_id: str) -> tuple[str, str, str]:
@@ -143,8 +157,8 @@ def _key(node_id: str) -> tuple[str, str, str]:
 def _remember_blocks(node_id: str, known: Json) -> None:
     key = _key(node_id)
     _blocks.pop(key, None)
-    if all(len(part) <= _MAX_ID for part in key):
+    if all(len(part) <= MAX_ID for part in key):
         _blocks[key] = known
-    while len(_blocks) > _MAX_REMEMBERED:
+    while len(_blocks) > MAX_REMEMBERED:
         del _blocks[next(iter(_blocks))]
     send(BLOCKS, {"node": node_id, **known})

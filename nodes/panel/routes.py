@@ -13,6 +13,7 @@ from ..presets import PRESETS
 from .chart import SERIES
 from .listeners import is_tab, set_open_charts
 from .messages import blocks_of_workflow, running_server
+from .status import send_missed
 
 _MAX_CHARTS = 1000
 _MAX_BODY = 1 << 20
@@ -60,7 +61,7 @@ async def _post_blocks(request: web.Request) -> web.Response:
 
 
 async def _post_listen(request: web.Request) -> web.Response:
-    """Store the open charts of a tab.
+    """Store that a tab shows our panels, and its open charts; send it what it has missed.
 
     The body is ``{"client": id of its connection, "token": its token, "workflow": id, "nodes": [ids]}``.
     """
@@ -73,6 +74,7 @@ async def _post_listen(request: web.Request) -> web.Response:
     if not is_tab(body["client"], body["token"]):
         return _not_the_tab()
     set_open_charts(body["client"], body["workflow"], nodes)
+    send_missed(body["client"])
     return web.Response(status=204)
 
 

@@ -16,6 +16,7 @@ from .guidance import Guidance
 from .measurements import Probe
 from .observer import Observer
 from .patch import KEY, GAGPatch
+from .run import nothing_guided
 from .strength_curve import schedule_of
 
 log = logging.getLogger("comfyui-gag")
@@ -62,10 +63,8 @@ def guide_model(
     layers = parse_blocks(blocks, all_blocks) if blocks.strip() else default
     order = all_layers(all_blocks)
     if config.strength == 0.0:
-        text = "GAG is off: strength is 0."
-        log.info(text)
-        observer.send_text(text, node_id)
-        observer.send_report(node_id, 0, len(order), text, "why_off")
+        log.info("GAG is off: strength is 0.")
+        observer.send_status(node_id, [nothing_guided("why_off", "strength is 0")], 0, len(order))
         return model.clone()
     guidance = Guidance(
         config=config,

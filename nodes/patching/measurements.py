@@ -11,6 +11,7 @@ from torch import Tensor
 from ...gag_core import GuidanceConfig
 from .families import Layer
 from .guidance import Guidance
+from .observer import Sentence
 
 BRANCHES = ("positive", "negative")
 
@@ -58,11 +59,13 @@ class Result:
     notes: tuple[str, ...] = ()
 
     @property
-    def sentence(self) -> str:
+    def sentence(self) -> Sentence:
         """Short summary for the probe's node."""
-        if self.layers:
-            return f"Measured {len(self.layers)} attentions in {self.calls} model calls."
-        return "Nothing measured: no text attention ran."
+        if not self.layers:
+            return Sentence("nothing_measured", {}, "Nothing measured: no text attention ran.")
+        layers, calls = len(self.layers), self.calls
+        values = {"attentions": layers, "calls": calls}
+        return Sentence("measured", values, f"Measured {layers} attentions in {calls} model calls.")
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from .compile import UnguardedCompile
 from .families import Family, Layer, readers, reading_modules
 from .guidance import Guidance, cfg_factor
 from .measurements import Probe
-from .observer import Observer
+from .observer import UNFINISHED, Observer
 from .other_packs import other_code
 from .prompt_rows import PromptRows, RowGroup, are_told_apart, has_positive, text_of
 from .recorder import CallRecording, Recording
@@ -68,7 +68,15 @@ class GAGPatch:
         run.guider = guider
         if self.probes:
             run.recording = Recording(tuple(dict.fromkeys(word for probe in self.probes for word in probe.words)))
-        result = executor(*args, **kwargs)
+        run.chart.begin((guidance.node_id for guidance in self.guidances), run.steps.count)
+        try:
+            result = executor(*args, **kwargs)
+        except BaseException:
+            for guidance in self.guidances:
+                self.observer.send_status(guidance.node_id, [UNFINISHED])
+            for probe in self.probes:
+                self.observer.send_status(probe.node_id, [UNFINISHED])
+            raise
         run.chart.finish(run.steps.count)
         for guidance in self.guidances:
             run.report(guidance)
@@ -76,7 +84,7 @@ class GAGPatch:
             for probe in self.probes:
                 measured = run.recording.result(probe, run.steps.sigmas)
                 probe.keep(measured)
-                self.observer.send_text(measured.sentence, probe.node_id)
+                self.observer.send_status(probe.node_id, [measured.sentence])
         return result
 
     def apply_model(

@@ -18,7 +18,7 @@ from .compile import UnguardedCompile
 from .families import Layer
 from .guidance import Guidance, cfg_factor, cfg_of
 from .host_attention import StoredAttentions, stored_attentions
-from .observer import ChartObserver, Observer
+from .observer import ChartObserver, Observer, Sentence
 from .prompt_rows import PromptRows
 from .recorder import Recording
 from .steps import Steps
@@ -145,37 +145,41 @@ class Run:
             self.other_text.setdefault(guidance, set()).update(layers.other_text)
 
     def report(self, guidance: Guidance) -> None:
-        """Send the outcome of the run to the node, and to the log if it matters there.
-
-        The node shows some 60 characters, the log the whole sentence.
-        """
+        """Send the outcome of the run to the node, and to the log if it matters there."""
         counts = self.guided.get(guidance)
         if not counts:
             self._report_nothing(guidance)
             return
         # Not every call in range reaches its attentions: step caches such as EasyCache skip the model.
         layers, chosen, calls = len(counts), len(guidance.layers), max(counts.values())
-        text = f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls."
-        text += _about_cfg(*self.cfgs.get(guidance, (1.0, 1.0)))
-        if self.overruled[guidance]:
-            text += f" In {self.overruled[guidance]} a later GAG node acted."
+        found = [
+            Sentence(
+                "guided",
+                {"guided": layers, "of": chosen, "calls": calls, "all": self.model_calls},
+                f"Guided {layers} of {chosen} attentions in {calls} of {self.model_calls} calls.",
+            )
+        ]
+        found += _about_cfg(*self.cfgs.get(guidance, (1.0, 1.0)))
+        if later := self.overruled[guidance]:
+            found.append(Sentence("overruled", {"calls": later}, f"In {later} a later GAG node acted."))
         if others := len(self.other_text.get(guidance, ())):
-            text += f" In {others} attentions another node reads other text."
-        if self.unknown_rows[guidance]:
-            text += f" In {self.unknown_rows[guidance]} some rows were left alone: their prompt cannot be told."
-        self.observer.send_text(text, guidance.node_id)
-        self.observer.send_report(guidance.node_id, layers, len(guidance.order), text)
+            other = f"In {others} attentions another node reads other text."
+            found.append(Sentence("other_text", {"attentions": others}, other))
+        if unknown := self.unknown_rows[guidance]:
+            left = f"In {unknown} some rows were left alone: their prompt cannot be told."
+            found.append(Sentence("unknown_rows", {"calls": unknown}, left))
+        self.observer.send_status(guidance.node_id, found, layers, len(guidance.order))
         if guidance.verbose:
+            text = " ".join(sentence.text for sentence in found)
             listed = ", ".join(f"{'.'.join(map(str, layer))}: {counts[layer]}" for layer in sorted(counts))
             schedule = "" if guidance.schedule is None else f" Schedule: {echo(guidance.schedule)}."
             log.info("GAG: %s Settings: %s.%s Calls by attention: %s.", text, guidance.config, schedule, listed)
 
     def _report_nothing(self, guidance: Guidance) -> None:
         why = self._why_nothing(guidance)
-        text = f"Nothing guided: {why.short}."
-        self.observer.send_text(text, guidance.node_id)
-        span = guidance.start_percent, guidance.end_percent
-        self.observer.send_report(guidance.node_id, 0, len(guidance.order), text, why.name, span, why.found)
+        span = {"start": f"{guidance.start_percent:g}", "end": f"{guidance.end_percent:g}"}
+        sentence = nothing_guided(why.name, why.short, found=why.found, **span)
+        self.observer.send_status(guidance.node_id, [sentence], 0, len(guidance.order))
         log.warning("GAG guided nothing in this run: %s.", why.reason)
 
     def _why_nothing(self, guidance: Guidance) -> NothingGuided:
@@ -251,14 +255,20 @@ class Run:
         return NothingGuided("why_range", f"no step within {span}", reason)
 
 
-def _about_cfg(lowest: float, highest: float) -> str:
-    """Return the sentence about a strength that was adapted to these CFG scales; empty if it was not lowered."""
+def _about_cfg(lowest: float, highest: float) -> list[Sentence]:
+    """Return the sentence about a strength that was adapted to these CFG scales; none if it was not lowered."""
     least, most = cfg_factor(highest), cfg_factor(lowest)
     if least == 1.0:
-        return ""
-    if lowest == highest:
-        return f" Strength was multiplied by {most:.2g}, because CFG is {highest:g}."
-    return f" Strength was multiplied by {least:.2g} to {most:.2g}, because CFG was {lowest:g} to {highest:g}."
+        return []
+    factor = f"{most:.2g}" if lowest == highest else f"{least:.2g} to {most:.2g}"
+    cfg = f"{highest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
+    text = f"Strength was multiplied by {factor}, because CFG was {cfg}."
+    return [Sentence("adapted", {"factor": factor, "cfg": cfg}, text)]
+
+
+def nothing_guided(why: str, short: str, **values: str) -> Sentence:
+    """Return the sentence for a node that guided nothing, with the reason by its name, in short, and its values."""
+    return Sentence("nothing", {"why": why, **values}, f"Nothing guided: {short}.")
 
 
 def uncompiled(diffusion_model: Module) -> Module:

@@ -75,11 +75,17 @@ def test_names_that_every_object_has(extension: Extension, server: ComfyServer) 
         points = {node: [[0, *([0.5] * len(NAMES))]], "__proto__": [[0, *([0.5] * len(NAMES))]]}
         send(extension, "gag.chart", json.dumps({"run": 1, "steps": 2, "series": series, "points": points}))
         extension.page.wait(COUNT, ["polyline", len(NAMES)])
-        report = {"node": node, "guided": 0, "of": 1, "text": MARKUP, "start": MARKUP, "end": "1", "found": MARKUP}
+        status = {"node": node, "guided": 0, "inputs": {}}
         named = (("why_range", f"no step within {MARKUP} to 1"), ("why_other_code", f"the blocks run code of {MARKUP}"))
-        for why, shown in (*zip(NAMES, NAMES, strict=True), *named):
-            send(extension, "gag.report", json.dumps({**report, "why": why}))
-            extension.wait_text(NODE, ".gag-badge", f"not guiding: {shown}")
+        for why, shown in named:
+            values = {"why": why, "start": MARKUP, "end": "1", "found": MARKUP}
+            send(extension, "gag.status", json.dumps({**status, "parts": [["nothing", values]], "text": "other"}))
+            extension.wait_status(NODE, f"Nothing guided: {shown}.")
+        for name in NAMES:  # a sentence or a reason without a text of ours: the text of the message is shown
+            for part in ([name, {}], ["nothing", {"why": name}]):
+                send(extension, "gag.status", json.dumps({**status, "parts": [part], "text": f"{MARKUP} {name}"}))
+                extension.wait_status(NODE, f"{MARKUP} {name}")
+                send(extension, "gag.status", json.dumps({**status, "parts": [], "text": ""}))
         assert extension.page.evaluate("() => [window.__pwned ?? null, document.querySelector('[onerror]')]") == [
             None,
             None,
@@ -91,15 +97,12 @@ def messages(node: str) -> dict[str, Json]:
     series = [{"name": "gain", "unit": "%", "range": [0.0, None], "colour": "red"}]
     return {
         "gag.token": {"token": "0"},
-        "gag.report": {
+        "gag.status": {
             "node": node,
-            "guided": 3,
-            "of": 9,
+            "parts": [["guided", {"guided": 3, "of": 3, "calls": 1, "all": 2}]],
             "text": "",
-            "why": "",
-            "start": "0",
-            "end": "1",
-            "found": "",
+            "guided": 3,
+            "inputs": {"strength": 1},
         },
         "gag.blocks": {"node": node, "parts": {"d": [1]}, "default": {"d": [[True]]}},
         "gag.chart": {"run": 1, "steps": 3, "series": series, "points": {node: [[0, 0.5], [1, 0.25]]}},
@@ -139,7 +142,7 @@ def test_messages_that_no_server_of_ours_sends(extension: Extension) -> None:
             time.sleep(0.3)  # time for the panels to draw
     for kind, message in good.items():
         send(extension, kind, json.dumps(message))
-    extension.wait_badge(NODE, 3, 9)
+    extension.wait_text(NODE, ".gag-status", "Guided 3 of 3 attentions in 1 of 2 calls.")
     extension.page.wait(COUNT, [".gag-block", 1])
     extension.page.evaluate("""async () => {
         await fetch("/gag/token", { method: "POST", body: JSON.stringify({ client: gagApi.clientId }) });

@@ -99,7 +99,7 @@ def test_words_of_the_prompt_and_the_name_of_the_file(extension: Extension) -> N
     extension.run()
     (text,) = (
         seen["text"]
-        for seen in extension.page.evaluate("() => gagSeen.progress_text")
+        for seen in extension.page.evaluate("() => gagSeen['gag.status']")
         if "All numbers:" in seen["text"]
     )
     assert text.count("onerror") == 2, "the summary and the path quote the markup"
@@ -148,7 +148,7 @@ def test_inputs_that_the_host_refuses(extension: Extension) -> None:
 
 
 def test_titles_and_ids_of_a_workflow(extension: Extension) -> None:
-    """The workflow's id, and the ids and titles of its nodes; with the badge's tooltip, the chart and the picker."""
+    """The workflow's id, and the ids and titles of its nodes; with the line's tooltip, the chart and the picker."""
     extension.open(advanced=True)
     workflow = extension.page.evaluate("() => window.app.graph.serialize()")
     workflow["id"] = MARKUP
@@ -164,7 +164,7 @@ def test_titles_and_ids_of_a_workflow(extension: Extension) -> None:
         extension.click("GAGuidanceAdvanced", button)
     extension.run()
     extension.wait_guided("GAGuidanceAdvanced")
-    extension.panel("GAGuidanceAdvanced").query_selector(".gag-badge").hover()
+    extension.panel("GAGuidanceAdvanced").query_selector(".gag-status").hover()
     time.sleep(1)
     assert extension.count("gag.chart") >= 1
     assert_nothing_ran(extension)

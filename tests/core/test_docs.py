@@ -27,7 +27,7 @@ MODULES = sorted(
         *(CORE / "triton" / f"{name}.py" for name in ("environment", "guard", "installation")),
     ]
 )
-MESSAGE_CALLS = {"log.warning", "log.info", "log.error", "send_text", "_error", "notes.append", "parser.error"}
+MESSAGE_CALLS = {"log.warning", "log.info", "log.error", "_error", "notes.append", "parser.error"}
 ANYTHING = "…"
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -128,6 +128,28 @@ def test_a_reason_has_the_same_words_on_the_node_and_in_the_panel() -> None:
     assert {name: re.sub(r"\{\w+\}", ANYTHING, text) for name, text in panel.items()} == on_node
 
 
+def test_a_sentence_has_the_same_words_and_values_on_the_node_and_in_the_panel() -> None:
+    """``Sentence`` in nodes/ has the words for every user interface, and web/texts.js those of the panel."""
+    panel = dict(re.findall(r'^  (\w+): "(.*)",$', (ROOT / "web" / "texts.js").read_text("utf-8"), re.MULTILINE))
+    found: set[str] = set()
+    for module in MODULES:
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        assigned = {ast.unparse(node.targets[0]): node.value for node in ast.walk(tree) if isinstance(node, ast.Assign)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) != "Sentence":
+                continue
+            name, values, text = (assigned.get(ast.unparse(one), one) for one in node.args)
+            if not isinstance(name, ast.Constant) or not name.value:
+                continue
+            assert isinstance(name.value, str) and isinstance(values, ast.Dict)
+            wanted = panel[name.value]
+            found.add(name.value)
+            assert re.sub(r"\{\w+\}", ANYTHING, wanted) == template_of(text, {})
+            given = {key.value for key in values.keys if isinstance(key, ast.Constant)}
+            assert given == set(re.findall(r"\{(\w+)\}", wanted)), name.value
+    assert len(found) > 7
+
+
 def test_every_message_is_in_troubleshooting() -> None:
     page = plain(TROUBLESHOOTING.read_text(encoding="utf-8"))
     missing = [message for message in sorted(messages()) if plain(message) not in page]
@@ -177,6 +199,8 @@ def messages() -> set[str]:
         for node in nodes:
             if isinstance(node, ast.Call) and (called := ast.unparse(node.func)).endswith((*MESSAGE_CALLS, "Error")):
                 expressions += node.args if called.endswith("Error") else node.args[:1]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Sentence":
+                expressions += node.args[2:]
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "NothingGuided":
                 # After the reason's name: the few words on the node, and the end of the sentence in the log.
                 expressions += node.args[1:]

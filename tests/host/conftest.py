@@ -29,7 +29,11 @@ def node_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Texts that the pack's nodes show during the test, in order."""
     texts: list[str] = []
     browser = host.pack_module("nodes.panel.browser").BROWSER
-    monkeypatch.setattr(browser, "send_text", lambda text, _: texts.append(text))
+
+    def send_status(_: str | None, sentences: Any, *counts: int) -> None:
+        texts.append(" ".join(sentence.text for sentence in sentences))
+
+    monkeypatch.setattr(browser, "send_status", send_status)
     return texts
 
 

@@ -97,8 +97,8 @@ def test_the_cfg_scale_of_any_guider_is_a_finite_number(attributes: dict[str, An
     [
         (1.0, 1.0, ""),
         (0.5, 1.0, ""),
-        (1.25, 0.75, " Strength was multiplied by 0.75, because CFG is 1.25."),
-        (1.5, 0.5, " Strength was multiplied by 0.5, because CFG is 1.5."),
+        (1.25, 0.75, " Strength was multiplied by 0.75, because CFG was 1.25."),
+        (1.5, 0.5, " Strength was multiplied by 0.5, because CFG was 1.5."),
     ],
 )
 def test_the_strength_that_acts_and_the_report(cfg: float, factor: float, sentence: str, node_texts: list[str]) -> None:
@@ -139,7 +139,7 @@ def test_a_joint_attention_is_adapted_too(node_texts: list[str]) -> None:
     with strengths() as found:
         host.sample(adapted(host.build_model("flux")), "flux", cfg=1.75)
     assert set(found) == {0.25}
-    assert node_texts[0].endswith(" Strength was multiplied by 0.25, because CFG is 1.75.")
+    assert node_texts[0].endswith(" Strength was multiplied by 0.25, because CFG was 1.75.")
 
 
 def test_the_switch_off_keeps_the_strength(node_texts: list[str]) -> None:
@@ -160,7 +160,7 @@ def test_factors_of_cfg_and_of_a_schedule_are_multiplied(cfg: float, node_texts:
 def test_a_schedule_of_0_still_leaves_the_step_alone(node_texts: list[str]) -> None:
     host.sample(adapted(host.build_model("sd15"), schedule=[0.0, 1.0]), "sd15", cfg=1.5)
     assert node_texts == [
-        "Guided 6 of 6 attentions in 1 of 2 calls. Strength was multiplied by 0.5, because CFG is 1.5."
+        "Guided 6 of 6 attentions in 1 of 2 calls. Strength was multiplied by 0.5, because CFG was 1.5."
     ]
 
 
@@ -171,7 +171,7 @@ def test_each_of_two_nodes_adapts_or_not(node_texts: list[str]) -> None:
     assert set(found) == {1.0, 0.25}
     first, second = node_texts
     assert "multiplied" not in first
-    assert second.endswith(" Strength was multiplied by 0.25, because CFG is 1.75.")
+    assert second.endswith(" Strength was multiplied by 0.25, because CFG was 1.75.")
 
 
 # --- guiders ------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_the_first_scale_of_dual_cfg_counts(style: str, node_texts: list[str]) -
     with strengths() as found:
         run_guider(guider)
     assert set(found) == {0.25}
-    assert node_texts == [GUIDED + " Strength was multiplied by 0.25, because CFG is 1.75."]
+    assert node_texts == [GUIDED + " Strength was multiplied by 0.25, because CFG was 1.75."]
 
 
 def test_a_guider_without_cfg_counts_as_cfg_1(node_texts: list[str]) -> None:

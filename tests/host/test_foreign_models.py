@@ -204,14 +204,19 @@ def test_the_node_names_the_code_that_runs_in_the_place_of_the_hosts(
 def test_the_panel_gets_the_name_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[str, dict[str, Any]]] = []
     messages = host.pack_module("nodes.panel.messages")
-    monkeypatch.setattr(messages, "send", lambda event, data: sent.append((event, data)))
+    status = host.pack_module("nodes.panel.status")
+    monkeypatch.setattr(status, "running_client", lambda: "tab")
+    monkeypatch.setattr(status, "has_panels", lambda client: client == "tab")
+    monkeypatch.setattr(status, "send", lambda event, data: sent.append((event, data)))
     browser = host.pack_module("nodes.panel.browser").BROWSER
     config = host.pack_module("nodes.presets").PRESETS["paper"].config
     guide_model = host.pack_module("nodes.patching.guided_model").guide_model
     model = foreign.exchanged_attention(host.build_model("sd15"))
     host.sample(guide_model(model, config, browser, start_percent=0.0, end_percent=1.0, node_id="7"), "sd15")
-    reports = [data for event, data in sent if event == messages.REPORT]
-    assert [(one["why"], one["found"]) for one in reports] == [("why_other_code", "RES4LYF (ReCrossAttention)")]
+    parts = [part for event, data in sent if event == messages.STATUS for part in data["parts"]]
+    assert [(values["why"], values["found"]) for _, values in parts] == [
+        ("why_other_code", "RES4LYF (ReCrossAttention)")
+    ]
 
 
 def test_model_calls_without_the_options_of_the_run_are_not_called_missing(node_texts: list[str]) -> None:

@@ -141,7 +141,8 @@ def test_nothing_is_measured_without_a_listener(nodes: tuple[str, ...], monkeypa
     monkeypatch.setattr(recorder_module.CallRecording, "__init__", fail)
     monkeypatch.setattr(chart_module.Chart, "add", fail)
     sample(model, "sd15")
-    assert [event for event, _ in server.messages] == [messages.REPORT]
+    # A tab with a chart of another node has panels, so that it gets the outcome as a message.
+    assert [event for event, _ in server.messages] == ([messages.STATUS] if nodes else [])
     # With a listener the call is measured, so the check above works.
     Server(monkeypatch, NODE)
     with pytest.raises(AssertionError, match="measured for nobody"):
@@ -215,8 +216,9 @@ def test_messages_are_sent_at_most_four_times_a_second(monkeypatch: pytest.Monke
 
     sample(model, "sd15", steps=10, callback=advance)
     charts = [data for event, data in server.messages if event == messages.CHART]
-    # Messages come after steps 0, 3, 6 and 9. Nothing is left at the end.
-    assert [[point[0] for point in data["points"][NODE]] for data in charts] == [[0], [1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    # Messages come at the beginning and after steps 0, 3, 6 and 9. Nothing is left at the end.
+    steps = [[point[0] for point in data["points"][NODE]] for data in charts]
+    assert steps == [[], [0], [1, 2, 3], [4, 5, 6], [7, 8, 9]]
 
 
 def test_further_model_calls_in_a_step_belong_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +244,78 @@ def test_each_run_has_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
     sample(model, "sd15")
     sample(model, "sd15")
     assert len({data["run"] for event, data in server.messages if event == messages.CHART}) == 2
+
+
+def test_an_open_chart_is_told_that_a_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows then that no number has come yet, and no more the run before."""
+    server = Server(monkeypatch, NODE)
+    sample(guided(host.build_model("sd15"), start_percent=1.0, end_percent=1.0), "sd15", steps=3)
+    (chart,) = [data for event, data in server.messages if event == messages.CHART]
+    assert (chart["steps"], chart["points"]) == (3, {NODE: []})
+
+
+def queue(server: Server, monkeypatch: pytest.MonkeyPatch, inputs: Any) -> None:
+    """Let the server run a prompt in which the node has these inputs."""
+    item: tuple[Any, ...] = (0, "prompt", {NODE: {"inputs": inputs}}, {}, [])
+    monkeypatch.setattr(server, "prompt_queue", SimpleNamespace(currently_running={0: item}), raising=False)
+
+
+def test_the_status_has_the_inputs_that_the_node_was_queued_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(monkeypatch, "8")
+    inputs = {"model": ["1", 0], "strength": 0.5, "blocks": "d0", "on": True}
+    unfit = {"long": "x" * 10**5, "nan": float("nan"), "inf": float("inf"), "object": {}, "x" * 300: 1}
+    queue(server, monkeypatch, {**inputs, **unfit})
+    sample(guided(host.build_model("sd15"), start_percent=0.0), "sd15")
+    ((event, data),) = server.messages
+    assert event == messages.STATUS
+    assert data["inputs"] == {**inputs, "model": None}
+    assert data["text"] == "Guided 6 of 6 attentions in 2 of 2 calls."
+    assert data["parts"] == [["guided", {"guided": 6, "of": 6, "calls": 2, "all": 2}]]
+    wrong: Any
+    for wrong in (None, [], "text", {NODE: 1}):
+        queue(server, monkeypatch, wrong)
+        assert messages.queued_inputs(NODE) == ({} if not isinstance(wrong, dict) else {NODE: 1})
+
+
+@pytest.mark.parametrize("name", ["sd15"])
+def test_a_run_that_does_not_finish_is_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, _ = host.run_node("GAGProbe", model=guided(host.build_model(name)))
+    server = Server(monkeypatch, "8")
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, name, callback=stop)
+    assert [data["text"] for _, data in server.messages] == ["The last run did not finish."]
+
+
+def test_a_tab_gets_what_it_has_missed_once_its_panels_are_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page is loaded again during a run: its connection is new, and has said nothing about panels."""
+    server = Server(monkeypatch, NODE)
+    status = host.pack_module("nodes.panel.status")
+    monkeypatch.setattr(status, "_missed", {})
+    shown: list[str] = []
+    monkeypatch.setattr(status, "send_text", lambda text, node: shown.append(text))
+    sentence = host.pack_module("nodes.patching.observer").UNFINISHED
+    status.send_status(NODE, [sentence])
+    assert [data["node"] for _, data in server.messages] == [NODE]
+    assert shown == []
+    server.sockets[TAB] = object()
+    for _ in range(2):
+        status.send_status(NODE, [sentence])
+    assert len(server.messages) == 1
+    assert len(shown) == 2, "whoever has no panels sees the host's text"
+    status.send_missed("another")
+    assert len(server.messages) == 1
+    listeners.set_open_charts(TAB, WORKFLOW, [])
+    status.send_missed(TAB)
+    assert [(event, data["node"]) for event, data in server.messages] == [(messages.STATUS, NODE)] * 2
+    status.send_missed(TAB)
+    assert len(server.messages) == 2
+    for node in range(300):
+        server.sockets[TAB] = object()
+        status.send_status(str(node), [sentence])
+    assert len(status._missed) == 256
 
 
 class Event:
@@ -274,7 +348,7 @@ def test_only_the_end_of_a_run_waits_for_measures_from_the_device(monkeypatch: p
     sample(model, "sd15", steps=4)
     assert [event.waited for event in events] == [False, False, False, True]
     charts = [data for event, data in server.messages if event == messages.CHART]
-    assert [[point[0] for point in data["points"][NODE]] for data in charts] == [[0], [1], [2], [3]]
+    assert [[point[0] for point in data["points"][NODE]] for data in charts] == [[], [0], [1], [2], [3]]
 
 
 def test_the_blocks_of_a_model_are_sent_before_the_blocks_input_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:

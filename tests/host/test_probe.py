@@ -681,7 +681,7 @@ def test_the_report_has_all_measures_in_a_file_and_as_text(output_folder: Any) -
     host.sample(model, "sd15", **run, steps=4, cfg=4.0)
     latent = {"samples": torch.zeros(1)}
     images = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(1))
-    out = report(probe, images=images, latent=latent)
+    out = report(probe, images=images, latent=latent, pages="all")
     plots, summary, text, same_images, same_latent = out.result
     assert same_images is images and same_latent is latent
     assert plots.shape == (3, 896, 1280, 3) and plots.dtype == torch.float32
@@ -691,7 +691,7 @@ def test_the_report_has_all_measures_in_a_file_and_as_text(output_folder: Any) -
     assert len(out.ui["images"]) == 3
     assert "report_00001_.json" in out.ui["text"][1]
     assert data["summary"] == summary
-    assert summary.startswith("Guidance acted in 4 of 5 text attentions and in ")
+    assert summary.startswith("Guidance acted in 4 of the model's 5 attentions and in ")
     assert data["layers"] == list(probe.result.layers)
     assert list(data["measures"]) == NAMES
     for index, name in enumerate(NAMES):
@@ -699,8 +699,11 @@ def test_the_report_has_all_measures_in_a_file_and_as_text(output_folder: Any) -
             listed = torch.tensor(data["measures"][name][key], dtype=torch.float64)
             torch.testing.assert_close(listed, probe.result.values[branch, ..., index], rtol=1e-5, atol=1e-12)
     assert data["guided"]["positive"] == probe.result.guided[0].tolist()
-    report(probe, images=images)
+    words_alone = report(probe, images=images)
+    assert torch.equal(words_alone.result[0], plots[:1]), "the words come first, and alone if not all is asked for"
     assert (output_folder / "sub" / "report_00002_.json").exists()
+    with pytest.raises(ValueError, match=r"^pages must be one of"):
+        report(probe, images=images, pages="curves")
 
 
 def test_the_summary_has_the_right_numbers(output_folder: Any) -> None:
@@ -710,8 +713,8 @@ def test_the_summary_has_the_right_numbers(output_folder: Any) -> None:
     result = probe.result
     gain, capped = (result.values[0, ..., NAMES.index(name)][result.guided[0]] for name in ("gain", "capped"))
     assert f"Guidance changed the attention output by {100 * float(gain.mean()):.0f} % on average" in summary
-    assert f"The cap shortened the guidance in {100 * float(capped.mean()):.0f} % of the query tokens." in summary
-    assert "Guidance acted in 6 of 7 text attentions and in 2 of 2 steps." in summary
+    assert f"The cap held it back in {100 * float(capped.mean()):.0f} % of the picture: " in summary
+    assert "Guidance acted in 6 of the model's 7 attentions and in 2 of 2 steps." in summary
 
 
 def test_the_report_works_without_guidance_and_with_one_prompt_and_one_step(output_folder: Any) -> None:

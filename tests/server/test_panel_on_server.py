@@ -309,16 +309,53 @@ def test_the_tab_gets_the_report_of_a_node(server: ComfyServer, inputs: Json, wh
     workflow = {"id": uuid.uuid4().hex}
     zero = {"kind": "constant", "over": "steps", "start_value": 0.0, "end_value": 0.0, "start": 0.0, "end": 1.0}
     prompt = {**graph(next(_seeds), **inputs), "9": {"class_type": "GAGSchedule", "inputs": zero}}
-    messages = run(server, prompt, workflow=workflow)
-    (report,) = of_type(messages, "gag.report")
+    messages = run(server, prompt, listen(), workflow=workflow)
+    (status,) = of_type(messages, "gag.status")
     (model,) = of_type(messages, "gag.blocks")
-    assert report["node"] == model["node"] == NODE
-    assert report["workflow"] == model["workflow"] == workflow["id"]
+    assert status["node"] == model["node"] == NODE
+    assert status["workflow"] == model["workflow"] == workflow["id"]
     default = [layer for part in model["default"].values() for block in part for layer in block]
     assert 0 < sum(default) < len(default) == sum(map(sum, model["parts"].values()))
-    assert (report["guided"], report["of"], report["why"]) == (0 if why else sum(default), len(default), why)
-    if why:  # the text that the badge translates is part of the node's text
-        assert texts.panel_texts()[why].format(**report) in report["text"]
+    assert status["guided"] == (0 if why else sum(default))
+    assert status["inputs"] == {**prompt[NODE]["inputs"], "model": None}
+    ((name, values),) = status["parts"]
+    assert values.get("why", "") == why
+    # The panel says in any language what the text says in English.
+    said = texts.panel_texts()
+    reason = said[why].format(**values) if why else ""
+    assert said[name].format(**{**values, "why": reason}) == status["text"]
+
+
+def test_a_tab_with_panels_gets_no_text_of_the_hosts(server: ComfyServer) -> None:
+    """Otherwise the node would say everything twice, and the host's text would stay when it is no longer true."""
+
+    async def go(before: Callable[[Tab], Awaitable[None]]) -> tuple[list[Json], list[bytes]]:
+        async with open_tab(server) as tab:
+            await before(tab)
+            prompt_id = await asyncio.to_thread(server.queue, graph(next(_seeds)), None, tab.client)
+            sent: list[Json] = []
+            shown: list[bytes] = []
+            async for raw in tab.connection:
+                if raw.type is not aiohttp.WSMsgType.TEXT:
+                    shown += [raw.data] if b"Guided 4 of 4" in raw.data else []
+                    continue
+                message = json.loads(raw.data)
+                sent += [message["data"]] if message["type"] == "gag.status" else []
+                if message["type"] in FINAL and message["data"]["prompt_id"] == prompt_id:
+                    break
+            if not sent:  # what it has missed comes once it says that it has panels
+                await tab.listen()
+                while (message := json.loads((await asyncio.wait_for(tab.connection.receive(), 20)).data))["type"] != (
+                    "gag.status"
+                ):
+                    pass
+                assert message["data"]["node"] == NODE
+            return sent, shown
+
+    sent, shown = asyncio.run(asyncio.wait_for(go(listen()), 60))
+    assert ([one["node"] for one in sent], shown) == ([NODE], [])
+    sent, shown = asyncio.run(asyncio.wait_for(go(nothing), 60))
+    assert (sent, len(shown)) == ([], 1)
 
 
 def test_the_blocks_are_sent_and_remembered_by_workflow(server: ComfyServer) -> None:

@@ -102,9 +102,9 @@ def texts(result: RunResult) -> list[str]:
 @pytest.mark.parametrize(
     ("guidance", "text"),
     [
-        (simple(strength=0.0), "GAG is off: strength is 0."),
+        (simple(strength=0.0), "Nothing guided: strength is 0."),
         (advanced(start_percent=1.0), "Nothing guided: no step within 1 to 1."),
-        (advanced(strength=0.0), "GAG is off: strength is 0."),
+        (advanced(strength=0.0), "Nothing guided: strength is 0."),
     ],
     ids=["strength 0", "outside the range", "advanced, strength 0"],
 )

@@ -29,7 +29,7 @@ HELPERS = """() => {
     const seen = window.gagSeen = {};
     window.gagApi = window.comfyAPI.api.api;
     const ofTheHost = ["progress_text", "execution_success", "execution_error"];
-    for (const kind of ["gag.chart", "gag.report", "gag.blocks", ...ofTheHost]) {
+    for (const kind of ["gag.chart", "gag.status", "gag.blocks", ...ofTheHost]) {
         seen[kind] = [];
         window.gagApi.addEventListener(kind, ({ detail }) => seen[kind].push(detail));
     }
@@ -126,15 +126,29 @@ class Extension:
         model: Json = self.page.evaluate("() => gagSeen['gag.blocks'].at(-1)")
         return model
 
-    def wait_guided(self, node: str) -> None:
-        """Wait until the badge says that the model's default attentions are guided."""
-        default, parts = self.model()["default"], self.model()["parts"]
-        guided = sum(layer for part in default.values() for block in part for layer in block)
-        self.wait_badge(node, guided, sum(map(sum, parts.values())))
+    def wait_guided(self, node: str, guided: int | None = None) -> None:
+        """Wait until the line says that these attentions were guided, by default the model's default, in this state."""
+        if guided is None:
+            guided = sum(layer for part in self.model()["default"].values() for block in part for layer in block)
+        script = """([type, text]) => {
+            const line = gagPanel(type).querySelector(".gag-status");
+            return line.textContent.startsWith(text) && !line.classList.contains("gag-old");
+        }"""
+        self.page.wait(script, [node, f"Guided {guided} of {guided} attentions in "])
 
-    def wait_badge(self, node: str, guided: int, count: int) -> None:
-        """Wait until the badge says how many attentions are guided."""
-        self.wait_text(node, ".gag-badge", f"guiding {guided} of {count} attentions")
+    def wait_status(self, node: str, text: str, *, old: bool = False) -> None:
+        """Wait until the line has exactly this text, grey or not."""
+        script = """([type, text, old]) => {
+            const line = gagPanel(type).querySelector(".gag-status");
+            return line.textContent === text && line.classList.contains("gag-old") === old;
+        }"""
+        self.page.wait(script, [node, text, old])
+
+    def queue_same(self) -> None:
+        """Queue the workflow as it is, and wait for the end of the run."""
+        before = self.count("execution_success")
+        self.page.evaluate("() => window.app.queuePrompt(0)")
+        self.wait_count("execution_success", before + 1)
 
     def panel(self, node: str) -> Any:
         """Return the panel's element, which must be in sight."""
