@@ -502,38 +502,51 @@ api.addEventListener("execution_cached", ({ detail }) => {
 });
 
 api.addEventListener("execution_success", ({ detail }) => {
-  const candidates = reused.filter((id) => !told.has(id));
-  if (isString(detail?.prompt_id) && candidates.length) void markCached(detail.prompt_id, candidates, reused);
+  const cached = new Set(reused.filter((id) => !told.has(id)));
+  if (isString(detail?.prompt_id) && cached.size) void markCached(detail.prompt_id, cached);
 });
 
 /**
  * Mark the nodes behind which ComfyUI ran nothing in a job, because nothing had changed.
  * @param {string} job
- * @param {string[]} candidates nodes whose outputs were reused and that said nothing
- * @param {string[]} all nodes whose outputs were reused
+ * @param {Set<string>} cached nodes whose outputs were reused and that said nothing
  */
-async function markCached(job, candidates, all) {
-  const ours = [...openPanels().values()].flat().filter((id) => candidates.includes(id));
+async function markCached(job, cached) {
+  const ours = [...openPanels().values()].flat().filter((id) => cached.has(id));
   if (!ours.length) return;
   try {
     let found;
     // The server keeps the job just after its last message.
     for (let tries = 0; !found && tries < MOST_TRIES; tries++) {
       await pause(REFRESH_MS);
-      found = (await ask(`/history/${job}`))[job];
+      found = (await ask(`/history/${encodeURIComponent(job)}`))[job];
     }
     // The job has the workflow that it was queued from; another one may be open by now.
     const [, , prompt, { extra_pnginfo: info }] = found.prompt;
     const workflow = isString(info?.workflow?.id) ? info.workflow.id : openWorkflow();
     for (const id of ours) {
-      const readers = Object.entries(prompt).filter(([, { inputs }]) =>
-        Object.values(inputs).some((value) => Array.isArray(value) && value[0] === id),
-      );
-      if (readers.every(([reader]) => all.includes(reader))) memoryOf(workflow, firstId(workflow, id)).cached = true;
+      const behind = nodesBehind(id, prompt);
+      if (behind.every((reader) => cached.has(reader))) memoryOf(workflow, firstId(workflow, id)).cached = true;
     }
   } catch {
     // The server has forgotten the job. The nodes keep saying what they said.
   }
+}
+
+/**
+ * Return a node of a prompt and all nodes that get something from it, directly or through others.
+ * @param {string} id
+ * @param {Record<string, {inputs: Record<string, unknown>}>} prompt
+ */
+function nodesBehind(id, prompt) {
+  const behind = [id];
+  for (const source of behind) {
+    for (const [reader, { inputs }] of Object.entries(prompt)) {
+      if (behind.includes(reader)) continue;
+      if (Object.values(inputs).some((value) => Array.isArray(value) && value[0] === source)) behind.push(reader);
+    }
+  }
+  return behind;
 }
 
 // Nothing has been sent over a new connection yet, and it has another token.
