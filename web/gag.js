@@ -8,8 +8,9 @@
  */
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { Chart, meaning } from "./chart.js";
+import { Chart } from "./chart.js";
 import { element } from "./dom.js";
+import { meaning } from "./meaning.js";
 import { isObject, isString, readModel, readRuns, readSetup, readStatus } from "./messages.js";
 import { Picker } from "./picker.js";
 import { PresetChooser } from "./presets.js";

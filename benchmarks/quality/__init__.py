@@ -3,6 +3,7 @@
 
 - ``study``: the command, which samples the captions that have no results yet
 - ``methods``: the settings of the pack's nodes, CFG and the controls that are compared
+- ``read_outs``: controls that change the read-out of the text plainly; ``gain``: how GAG's gain is spread
 - ``model_files``: files of the measured models
 - ``sampling``: captions, noise, ComfyUI's sampler and the checker
 - ``records``: result files, which ``results/`` keeps

@@ -262,8 +262,13 @@ def _about_cfg(lowest: float, highest: float) -> list[Sentence]:
         return []
     factor = f"{most:.2g}" if lowest == highest else f"{least:.2g} to {most:.2g}"
     cfg = f"{highest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
-    text = f"Strength was multiplied by {factor}, because CFG was {cfg}."
-    return [Sentence("adapted", {"factor": factor, "cfg": cfg}, text)]
+    return [
+        Sentence(
+            "adapted",
+            {"factor": factor, "cfg": cfg},
+            f"Strength was multiplied by {factor}, because CFG was {cfg}.",
+        )
+    ]
 
 
 def nothing_guided(why: str, short: str, **values: str) -> Sentence:

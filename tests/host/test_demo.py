@@ -88,8 +88,7 @@ def test_guidance_changes_the_pictures_and_keeps_the_colours(kind: str) -> None:
     model, clip, vae = host.run_node("GAGDemoLoader", kind=kind)
     prompt = "a red circle left of a blue square"
     plain = pictures(model, clip, vae, prompt)
-    (gentle,) = host.run_node("GAGuidance", model=model)
-    out = pictures(gentle, clip, vae, prompt)
+    out = pictures(host.guide(model, "beside CFG"), clip, vae, prompt)
     assert not torch.equal(out, plain)
     assert int((has_colour(out, "red") & has_colour(out, "blue")).sum()) >= 6
 

@@ -273,7 +273,7 @@ SIBLINGS: dict[str, dict[str, Any]] = {
 def test_other_unets_are_guided(class_name: str, caplog: pytest.LogCaptureFixture) -> None:
     """All text attentions of the default blocks are found, and guided in every model call."""
     model = host.build(class_name, {**host.CONFIGS["sd15"][1], "model_channels": 64, **SIBLINGS[class_name]})
-    (patched,) = host.run_node("GAGuidanceAdvanced", model=model, verbose=True)
+    (patched,) = host.run_advanced(model=model, verbose=True)
     text = [host.conditioning("sd15", seed)[0] for seed in (1, 2)]
     if class_name != "SD20":
         for _, values in text:

@@ -28,8 +28,8 @@ PAGES = [
 ]
 # Families that a page names as an example, or because of a limitation. A new family does not change these pages.
 MENTIONS = {
-    ("README.md", "LTX-Video"),
-    ("README.md", "Mochi"),
+    ("docs/guide.md", "LTX-Video"),
+    ("docs/guide.md", "Mochi"),
     ("docs/troubleshooting.md", "Mochi"),
     ("docs/when-nothing-is-guided.md", "LTX-Video"),
     ("web/docs/GAGuidance.md", "Mochi"),
