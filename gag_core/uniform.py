@@ -45,6 +45,9 @@ def guide(
         return
     work = work_dtype(q)
     gain = config_numbers(config, work).gain
+    if gain == 0.0 and base is not None:
+        out.copy_(base)
+        return
     if mask is None or mask.shape[2] == 1:
         largest = torch.finfo(v.dtype).max
         difference = (v - uniform_read_out(v, mask)).clamp_(-largest, largest)

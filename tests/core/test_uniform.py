@@ -102,6 +102,14 @@ def test_finite_numbers_stay_finite(kind: str, dtype: torch.dtype, gain: float, 
     assert torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize("kind", VALUES)
+def test_strength_0_is_exactly_the_base(kind: str) -> None:
+    """Also where torch's logits overflow and its attention is NaN."""
+    q, k, v = (VALUES[kind](x, end_of(torch.float32)) for x in cases.qkv(SMALL))
+    base = cases.random(*q.shape, seed=20)
+    assert torch.equal(guided_attention(q, k, v, replace(CONFIG, strength=0.0), base=base), base)
+
+
 def test_values_that_all_agree_are_left_alone() -> None:
     q, k, v = cases.qkv(SMALL)
     v = v[:, :, :1].expand_as(v)

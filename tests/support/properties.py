@@ -40,7 +40,7 @@ SHAPES = st.builds(
 # All settings up to both ends of their ranges, and beyond the ranges of the nodes.
 ANY_CONFIGS = st.builds(
     GuidanceConfig,
-    rule=st.sampled_from(["gag", "uniform", "pladis"]),
+    rule=st.sampled_from(["gag", "pladis"]),
     guidance_scale=st.sampled_from([10.0, 0.0, 1.0, -3.0, 1e30, -1e38, 1e300]),
     norm_threshold=st.sampled_from([15.0, 0.0, 0.1, 1e-300, 1e30, math.inf]),
     norm_mode=st.sampled_from(["absolute", "relative"]),
