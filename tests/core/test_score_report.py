@@ -77,7 +77,8 @@ def test_exchanged_pictures_give_the_opposite_and_the_order_of_pairs_does_not_ma
     assert opposite.verdict == swapped.get(found.verdict, found.verdict)
     shuffled = list(pairs)
     order.shuffle(shuffled)
-    again = one(*(list(side) for side in zip(*shuffled, strict=True)))
+    mixed, mixed_baseline = (list(side) for side in zip(*shuffled, strict=True))
+    again = one(mixed, mixed_baseline)
     assert again.mean == pytest.approx(found.mean, abs=1e-9) and again.error == pytest.approx(found.error, abs=1e-9)
 
 
@@ -131,7 +132,7 @@ def test_the_summary_the_labels_and_the_json_of_two_batches() -> None:
 
 
 def test_the_summary_and_the_labels_of_a_sweep() -> None:
-    off, on, more = [0, 1, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0, 0, 0]
+    off, on, more = ([float(mark) for mark in marks] for marks in ("01000001", "11111111", "01000000"))
     first, second = report.differences_of([on, more], off, True)
     cells = [report.Cell("without GAG", off), report.Cell("alpha 2", on, first), report.Cell("alpha 1", more, second)]
     found = made(Marks(), cells, off, "without GAG")
