@@ -65,7 +65,7 @@ class GAGScore(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="From Load CLIP: the half that reads the prompt, best from the same file as clip_vision.",
+                    tooltip="From Load CLIP: the half that reads the prompt, best from the same file as the half that sees.",
                 ),
                 DemoText.Input(
                     "text_encoder",
