@@ -65,8 +65,8 @@ class GAGScore(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="From Load CLIP: the half that reads the prompt, best from the same file as the half that sees. "
-                    "Or from GAG Demo, alone: then each picture is checked to be right or wrong.",
+                    tooltip="From Load CLIP: the half that reads the prompt, best from the same file as the half that "
+                    "sees. Or from GAG Demo, alone: then each picture is checked to be right or wrong.",
                 ),
                 io.String.Input(
                     "labels",

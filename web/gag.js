@@ -10,11 +10,13 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { Chart } from "./chart.js";
 import { element } from "./dom.js";
+import { watchJobs } from "./jobs.js";
 import { meaning } from "./meaning.js";
 import { isObject, isString, readModel, readRuns, readSetup, readStatus } from "./messages.js";
 import { Picker } from "./picker.js";
 import { PresetChooser } from "./presets.js";
 import { nearestRoom, TITLE } from "./room.js";
+import { ask, askForToken, connected, postWithToken } from "./server.js";
 import { isEdited, StatusLine } from "./status.js";
 import { say, speak } from "./texts.js";
 
@@ -26,6 +28,8 @@ const WIDGET = "gag_panel";
 const REFRESH_MS = 250;
 const ROW = 24;
 const TEXT_HEIGHT = 110;
+/** Number of refreshes in which a node that has grown looks for room. */
+const MOST_LOOKS = 4;
 /** Properties of a node, saved with it, for the parts that are open. */
 const CHART = "gag_chart";
 const PICKER = "gag_blocks";
@@ -61,22 +65,7 @@ const NO_SERIES = [];
 /** The message about this page's panels that was last sent to the server; empty if it has none of this connection. */
 let sent = "";
 let sending = false;
-/** Token that the server sent over this tab's connection, and that requests repeat as proof that they come from it. */
-let token = "";
-const TOKEN_MS = 2000;
-const MOST_TRIES = 8;
-const MOST_LOOKS = 4;
-/** @type {Promise<void> | undefined} the request for a token that goes on */
-let askingForToken;
-/** @type {string[]} nodes of the job that goes on whose outputs ComfyUI reused */
-let reused = [];
-/** @type {Set<string>} nodes that said something in this job */
-const told = new Set();
-
-const pause = (/** @type {number} */ ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const rootGraph = () => app.rootGraph ?? app.graph;
-const connected = () => api.socket?.readyState === WebSocket.OPEN && Boolean(api.clientId);
-
 /** Return the id of the open workflow; an empty text if its file has something else in that place. */
 function openWorkflow() {
   const id = rootGraph()?.id;
@@ -328,48 +317,6 @@ function show(button, part, open, above) {
   if (!open) part.remove();
 }
 
-/** @param {string} route */
-async function ask(route) {
-  const answer = await api.fetchApi(route);
-  if (!answer.ok) throw new Error(`${route}: ${answer.status}`);
-  return answer.json();
-}
-
-/**
- * Send the server something as JSON.
- * @param {string} route
- * @param {object} content
- */
-function post(route, content) {
-  const headers = { "Content-Type": "application/json" };
-  return api.fetchApi(route, { method: "POST", headers, body: JSON.stringify({ client: api.clientId, ...content }) });
-}
-
-/** Ask the server for the token, and wait until it comes, but not for long. */
-async function askForToken() {
-  try {
-    await post("/gag/token", {});
-    for (let waited = 0; !token && waited < TOKEN_MS; waited += REFRESH_MS) {
-      await pause(REFRESH_MS);
-    }
-  } catch {
-    // The server is gone. The next request asks again.
-  } finally {
-    askingForToken = undefined;
-  }
-}
-
-/**
- * Send the server a request that it takes from this tab alone, and return the answer; undefined if the tab has no token
- * yet, because its connection is so new that the server does not know it.
- * @param {string} route
- * @param {object} content
- */
-async function postWithToken(route, content) {
-  if (!token) await (askingForToken ??= askForToken());
-  return token ? post(route, { token, ...content }) : undefined;
-}
-
 async function askForSetup() {
   try {
     setup = readSetup(await ask("/gag/setup"));
@@ -431,7 +378,7 @@ function refresh() {
     asked = true;
     if (!setup) void askForSetup();
     // A chart that is opened later is measured from the next step on if the token is there by then.
-    askingForToken ??= askForToken();
+    void askForToken();
     // A picker that was saved open shows the model that came in before the page was loaded.
     if ([...open.keys()].some((panel) => panel.isOpen(PICKER) && !panel.memory.model)) void askForBlocks();
   }
@@ -462,14 +409,9 @@ function on(kind, act) {
   });
 }
 
-on("gag.token", (data) => {
-  if (isString(data.token)) token = data.token;
-});
-
 on("gag.status", (data, find) => {
   const status = readStatus(data);
   if (!status || !isString(data.node)) return;
-  told.add(data.node);
   const memory = find(data.node);
   // The chart shows a run or nothing: a run that guided nothing or began while the chart was closed has no points.
   if (status.guided === 0 || !memory.run?.live || !memory.run.points.size) memory.run = undefined;
@@ -493,66 +435,17 @@ on("gag.chart", (data, find) => {
   }
 });
 
-api.addEventListener("execution_start", () => {
-  reused = [];
-  told.clear();
-});
+watchJobs(
+  () => [...openPanels().values()].flat(),
+  (workflow, id) => {
+    const known = isString(workflow) ? workflow : openWorkflow();
+    memoryOf(known, firstId(known, id)).cached = true;
+  },
+);
 
-api.addEventListener("execution_cached", ({ detail }) => {
-  reused = Array.isArray(detail?.nodes) ? detail.nodes : [];
-});
-
-api.addEventListener("execution_success", ({ detail }) => {
-  const cached = new Set(reused.filter((id) => !told.has(id)));
-  if (isString(detail?.prompt_id) && cached.size) void markCached(detail.prompt_id, cached);
-});
-
-/**
- * Mark the nodes behind which ComfyUI ran nothing in a job, because nothing had changed.
- * @param {string} job
- * @param {Set<string>} cached nodes whose outputs were reused and that said nothing
- */
-async function markCached(job, cached) {
-  const ours = [...openPanels().values()].flat().filter((id) => cached.has(id));
-  if (!ours.length) return;
-  try {
-    let found;
-    // The server keeps the job just after its last message.
-    for (let tries = 0; !found && tries < MOST_TRIES; tries++) {
-      await pause(REFRESH_MS);
-      found = (await ask(`/history/${encodeURIComponent(job)}`))[job];
-    }
-    // The job has the workflow that it was queued from; another one may be open by now.
-    const [, , prompt, { extra_pnginfo: info }] = found.prompt;
-    const workflow = isString(info?.workflow?.id) ? info.workflow.id : openWorkflow();
-    for (const id of ours) {
-      const behind = nodesBehind(id, prompt);
-      if (behind.every((reader) => cached.has(reader))) memoryOf(workflow, firstId(workflow, id)).cached = true;
-    }
-  } catch {
-    // The server has forgotten the job. The nodes keep saying what they said.
-  }
-}
-
-/**
- * Return a node of a prompt and all nodes that get something from it, directly or through others.
- * @param {string} id
- * @param {Record<string, {inputs: Record<string, unknown>}>} prompt
- */
-function nodesBehind(id, prompt) {
-  const behind = [id];
-  for (const source of behind) {
-    for (const [reader, { inputs }] of Object.entries(prompt)) {
-      if (behind.includes(reader)) continue;
-      if (Object.values(inputs).some((value) => Array.isArray(value) && value[0] === source)) behind.push(reader);
-    }
-  }
-  return behind;
-}
-
-// Nothing has been sent over a new connection yet, and it has another token.
+// Nothing has been sent over a new connection yet.
 api.addEventListener("reconnected", () => {
-  sent = token = "";
+  sent = "";
   asked = false;
 });
 
