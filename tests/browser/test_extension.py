@@ -203,8 +203,8 @@ def test_a_preset_fills_the_fields_and_shows_when_they_differ(extension: Extensi
         assert [extension.field(node, key) for key in ("apply_to", "blocks", "verbose")] == ["positive", "u", True]
         extension.wait_preset(name)
     changes = {"guidance_scale": 3.3, "strength": 0.7, "start_percent": 0.1, "end_percent": 0.9, "adapt_to_cfg": True}
-    for name, value in changes.items():
-        extension.set_field(node, name, value)
+    for name, other in changes.items():
+        extension.set_field(node, name, other)
         extension.wait_preset("modified")
         extension.set_field(node, name, presets["paper"][name])
         extension.wait_preset("paper")

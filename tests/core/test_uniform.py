@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import hypothesis
 import pytest
@@ -35,7 +36,7 @@ def error_of(q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig) -> float:
     return largest * (ARITHMETIC * (1.0 + 0.02 * logits) + rounding)
 
 
-def assert_matches(q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig = CONFIG, **options: Tensor | None) -> None:
+def assert_matches(q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig = CONFIG, **options: Any) -> None:
     out = guided_attention(q, k, v, config, **options)
     assert out.dtype == q.dtype
     assert_close(out, reference.guided_attention(q, k, v, config, **options), error=error_of(q, k, v, config))
