@@ -65,7 +65,9 @@ const NO_SERIES = [];
 /** The message about this page's panels that was last sent to the server; empty if it has none of this connection. */
 let sent = "";
 let sending = false;
+
 const rootGraph = () => app.rootGraph ?? app.graph;
+
 /** Return the id of the open workflow; an empty text if its file has something else in that place. */
 function openWorkflow() {
   const id = rootGraph()?.id;
