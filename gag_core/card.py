@@ -5,9 +5,10 @@ Each operation there is a launch, which reads its tensors from memory and writes
 the same as ``eager.guided_chunk`` in fewer operations:
 
 - queries and keys in half precision are multiplied as they are, where torch can give the product in fp32;
-- one operation shifts the logits and scales them;
+- the product gives logits in true scale, and their maximum is not subtracted;
 - the search for the threshold writes few tensors of the size of the logits, or none (``entmax.square_weights``);
-- sums of weights are divided out in factors of a query, and the discrepancy is not stored;
+- a column of ones behind the values sums up the weights;
+- these sums are divided out in factors of a query, and the discrepancy is not stored;
 - the last operation writes to the output.
 
 ``eager.py`` does not use it in forward-mode differentiation, nor in graphs of torch.compile, which fuses operations
@@ -16,7 +17,6 @@ itself.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -25,11 +25,10 @@ from torch import Tensor
 from .config import GuidanceConfig
 from .entmax import FREE_OUTPUTS, sparse_weights, square_weights, sums_in_one_pass
 from .geometry import guidance_factors, read_out_factors, text_mass
-from .numerics import ConfigNumbers, Keys, has_wide_products, work_copy, work_dtype
+from .numerics import CardKeys, ConfigNumbers, work_dtype
 
-# Rows of logits with a spare column begin at multiples of so many elements.
+# Rows of logits with spare columns, and rows of values, begin at multiples of so many elements.
 _ALIGNMENT = 4
-_EXPONENT_BITS = 0x7F800000  # of fp32
 # Devices that have all operations of this file. DirectML computes some of them on the CPU.
 DEVICES = ("cuda", "meta", "mps", "xpu")
 
@@ -39,12 +38,14 @@ class Memory(NamedTuple):
 
     Attributes:
         keys: prepared keys.
-        values: ``[B, H, N_k + padding, D_v]`` in the work dtype, divided by ``value_scale``.
+        values: ``[B, H, columns of the keys, D_v]`` in the work dtype, divided by ``value_scale``; behind N_k anything.
+        values_and_ones: the same with columns of ones, ``[B, H, columns of the keys, D_v + 4]``.
         value_scale: a positive number, or a tensor of rank 4.
     """
 
-    keys: Keys
+    keys: CardKeys
     values: Tensor
+    values_and_ones: Tensor
     value_scale: Tensor | float
 
 
@@ -69,53 +70,60 @@ def supports(config: GuidanceConfig) -> bool:
     return config.rule in ("gag", "pladis") and config.alpha > 1.0 and config.strength != 0.0
 
 
-def elements_per_query(q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig) -> int:
+def elements_per_query(k: Tensor, v: Tensor, config: GuidanceConfig) -> int:
     """Return how many elements of the work dtype :func:`guided_chunk` holds for each query and head."""
-    tokens, value_dim = k.shape[2], v.shape[3]
+    tokens, dim, value_dim = k.shape[2], k.shape[3], v.shape[3]
     searched = 2 if config.alpha == 1.5 else 3
-    queries = 0 if q.dtype == work_dtype(q) or has_wide_products(q) else q.shape[3]
-    return max(searched * tokens + value_dim, 2 * tokens + 2 * value_dim, 3 * value_dim) + queries
+    return max(searched * tokens + value_dim, 2 * tokens + 2 * value_dim, 3 * value_dim, tokens + dim)
 
 
 def prepare(k: Tensor, v: Tensor, logit_scale: float, config: GuidanceConfig) -> Memory:
     """Prepare keys ``[B, H, N_k, D]`` and values ``[B, H, N_k, D_v]`` for logits with the factor ``logit_scale``."""
-    tokens = k.shape[2]
-    spare = config.alpha == 1.5 and sums_in_one_pass(tokens, k.device)
-    pad = _ALIGNMENT - tokens % _ALIGNMENT if spare else 0
-    keys = (Keys.prepare_half if has_wide_products(k) else Keys.prepare)(k, logit_scale, pad)
-    values = work_copy(v, pad)
+    batch, heads, tokens, dim = v.shape
+    with_spare = config.alpha == 1.5 and sums_in_one_pass(tokens, k.device)
+    keys = CardKeys.prepare(k, logit_scale, _ALIGNMENT - tokens % _ALIGNMENT if with_spare else 0)
+    work = work_dtype(v)
+    with_ones = torch.ones((batch, heads, keys.columns, dim + _ALIGNMENT), dtype=work, device=v.device)
+    values, scale = with_ones[..., :dim], 1.0
     if v.dtype == torch.float16:  # no square and no sum of a few of these numbers leaves the range of fp32
-        return Memory(keys, values, 1.0)
-    info, axes = torch.finfo(values.dtype), (-3, -2, -1) if config.merge_heads else (-2, -1)
-    scale = torch.linalg.vector_norm(values, dim=axes, keepdim=True).clamp_(2.0**-64, info.max)
-    return Memory(keys, values.div_(scale), scale)
+        values[:, :, :tokens].copy_(v)
+        return Memory(keys, values, with_ones, scale)
+    axes = (-3, -2, -1) if config.merge_heads else (-2, -1)
+    norm = torch.linalg.vector_norm(v, dim=axes, keepdim=True, dtype=work).clamp_(2.0**-64, torch.finfo(work).max)
+    torch.div(v, norm, out=values[:, :, :tokens])
+    return Memory(keys, values, with_ones, norm)
 
 
 def read_outs(q: Tensor, memory: Memory, alpha: float, mask: Tensor | None, with_logsumexp: bool) -> ReadOuts:
     """Compute the sparse and the dense read-out of a chunk of queries ``[B, H, N, D]``."""
-    logits, scale = memory.keys.logits(q, mask)
-    if with_logsumexp:
-        maximum, index = logits.max(dim=-1, keepdim=True)
-    else:
-        maximum, index = logits.amax(dim=-1, keepdim=True), None
+    keys, value_dim = memory.keys, memory.values.shape[3]
+    logits = keys.logits(q, mask)
+    maximum, index = _maximum(logits[..., : keys.tokens], with_logsumexp)
     unreadable = None if mask is None else _unreadable(maximum)
-    shifted, offset = _shift_(memory.keys, logits, maximum, scale)
-    del logits
     if alpha == 1.5:
-        weights, total = square_weights(shifted, memory.keys.columns > memory.keys.tokens)
+        weights = square_weights(logits, maximum, keys.columns - keys.tokens)
     else:
-        weights, total = sparse_weights(shifted * (alpha - 1.0), alpha), torch.ones_like(maximum)
-    sparse = torch.matmul(weights, memory.values)
+        weights = sparse_weights(logits.sub_(maximum) * (alpha - 1.0), alpha)
+    sparse = torch.matmul(weights, memory.values_and_ones)
+    sparse, total = sparse[..., :value_dim], sparse[..., value_dim : value_dim + 1]
     del weights
-    weights = torch.softmax(shifted, dim=-1)
-    del shifted
+    weights = torch.softmax(logits, dim=-1)
+    del logits
     dense = torch.matmul(weights, memory.values)
-    lse = None if index is None else _logsumexp(weights, index, offset)
+    lse = None if index is None else _logsumexp(weights, maximum, index)
     if unreadable is not None:
         sparse.masked_fill_(unreadable, 0.0)
         dense.masked_fill_(unreadable, 0.0)
         total.masked_fill_(unreadable, 1.0)
     return ReadOuts(sparse, total, dense, lse)
+
+
+def _maximum(logits: Tensor, with_index: bool) -> tuple[Tensor, Tensor | None]:
+    """Compute the maximum over the keys, ``[..., 1]``, and where it is, or None."""
+    if with_index:
+        maximum, index = logits.max(dim=-1, keepdim=True)
+        return maximum, index
+    return logits.amax(dim=-1, keepdim=True), None
 
 
 def _unreadable(maximum: Tensor) -> Tensor:
@@ -125,43 +133,20 @@ def _unreadable(maximum: Tensor) -> Tensor:
     return unreadable
 
 
-def _shift_(keys: Keys, logits: Tensor, maximum: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Compute ``scale * (logits - maximum)`` in place.
-
-    With a power of two, ``scale * logits - scale * maximum`` has the same bits, and is one operation.
-
-    Returns:
-        The logits, and ``-scale * maximum``, ``[..., 1]``, which is finite.
-    """
-    largest = torch.finfo(logits.dtype).max
-    if isinstance(scale, float) and math.frexp(scale)[0] == 0.5:
-        offset = maximum * -scale
-        return torch.add(offset, logits, alpha=scale, out=logits), offset
-    if isinstance(scale, float) or keys.transposed.dtype == logits.dtype:
-        return logits.sub_(maximum).mul_(scale), (maximum * scale).clamp_(-largest, largest).neg_()
-    # The scale is lowered where the product would overflow. The bits of an exponent alone are a power of two.
-    size = maximum.view(torch.int32).bitwise_and(_EXPONENT_BITS).view(torch.float32)
-    scale = torch.minimum(scale, 2.0**125 / size)
-    offset = (maximum * scale).neg_()
-    return torch.addcmul(offset, logits, scale, out=logits), offset
-
-
-def _logsumexp(weights: Tensor, index: Tensor, offset: Tensor) -> Tensor:
-    """Compute the logsumexp of logits from their softmax, the index of the largest and the offset of :func:`_shift_`.
+def _logsumexp(weights: Tensor, maximum: Tensor, index: Tensor) -> Tensor:
+    """Compute the logsumexp of logits from their softmax, their maximum and the index of it.
 
     The softmax of the largest logit is ``exp(logit - logsumexp)``.
     """
-    return weights.gather(-1, index).log_().add_(offset).neg_()
+    return torch.sub(maximum, weights.gather(-1, index).log_())
 
 
-def logsumexp(q: Tensor, keys: Keys, mask: Tensor | None) -> Tensor:
+def logsumexp(q: Tensor, keys: CardKeys, mask: Tensor | None) -> Tensor:
     """Compute the logsumexp of the logits of queries ``[B, H, N, D]`` over the keys, ``[B, H, N]``."""
-    logits, scale = keys.logits(q, mask)
+    logits = keys.logits(q, mask)
     maximum, index = logits.max(dim=-1, keepdim=True)
     unreadable = None if mask is None else _unreadable(maximum)
-    shifted, offset = _shift_(keys, logits, maximum, scale)
-    del logits
-    result = _logsumexp(torch.softmax(shifted, dim=-1), index, offset)
+    result = _logsumexp(torch.softmax(logits, dim=-1), maximum, index)
     if unreadable is not None:
         result.masked_fill_(unreadable, -torch.inf)
     return result.squeeze(-1)

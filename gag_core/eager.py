@@ -19,10 +19,10 @@ from .config import GuidanceConfig
 from .entmax import dense_weights_, is_forward_mode, logsumexp_from_sum, reusable, scale_and_shift_, sparse_weights
 from .geometry import guidance_factors, text_mass
 from .numerics import (
+    CardKeys,
     ConfigNumbers,
     Keys,
     config_numbers,
-    has_wide_products,
     mask_part,
     prepare_values,
     weighted_sum_,
@@ -37,8 +37,11 @@ _CPU_CHUNK_OF_OUTPUT = 1.9
 # A megabyte is always allowed: in smaller chunks most of the time goes into starting operations.
 _LEAST_CPU_CHUNK = 1 << 18
 # On other devices each operation is a launch. These are 512 MiB in fp32, less than the feed-forward layer of a large
-# model takes.
+# model takes. For long videos it takes more: 12 times the queries' bytes in Wan 1.3B, 5 times (1.8 GB) in Wan 14B. There
+# a chunk may take 10 times the queries' bytes, up to 1 GiB.
 _CHUNK = 1 << 27
+_LARGEST_CHUNK = 1 << 28
+_CHUNK_OF_QUERIES = 10
 # Fraction of the chunk budget for copies of keys and values. Where copies for all heads need more, heads are split.
 _COPIES_OF_CHUNK = 0.25
 # On a CPU products of a multiple of 16 keys take a fifth less time than products of a few keys less.
@@ -66,7 +69,7 @@ def chunks(q: Tensor, *, per_query: int, per_head: int, whole_heads: bool = Fals
     batch, heads, queries, _ = q.shape
     if not queries:
         return []
-    most, least = _CHUNK, 0
+    most, least = min(_LARGEST_CHUNK, max(_CHUNK, _CHUNK_OF_QUERIES * q.nbytes // 4)), 0
     if q.device.type == "cpu":
         most, least = min(_CPU_CHUNK, int(_CPU_CHUNK_OF_OUTPUT * q.numel())), _LEAST_CPU_CHUNK
     heads_at_once = heads if whole_heads else min(heads, max(1, int(_COPIES_OF_CHUNK * max(most, least)) // per_head))
@@ -257,7 +260,7 @@ def _guide_on_card(
     joint_lse: Tensor | None,
 ) -> None:
     """Do the work of :func:`guide` by :mod:`gag_core.card`."""
-    per_query, per_head = card.elements_per_query(q, k, v, config), k.shape[2] * (k.shape[3] + v.shape[3])
+    per_query, per_head = card.elements_per_query(k, v, config), k.shape[2] * (k.shape[3] + v.shape[3])
     numbers = config_numbers(config, work_dtype(q))
     for part, chunks_of_part in chunks(q, per_query=per_query, per_head=per_head, whole_heads=config.merge_heads):
         memory = card.prepare(k[part], v[part], scale, config)
@@ -321,11 +324,13 @@ def logsumexp_of_logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float,
     result = torch.empty(q.shape[:3], dtype=work_dtype(q), device=q.device)
     on_card = _is_card(q.device) if on_card is None else on_card
     for part, chunks_of_part in chunks(q, per_query=2 * k.shape[2], per_head=k.shape[2] * k.shape[3]):
-        keys = (Keys.prepare_half if on_card and has_wide_products(k) else Keys.prepare)(k[part], scale)
+        if on_card:
+            card_keys = CardKeys.prepare(k[part], scale)
+            for chunk in chunks_of_part:
+                result[chunk] = card.logsumexp(q[chunk], card_keys, mask_part(mask, *chunk))
+            continue
+        keys = Keys.prepare(k[part], scale)
         for chunk in chunks_of_part:
-            if on_card:
-                result[chunk] = card.logsumexp(q[chunk], keys, mask_part(mask, *chunk))
-                continue
             logits, logits_scale = keys.logits(q[chunk], mask_part(mask, *chunk))
             # Clamped above, because differences of infinities are NaN. A logit that overflows below weighs nothing.
             logits.mul_(logits_scale).clamp_(max=torch.finfo(logits.dtype).max)

@@ -34,7 +34,9 @@ _LARGE_POWER = 9.0
 _FAST_POWERS = (0.5, 2.0, 3.0)
 _EXTRA_STEPS_FP64 = 2
 
-# Steps by parabolas for the 2-norm, by the largest number of keys for which they suffice, as for _STEPS_SQUARE.
+# Steps by sums in one pass for the 2-norm, by the largest number of columns for which they suffice, as for _STEPS_SQUARE.
+# Up to so many columns Newton steps are enough, which are fewer launches than steps by parabolas.
+_NEWTON_STEPS = (84, 5)
 _STEPS_PARABOLA = ((768, 5), (2560, 6))
 _MAX_STEPS_PARABOLA = 7
 # Weight of the curvature in all these steps but the last. It was measured over the rows before the step, and is smaller
@@ -120,41 +122,43 @@ def sparse_weights(scaled: Tensor, alpha: float) -> Tensor:
     return weights.div_(total.clamp_min_(torch.finfo(total.dtype).tiny))
 
 
-def square_weights(shifted: Tensor, spare_column: bool = False) -> tuple[Tensor, Tensor]:
+def square_weights(logits: Tensor, maximum: Tensor, spare: int = 0) -> Tensor:
     """Compute weights in proportion to 1.5-entmax in few passes over memory, for devices where these take the time.
 
     Args:
-        shifted: logits ``[..., N]``, contiguous, with a maximum of 0. They are not changed, except in a spare column.
-        spare_column: True if the last column holds ``-inf`` and may be written to. It holds ``-inf`` afterwards.
-            :func:`sums_in_one_pass` says where to give one.
+        logits: ``[..., N + spare]``, contiguous, of a size of 2^41 at most. They are changed only without spare columns: the
+            maximum is subtracted then.
+        maximum: their maximum, ``[..., 1]``.
+        spare: number of columns at the end that may be written to. They hold ``-inf`` afterwards, and their weights are
+            0. :func:`sums_in_one_pass` says where to give some.
 
     Returns:
-        The weights, and their sums ``[..., 1]``. A row of only ``-inf`` gives NaN.
+        The weights. A row of only ``-inf`` may give NaN.
 
-    In the scale of logits, 1.5-entmax is ``relu(logit - tau) ** 2 / 4``, with tau from -2 to 0.
+    In the scale of logits, 1.5-entmax is ``relu(logit - tau) ** 2 / 4``, with tau from -2 to 0 above the maximum.
     """
-    if spare_column:
-        tau = _threshold_by_parabolas(shifted)
-        above = torch.maximum(shifted, tau)
+    if spare:
+        tau = _threshold_by_sums(logits, maximum, spare)
+        above = torch.maximum(logits, tau)
     else:
-        tau, above = _threshold_by_newton(shifted)
+        tau, above = _threshold_by_newton(logits.sub_(maximum))
     if above.device.type in FREE_OUTPUTS:
         # (above - tau) ** 2 in one pass
         torch.ops.aten.mse_loss.out(above, tau.expand_as(above), 0, out=above)
     else:
         above.sub_(tau).square_()
-    if spare_column:
-        tau.fill_(-torch.inf)
-    return above, above.sum(dim=-1, keepdim=True)
+    if spare:
+        logits[..., -spare:].fill_(-torch.inf)
+    return above
 
 
 def sums_in_one_pass(keys: int, device: torch.device) -> bool:
-    """Return True where :func:`square_weights` should have a spare column: for long rows, if the device has the sums.
+    """Return True where :func:`square_weights` should have spare columns: if the device has the sums, for enough keys.
 
-    For short rows torch's multi-margin loss is slow, because one thread adds up the 128 sums of the others. Where the
-    limit lies is an estimate; no card was at hand.
+    For very short rows torch's multi-margin loss is slow, because one thread adds up the 128 sums of the others. Where
+    the limit lies is an estimate; no card was at hand.
     """
-    return keys >= 384 and device.type in ("cpu", "cuda", "meta", "xpu")
+    return keys >= 64 and device.type in ("cpu", "cuda", "meta", "xpu")
 
 
 def _threshold_by_newton(shifted: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,28 +183,33 @@ def _threshold_by_newton(shifted: Tensor) -> tuple[Tensor, Tensor]:
     return tau, torch.maximum(shifted, tau, out=above)
 
 
-def _threshold_by_parabolas(shifted: Tensor) -> Tensor:
-    """Find tau of ``||relu(shifted - tau)||_2 = 2`` in few steps, and return it: the last column of ``shifted``.
-
-    The sum ``f`` of ``relu(shifted - tau) ** 2`` has the slope -2 times the sum of ``relu(shifted - tau)``, and both
-    slopes of a step give its mean curvature. A step goes to the root of the parabola with that slope and curvature. The
-    first step has no slope before it and is a Newton step.
+def _threshold_by_sums(logits: Tensor, maximum: Tensor, spare: int) -> Tensor:
+    """Find tau of ``||relu(logits - tau)||_2 = 2`` from sums alone; return it and leave it in the spare columns.
 
     torch's multi-margin loss is the mean over i of ``relu(x_i - x_j) ** p``. So with tau in column j one pass gives a
-    sum, and no tensor of the size of ``shifted`` is written.
+    sum, and no tensor of the size of the logits is written.
+
+    Both slopes of a step give its mean curvature. A step by a parabola goes to the root of the parabola with that slope
+    and curvature. The first step has no slope before it and is a Newton step.
     """
-    rows = shifted.view(-1, shifted.shape[-1])
-    columns, info = rows.shape[1], torch.finfo(rows.dtype)
-    steps = next((steps for most, steps in _STEPS_PARABOLA if columns <= most), _MAX_STEPS_PARABOLA)
+    columns, info = logits.shape[-1], torch.finfo(logits.dtype)
+    most, steps = _NEWTON_STEPS
+    by_parabolas = columns > most
+    if by_parabolas:
+        steps = next((steps for most, steps in _STEPS_PARABOLA if columns <= most), _MAX_STEPS_PARABOLA)
+    steps += 1 if info.bits == 64 else 0
+    rows, maximum = logits.view(-1, columns), maximum.reshape(-1, 1)
     target = torch.full((rows.shape[0],), columns - 1, device=rows.device)
-    tiny = rows.new_full((1,), info.tiny)  # so that no change is 0, as changes are divided by
-    root = 2.0 / math.sqrt(columns)
-    tau = rows[:, -1].fill_(-2.0)
+    tiny = rows.new_full((1,), info.tiny) if by_parabolas else rows  # so that no change is 0, as changes are divided by
+    root = 2.0 / math.sqrt(columns)  # the root mean square of relu(logits - tau) where tau is found
+    tau = rows[:, -spare:]
+    torch.sub(maximum.expand_as(tau), 2.0, out=tau)
     last_mean, change = tiny, tiny
-    for step in range(steps + (1 if info.bits == 64 else 0)):
-        mean, square = (
-            torch.nn.functional.multi_margin_loss(rows, target, p=p, margin=0.0, reduction="none") for p in (1, 2)
-        )
+    for step in range(steps):
+        square, mean = _mean_power(rows, target, 2), _mean_power(rows, target, 1)
+        if not by_parabolas:
+            torch.addcdiv(tau, torch.sub(square, square.sqrt(), alpha=root), mean, out=tau)
+            continue
         if step == 0:
             change = torch.addcdiv(tiny, torch.sub(square, square.sqrt(), alpha=root), mean)
         else:
@@ -213,7 +222,16 @@ def _threshold_by_parabolas(shifted: Tensor) -> Tensor:
             )
         tau.add_(change)
         last_mean = mean
-    return shifted[..., -1:]
+    # Where logits are so large that tau is rounded to the maximum, or no longer a number, the largest take everything.
+    below = torch.nextafter(maximum, torch.tensor(-torch.inf, dtype=maximum.dtype))
+    torch.fmin(tau, below, out=tau)
+    return logits[..., -1:]
+
+
+def _mean_power(rows: Tensor, target: Tensor, power: int) -> Tensor:
+    """Compute the mean of ``relu(x - x_target) ** power`` over each row, ``[rows, 1]``."""
+    loss = torch.nn.functional.multi_margin_loss(rows, target, p=power, margin=0.0, reduction="none")
+    return loss.unsqueeze(-1)
 
 
 def newton_steps(keys: int, power: float) -> int:

@@ -20,8 +20,11 @@ _ALL = slice(None)
 # The power of two just below the largest number of fp16. fp32 has room on both sides of it, so values in fp16 need no
 # scale that is measured.
 _FP16_SCALE = 2.0**15
-# 2 to this power, times a product of queries and keys in fp16, is in the range of fp32.
-_LARGEST_FP16_EXPONENT = 80
+# On a card no logit is larger. Weights are squares of differences of logits, of at least one rounding error, and norms
+# square sums of weights times values in fp16: these are in the range of fp32 then.
+_LARGEST_LOGIT = 2.0**40
+# Keys are not larger when they have taken the factor of the logits.
+_LARGEST_KEY = 2.0**100
 
 
 def work_dtype(x: Tensor) -> torch.dtype:
@@ -114,18 +117,14 @@ class Keys(NamedTuple):
     The keys carry the factor of the logits, because there are fewer keys than queries.
 
     Attributes:
-        transposed: ``[B, H, D, N_k + padding]`` in the work dtype, or ``[B, H, D, N_k]`` in half precision.
+        transposed: ``[B, H, D, N_k + padding]`` in the work dtype.
         scale: a positive number, or ``[B, H, 1, 1]``.
         tokens: N_k.
-        columns: N_k + padding.
-        factor: number that the product is multiplied by: 1, except for keys in half precision.
     """
 
     transposed: Tensor
     scale: Tensor | float
     tokens: int
-    columns: int
-    factor: float = 1.0
 
     @classmethod
     def prepare(cls, k: Tensor, logit_scale: float, pad: int = 0) -> Keys:
@@ -136,43 +135,22 @@ class Keys(NamedTuple):
         wide, tokens = work_copy(k, pad), k.shape[2]
         small_factor, large_factor = split_scale(logit_scale, wide.dtype)
         if k.dtype == torch.float16:  # fp16 ends long before fp32 does
-            return cls(wide.mul_(small_factor).transpose(-1, -2), large_factor, tokens, tokens + pad)
+            return cls(wide.mul_(small_factor).transpose(-1, -2), large_factor, tokens)
         largest, terms, scale = torch.finfo(wide.dtype).max, 4.0 * k.shape[3], power_of_two_scale(wide, (-2, -1))
         wide.div_(scale).mul_(small_factor / terms)
         scale.mul_(terms).clamp_(max=largest)
         if large_factor != 1.0:
             scale.mul_(large_factor).clamp_(max=largest)
-        return cls(wide.transpose(-1, -2), scale, tokens, tokens + pad)
-
-    @classmethod
-    def prepare_half(cls, k: Tensor, logit_scale: float, pad: int = 0) -> Keys:
-        """Prepare keys in half precision, where :func:`has_wide_products`; arguments as for :meth:`prepare`.
-
-        Keys and scale take powers of two alone, which round nothing. Keys in fp16 are not even copied: the product of
-        two numbers of fp16 is far from the end of fp32.
-        """
-        tokens = k.shape[2]
-        factor, exponent = math.frexp(logit_scale)
-        if k.dtype == torch.float16:
-            scale = 2.0 ** min(max(exponent, -126), _LARGEST_FP16_EXPONENT)
-            return cls(k.transpose(-1, -2), scale, tokens, tokens + pad, factor)
-        terms = math.ceil(math.log2(4.0 * k.shape[3]))
-        scales = power_of_two_scale(k, (-2, -1))
-        keys = (k / scales.to(k.dtype)).mul_(2.0**-terms)
-        scales.mul_(2.0 ** min(max(exponent + terms, -126), 127)).clamp_(2.0**-126, 2.0**127)
-        return cls(keys.transpose(-1, -2), scales, tokens, tokens + pad, factor)
+        return cls(wide.transpose(-1, -2), scale, tokens)
 
     def logits(self, q: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | float]:
         """Compute logits ``[B, H, N_q, N_k + padding]`` in the work dtype, and the scale to multiply them by.
 
         Masked keys and padding are ``-inf``.
         """
-        if self.transposed.dtype == work_dtype(q):
-            # The product would copy queries that are not contiguous. So a copy to another dtype is made contiguous.
-            q = q.to(self.transposed.dtype, memory_format=torch.contiguous_format) if q.dtype != work_dtype(q) else q
-            padded = torch.matmul(q, self.transposed)
-        else:
-            padded = _wide_product(q, self.transposed, self.columns, self.factor)
+        # The product would copy queries that are not contiguous. So a copy to another dtype is made contiguous.
+        q = q.to(self.transposed.dtype, memory_format=torch.contiguous_format) if q.dtype != work_dtype(q) else q
+        padded = torch.matmul(q, self.transposed)
         logits = padded[..., : self.tokens]
         if self.tokens < padded.shape[-1]:
             padded[..., self.tokens :].fill_(-torch.inf)
@@ -184,6 +162,77 @@ class Keys(NamedTuple):
         largest = torch.finfo(logits.dtype).max
         logits.mul_(self.scale).clamp_(-largest, largest).add_(mask).clamp_(max=largest)
         return padded, 1.0
+
+
+class CardKeys(NamedTuple):
+    """Keys for devices on which passes over the logits take the time: the product itself gives logits in true scale.
+
+    Queries are saturated where a product with the keys could leave the range, which costs less than the same care for
+    the logits.
+
+    Attributes:
+        transposed: ``[B, H, D, N_k]`` in half precision where :func:`has_wide_products`, else ``[B, H, D, columns]`` in
+            the work dtype.
+        limit: largest size of a number of a query, ``[B, H, 1, 1]`` in the dtype of the keys; None if none is too large.
+        tokens: N_k.
+        columns: number of columns of the logits, at least N_k.
+        factor: number that the product is multiplied by.
+        saturates: True if the logits are to be saturated instead of the queries, for unusual factors.
+    """
+
+    transposed: Tensor
+    limit: Tensor | None
+    tokens: int
+    columns: int
+    factor: float
+    saturates: bool = False
+
+    @classmethod
+    def prepare(cls, k: Tensor, logit_scale: float, spare: int = 0) -> CardKeys:
+        """Prepare keys ``[B, H, N_k, D]`` for logits with the factor ``logit_scale``, any finite number.
+
+        ``spare`` is the number of columns behind the logits.
+        """
+        tokens, wide, (factor, exponent) = k.shape[2], has_wide_products(k), math.frexp(logit_scale)
+        power = 2.0 ** min(max(exponent, -126), 80 if k.dtype == torch.float16 else 126)
+        if k.dtype == torch.float16:  # the product of two numbers of fp16 is far from the end of fp32
+            keys = k if wide else work_copy(k, spare).mul_(factor * power)
+            factor = factor * power if wide else 1.0
+            return cls(keys.transpose(-1, -2), None, tokens, tokens + spare, factor, saturates=power > 1.0)
+        # Keys in half precision take a power of two alone, which rounds nothing.
+        largest = torch.linalg.vector_norm(k, math.inf, dim=(-2, -1), keepdim=True, dtype=work_dtype(k))
+        largest.log2_().ceil_().exp2_()
+        powers = (_LARGEST_KEY / largest).clamp_(max=power)
+        keys = k * powers.to(k.dtype) if wide else work_copy(k, spare).mul_(factor).mul_(powers)
+        limit = (_LARGEST_LOGIT / k.shape[3]) / largest.mul_(powers)
+        limit = limit.clamp_(max=torch.finfo(k.dtype).max).to(keys.dtype)
+        return cls(keys.transpose(-1, -2), limit, tokens, tokens + spare, factor if wide else 1.0)
+
+    def logits(self, q: Tensor, mask: Tensor | None) -> Tensor:
+        """Compute logits ``[B, H, N_q, columns]`` in the work dtype; finite, except that masked keys are ``-inf``.
+
+        The columns behind N_k may hold anything.
+        """
+        if self.limit is not None:
+            # The product would copy queries that are not contiguous.
+            queries = torch.empty(q.shape, dtype=self.transposed.dtype, device=q.device)
+            torch.clamp(q, -self.limit, self.limit, out=queries)
+        else:
+            queries = q if q.dtype == self.transposed.dtype else work_copy(q)
+        if self.transposed.dtype == work_dtype(q):
+            padded = torch.matmul(queries, self.transposed)
+        else:
+            padded = _wide_product(queries, self.transposed, self.columns, self.factor)
+        if self.saturates:
+            padded.clamp_(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+        logits = padded[..., : self.tokens]
+        if mask is not None and mask.dtype == torch.bool:
+            logits.masked_fill_(~mask, -torch.inf)
+        elif mask is not None:
+            if torch.finfo(mask.dtype).max > _LARGEST_LOGIT:
+                mask = mask.clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).masked_fill_(mask == -torch.inf, -torch.inf)
+            logits.add_(mask)
+        return padded
 
 
 def has_wide_products(x: Tensor) -> bool:

@@ -17,10 +17,10 @@ SDXL_LARGE, SDXL_SMALL, FLUX, WAN = CALLS
 # Launches, gigabytes read and written, and MiB held at once, at most. As counted when there was one path for all
 # devices: 90 launches and 2.1 GB, 90 and 1.05 GB, 641 and 16.4 GB, 1,865 and 64.5 GB, each with up to 100 MiB at once.
 LIMITS = {
-    SDXL_LARGE: (54, 0.96, 75),
-    SDXL_SMALL: (54, 0.48, 40),
-    FLUX: (120, 5.5, 450),
-    WAN: (380, 21.1, 450),
+    SDXL_LARGE: (52, 0.79, 75),
+    SDXL_SMALL: (52, 0.40, 40),
+    FLUX: (115, 4.94, 450),
+    WAN: (188, 18.9, 900),
 }
 
 
@@ -64,21 +64,26 @@ def test_few_launches_and_few_bytes(call: Call) -> None:
     other = torch.bfloat16 if call.dtype == torch.float16 else torch.float16
     assert count(call._replace(dtype=other)).bytes <= 1.02 * gigabytes * 1e9
     plain = count(call, on_card=False)
-    assert found.bytes < (0.38 if call.keys == 512 else 0.53) * plain.bytes
+    assert found.bytes < (0.338 if call.keys == 512 else 0.43) * plain.bytes
     assert found.launches < plain.launches
 
 
 def test_memory_is_bounded_for_large_videos() -> None:
-    """512 MiB in fp32, and the query tensor's share of rounding up to whole chunks."""
+    """1 GiB in fp32, and the query tensor's share of rounding up to whole chunks."""
     video = WAN._replace(queries=4 * WAN.queries, heads=40)
-    assert count(video).peak < 600 * MIB
-    assert count(video._replace(dtype=torch.float32)).peak < 600 * MIB
+    assert count(video).peak < 1150 * MIB
+    assert count(video._replace(dtype=torch.float32)).peak < 1150 * MIB
+
+
+def test_pictures_keep_to_smaller_chunks() -> None:
+    """512 MiB, unless ten times the bytes of the queries are more."""
+    assert count(FLUX._replace(queries=2 * FLUX.queries)).peak < 600 * MIB
 
 
 def test_older_torch_and_other_devices_need_copies_of_the_queries() -> None:
     """The product in fp32 is the one operation that not all cards have."""
     found = count(SDXL_LARGE, wide_products=False)
-    assert found.bytes < 1.07 * count(SDXL_LARGE).bytes
+    assert found.bytes < 1.08 * count(SDXL_LARGE).bytes
 
 
 # --- the path for CPUs ------------------------------------------------------------------------------------------------
