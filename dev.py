@@ -23,7 +23,7 @@ import signal  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import zipfile  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
@@ -33,12 +33,15 @@ sys.path.insert(0, str(DEV))
 from comfy_host import (  # noqa: E402
     CACHE,
     CACHED_HOST,
+    OLDER_TRITON,
     TEST_RESULTS,
     VENV,
     VENV_REGISTRY,
     HostError,
+    has_older_triton,
     install_pack,
     missing_modules,
+    older_triton,
     python_in,
     python_version,
     users_host,
@@ -92,6 +95,7 @@ def main(args: list[str]) -> int:
         python = prepare()
         if command in ("test", "setup"):
             make_venv(VENV_REGISTRY, [REGISTRY_LOCK], "this downloads 20 MB", fill_registry_venv)
+            prepare_older_triton(python)
         if command == "test":
             return run_tests(python, options)
         if command == "run":
@@ -163,21 +167,39 @@ def fill_registry_venv() -> None:
     install(REGISTRY_LOCK, VENV_REGISTRY)
 
 
+def prepare_older_triton(python: Path) -> None:
+    """Unpack older versions of Triton, each into a folder of its own, where there are wheels for this Python."""
+    version = python_version(python)
+    if not has_older_triton(version):
+        return
+    for triton in OLDER_TRITON:
+        lock, folder = DEV / f"triton-{triton}.lock", older_triton(triton)
+        wanted = f"{hashlib.sha256(lock.read_bytes()).hexdigest()} for Python {version}"
+        stamp = folder / "gag-ready"
+        if stamp.exists() and stamp.read_text() == wanted:
+            continue
+        say(f"preparing {folder} (this downloads up to 230 MB)")
+        shutil.rmtree(folder, ignore_errors=True)
+        install(lock, VENV_REGISTRY, folder, ["--python-version", "{}.{}".format(*version)])
+        stamp.write_text(wanted)
+
+
 def pip_works(venv: Path) -> bool:
     """True if a virtual environment exists and its pip can be imported."""
     return python_in(venv).exists() and ask_python("import pip", venv).returncode == 0
 
 
-def install(lock: Path, venv: Path = VENV) -> None:
-    """Download the packages of a lock file, then install them."""
-    if not download(lock, venv):
+def install(lock: Path, venv: Path = VENV, folder: Path | None = None, options: Sequence[str] = ()) -> None:
+    """Download the packages of a lock file, then install them in the venv, or in a folder for another Python."""
+    if not download(lock, venv, options=options):
         raise HostError("pip could not download the packages (see above); run the same command again to resume.")
     say(f"installing {lock.name}")
-    if pip("install", "-qq", "--no-index", "--find-links", wheels_of(lock), "-r", lock, venv=venv):
+    target = [] if folder is None else ["--target", folder, "--no-compile", *options]
+    if pip("install", "-qq", "--no-index", "--find-links", wheels_of(lock), *target, "-r", lock, venv=venv):
         raise HostError("pip could not install the packages (see above).")
 
 
-def download(lock: Path, venv: Path = VENV, quiet: bool = False) -> bool:
+def download(lock: Path, venv: Path = VENV, quiet: bool = False, options: Sequence[str] = ()) -> bool:
     """Download the packages of a lock file into .cache/wheels. Return True if that worked.
 
     A few packages are requested at a time, because pip keeps downloads only when the whole request succeeded.
@@ -186,7 +208,7 @@ def download(lock: Path, venv: Path = VENV, quiet: bool = False) -> bool:
     wheels = wheels_of(lock)
     wheels.mkdir(parents=True, exist_ok=True)
     # pip's progress takes many lines, so it is shown only for the few large files.
-    options = ["-qq"] if lock.name in ("requirements.lock", REGISTRY_LOCK.name) else []
+    options = [*options, *(["-qq"] if lock.name in ("requirements.lock", REGISTRY_LOCK.name) else [])]
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="downloading-") as temporary:
         part = Path(temporary, "requirements.txt")
         for first in range(0, len(pinned), 4):

@@ -9,6 +9,7 @@ only, because it runs before anything is installed.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ CACHED_HOST = CACHE / f"comfyui-{PINNED}"
 VENV = CACHE / "venv"
 # Environment of the command lines of the Comfy Registry and of ComfyUI-Manager, which need other packages than ComfyUI.
 VENV_REGISTRY = CACHE / "venv-registry"
+# Older versions of Triton, in whose interpreters tests run the kernels. dev/lock.py pins them.
+OLDER_TRITON = ("3.1.0", "3.3.1")
 # Results of the last full run of pytest.
 TEST_RESULTS = CACHE / "tests.xml"
 
@@ -81,6 +84,17 @@ def python_version(python: Path) -> tuple[int, int]:
     answer = ask(python, "import sys; print(*sys.version_info[:2])")
     major, minor = answer.stdout.split()
     return int(major), int(minor)
+
+
+def older_triton(version: str) -> Path:
+    """Return the folder of an older Triton, with the NumPy that its interpreter needs."""
+    return CACHE / f"triton-{version}"
+
+
+def has_older_triton(python: tuple[int, int]) -> bool:
+    """Return True if the wheels of the older versions of Triton are for this system and this version of Python."""
+    # NumPy 1.26 has none for Python 3.13.
+    return sys.platform == "linux" and platform.machine() == "x86_64" and (3, 10) <= python <= (3, 12)
 
 
 def missing_modules(python: Path, *modules: str) -> list[str]:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from comfy_host import OLDER_TRITON
+
 DEV = Path(__file__).resolve().parent
 OPTIONS = [
     "--no-python-downloads",
@@ -24,6 +26,8 @@ ABOUT = {
     "requirements-torch.lock": "torch alone; dev.py prefers requirements-torch-cpu.lock where it can be had.",
     "requirements-cuda.lock": "The CUDA libraries; installed only beside a torch build that asks for them.",
 }
+# With NumPy 2 the interpreters of older versions of Triton compute other numbers, or fail.
+OLDER_NUMPY = "1.26.4"
 REGISTRY = ["requirements-registry.in", "--excludes=requirements-registry.excludes"]
 
 
@@ -42,13 +46,17 @@ def main() -> int:
         write(name, about, [part for part in pinned if lock_file_of(part) == name], "requirements.in, split")
     about = "The command lines of the Comfy Registry and ComfyUI-Manager."
     write("requirements-registry.lock", about, resolve(uv, *REGISTRY), " ".join(REGISTRY))
+    for version in OLDER_TRITON:
+        sources = f"triton=={version}\nnumpy=={OLDER_NUMPY}\n"
+        about = f"Triton {version} for its interpreter, with a NumPy that it can use."
+        write(f"triton-{version}.lock", about, resolve(uv, "--no-deps", "-", text=sources), "--no-deps -")
     return 0
 
 
-def resolve(uv: str, *sources: str) -> list[str]:
-    """Return all requirements of the sources, pinned."""
+def resolve(uv: str, *sources: str, text: str | None = None) -> list[str]:
+    """Return all requirements of the sources, pinned; the source ``-`` is ``text``."""
     command = [uv, "pip", "compile", *OPTIONS, *sources]
-    text = subprocess.run(command, cwd=DEV, check=True, stdout=subprocess.PIPE, text=True).stdout
+    text = subprocess.run(command, cwd=DEV, check=True, stdout=subprocess.PIPE, text=True, input=text).stdout
     # A requirement is one line and its indented hash lines. Options such as index addresses are left out.
     pinned = re.findall(r"^[a-zA-Z0-9][^\n]*==[^\n]*\n(?:[ ]+--hash=[^\n]*\n?)*", text, flags=re.MULTILINE)
     return [part.rstrip("\n") for part in pinned]

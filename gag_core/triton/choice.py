@@ -2,8 +2,9 @@
 """Choice of the implementation for a call: the fused kernel, the row kernels, or plain torch.
 
 The table follows from what was compiled without a card (``python dev.py run benchmarks.speed.kernel_matrix``): the row
-kernels for every card by Triton 3.7, both kinds for some cards by other versions. A version that was not tried counts
-as the newest older one that was. A program that compiles but spills more than 128 bytes of a
+kernels for every card by Triton 3.7, and for one card of most families by 3.1, 3.5 and 3.8; both kinds for some cards
+by other versions. The rest is inferred: a version that was not tried counts as the newest older one that was, and a
+card as its relatives. A program that compiles but spills more than 128 bytes of a
 thread's registers to memory is never chosen. What the table does not know is computed by plain torch. The environment
 variable GAG_KERNELS chooses otherwise: ``auto`` (the table), ``fused``, ``row`` or ``eager``.
 """

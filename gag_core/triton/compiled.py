@@ -3,16 +3,16 @@
 
 An ordinary launch, ``kernel[grid](...)``, binds all arguments, finds out what the compiler would use of them, and makes
 a key of that: 20 to 50 microseconds. ``kernel.warmup(...)`` returns the compiled kernel, and ``compiled[grid](...)``
-starts it in 4, as in Triton's tutorial on the fused softmax. The caller must then know itself which arguments need
-another compiled kernel: see :func:`pointer_kinds`. Numbers in strides and compile-time arguments belong to it too.
+starts it in 4, as in Triton's tutorial on the fused softmax. :class:`Kernel` does so, for both kinds of kernels. Its
+caller must then know itself which arguments need another compiled kernel: see :func:`pointer_kinds`. Numbers in strides
+belong to it too.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,19 +29,91 @@ _ALIGNMENT = 16
 # AMD's compiler uses other instructions for tensors in small memory.
 _LARGEST_OFFSET = 2**31 - 1
 
+Grid = tuple[int, int, int]
+
 _can_keep = True
 
 
-class Kept(NamedTuple):
-    """A compiled kernel and its grid. ``run(*arguments, *constants)`` starts it on the current device and stream.
+class Kernel:
+    """A kernel with its compile-time arguments, which keeps what Triton compiles of it.
 
     Attributes:
-        run: the function that starts it.
-        constants: the compile-time arguments.
+        function: the function decorated with ``triton.jit``, whose compile-time arguments come last.
+        settings: the compile-time arguments and the options of the compiler.
     """
 
-    run: Callable[..., object]
+    __slots__ = ("_kept", "function", "settings")
+
+    def __init__(self, function: Any, settings: dict[str, Any]) -> None:
+        self.function, self.settings = function, settings
+        self._kept: dict[Hashable, _Kept] = {}
+
+    def start(self, kinds: Hashable, grid: Grid, arguments: Sequence[Any]) -> None:
+        """Start the kernel on the current device and stream, and compile it first if need be.
+
+        Where Triton is not as known here, and in its interpreter, the kernel is started in the ordinary way.
+
+        Args:
+            kinds: all that the compiler uses of the arguments and that differs between calls of this object.
+            grid: the numbers of programs.
+            arguments: all arguments that are not known at compile time, by position.
+        """
+        kept = self._kept.get(kinds)
+        if kept is None:
+            # A kernel whose first start fails is not kept, because a lack of memory passes.
+            self._kept[kinds] = self._first_start(grid, arguments)
+        else:
+            kept.start(grid, arguments)
+
+    def _first_start(self, grid: Grid, arguments: Sequence[Any]) -> _Kept:
+        """Compile the kernel for these arguments if need be, start it, and return how to start it again."""
+        global _can_keep
+        ordinary = _Kept(self.function, (), self.settings)
+        problem = None
+        if _can_keep:
+            try:
+                kept = self._compiled(grid, arguments)
+                if kept is not None:
+                    kept.start(grid, arguments)
+                    return kept
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                problem = error
+        ordinary.start(grid, arguments)
+        if problem is not None:  # the arguments are right, then
+            _can_keep = False
+            log.debug("GAG keeps no compiled kernels with this Triton: %r", problem)
+        return ordinary
+
+    def _compiled(self, grid: Grid, arguments: Sequence[Any]) -> _Kept | None:
+        """Return the compiled kernel for these arguments, or None where Triton has none."""
+        import triton
+
+        version = installation.version()
+        if version is None or version < _FIRST_VERSION:
+            return None
+        compiled = self.function.warmup(*arguments, grid=grid, **self.settings)
+        if not isinstance(compiled, triton.compiler.CompiledKernel):
+            return None
+        names = list(inspect.signature(self.function.fn).parameters)[len(arguments) :]
+        return _Kept(compiled, tuple(self.settings[name] for name in names), {})
+
+
+class _Kept(NamedTuple):
+    """An object of Triton's that starts a kernel, and the arguments that it takes in each call.
+
+    Attributes:
+        program: a compiled kernel, or in the ordinary way the function decorated with ``triton.jit``.
+        constants: the compile-time arguments by position.
+        settings: the compile-time arguments and the options of the compiler by name.
+    """
+
+    program: Any
     constants: tuple[Any, ...]
+    settings: dict[str, Any]
+
+    def start(self, grid: Grid, arguments: Sequence[Any]) -> None:
+        """Start the kernel on the current device and stream."""
+        self.program[grid](*arguments, *self.constants, **self.settings)
 
 
 def pointer_kinds(tensors: Sequence[Tensor]) -> Hashable:
@@ -66,46 +138,3 @@ def integer_kind(number: int) -> Hashable:
 def has_32_bits(number: int) -> bool:
     """Return True if an integer argument has 32 bits: that is all that the compiler uses of one that varies."""
     return -(2**31) <= number < 2**31
-
-
-def start(kernel: Any, grid: tuple[int, ...], settings: dict[str, Any], arguments: Sequence[Any]) -> Kept:
-    """Compile a kernel for these arguments if need be, start it, and return how to start it again.
-
-    Where Triton is not as known here, and in its interpreter, kernels are started in the ordinary way.
-
-    Args:
-        kernel: a function decorated with ``triton.jit``, whose compile-time arguments come last.
-        grid: up to three numbers of programs.
-        settings: the compile-time arguments and the options of the compiler.
-        arguments: all other arguments of the kernel, by position.
-    """
-    global _can_keep
-    ordinary = Kept(partial(kernel[grid], **settings), ())
-    problem = None
-    if _can_keep:
-        try:
-            kept = _kept(kernel, grid, settings, arguments)
-            if kept is not None:
-                kept.run(*arguments, *kept.constants)
-                return kept
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            problem = error
-    ordinary.run(*arguments)
-    if problem is not None:  # the arguments are right, then
-        _can_keep = False
-        log.debug("GAG keeps no compiled kernels with this Triton: %r", problem)
-    return ordinary
-
-
-def _kept(kernel: Any, grid: tuple[int, ...], settings: dict[str, Any], arguments: Sequence[Any]) -> Kept | None:
-    """Return the compiled kernel for these arguments, or None where Triton has none."""
-    import triton
-
-    version = installation.version()
-    if version is None or version < _FIRST_VERSION:
-        return None
-    compiled = kernel.warmup(*arguments, grid=grid, **settings)
-    if not isinstance(compiled, triton.compiler.CompiledKernel):
-        return None
-    names = list(inspect.signature(kernel.fn).parameters)[len(arguments) :]
-    return Kept(compiled[(*grid, 1, 1)[:3]], tuple(settings[name] for name in names))

@@ -74,7 +74,7 @@ def guide(
         return
     if q.shape[2] and installation.is_usable():
         ready = _prepare(out, q, k, v, config, base, mask, scale, joint_lse)
-        if guard.attempt(ready.program.checked, ready.start, _launch, out, q, k, v, config, base, mask, joint_lse):
+        if guard.attempt(ready.program, ready.start, _launch, out, q, k, v, config, base, mask, joint_lse):
             return
     from . import row  # which needs this module
 
@@ -175,47 +175,32 @@ def _launch(
         _prepare(out, q, k, v, config, base, mask, scale, joint_lse).start()
 
 
-class _Program:
-    """A program of a plan: its state with the guard, and the compiled kernel from its first start on."""
-
-    __slots__ = ("checked", "kept")
-
-    def __init__(self, checked: guard.Program) -> None:
-        self.checked = checked
-        self.kept: compiled.Kept | None = None
-
-
 class _Plan(NamedTuple):
     """The parts of a launch that depend on shapes, strides and the program alone.
 
-    ``programs`` are the programs by the kinds of the pointers, see :func:`compiled.pointer_kinds`.
+    ``programs`` are the guard's programs by the kinds of the pointers, see :func:`compiled.pointer_kinds`.
     """
 
-    kernel: Any
-    grid: tuple[int]
+    kernel: compiled.Kernel
+    grid: compiled.Grid
     strides: tuple[tuple[int, ...], ...]
     query_scale: float
     power: float
-    settings: dict[str, Any]
-    programs: dict[Hashable, _Program]
+    programs: dict[Hashable, guard.Program]
 
 
 class _Ready(NamedTuple):
     """A launch that is ready to start."""
 
     plan: _Plan
-    program: _Program
+    program: guard.Program
+    kinds: Hashable
     arguments: list[Any]
     device: torch.device
 
     def start(self) -> None:
         with _current_device(self.device):
-            kept = self.program.kept
-            if kept is None:
-                plan = self.plan
-                self.program.kept = compiled.start(plan.kernel, plan.grid, plan.settings, self.arguments)
-            else:
-                kept.run(*self.arguments, *kept.constants)
+            self.plan.kernel.start(self.kinds, self.plan.grid, self.arguments)
 
 
 def _prepare(
@@ -267,7 +252,7 @@ def _prepare(
     kinds = compiled.pointer_kinds(tensors)
     program = plan.programs.get(kinds)
     if program is None:
-        program = plan.programs[kinds] = _Program(_checked(plan, kinds, q, v))
+        program = plan.programs[kinds] = _checked(plan, kinds, q, v)
     strides = plan.strides
     # Above 0, so that masked logits stay -inf, and finite, so that the largest logit stays 0.
     logit_scale = min(max(scale * plan.query_scale, _FP32_TINY), _FP32_MAX)
@@ -278,7 +263,7 @@ def _prepare(
         *(base, strides[4], mask, *strides[5], joint_lse, *strides[6]),
         *(shape[1], shape[2], value_shape[2], logit_scale, plan.power, *map(_to_fp32, numbers)),
     ]
-    return _Ready(plan, program, arguments, q.device)
+    return _Ready(plan, program, kinds, arguments, q.device)
 
 
 @lru_cache(maxsize=1024)
@@ -292,8 +277,10 @@ def _expanded_strides(
 
 def _checked(plan: _Plan, kinds: Hashable, q: Tensor, v: Tensor) -> guard.Program:
     """Return the state of a program, by all that the compiler makes a binary of its own for."""
-    settings, name = plan.settings, plan.kernel.__name__
-    strides = tuple(compiled.integer_kind(stride) for of_tensor in plan.strides[:5] for stride in of_tensor)
+    settings, name = plan.kernel.settings, plan.kernel.function.__name__
+    # The last stride of a mask is not among formulas.VARYING.
+    of_tensors = (*plan.strides[:5], plan.strides[5][-1:])
+    strides = tuple(compiled.integer_kind(stride) for of_tensor in of_tensors for stride in of_tensor)
     varying = tuple(compiled.has_32_bits(stride) for of_tensor in plan.strides[5:] for stride in of_tensor)
     present = [key.lower() for key in ("HAS_BASE", "JOINT", "ORTHOGONAL", "RELATIVE") if settings[key]]
     description = (
@@ -367,9 +354,9 @@ def _plan(
         "num_stages": 1 if dtype == torch.float32 else 2,
     }
     aligned = [(*(stride // alignment for stride in of_tensor[:-1]), of_tensor[-1]) for of_tensor in strides[:5]]
-    grid = (-(-queries // tiling.block_m) * batch * heads,)
+    grid = (-(-queries // tiling.block_m) * batch * heads, 1, 1)
     query_scale = kernels.QUERY_SCALE if fp32_range else 1.0
-    return _Plan(kernel, grid, (*aligned, *strides[5:]), query_scale, power, settings, {})
+    return _Plan(compiled.Kernel(kernel, settings), grid, (*aligned, *strides[5:]), query_scale, power, {})
 
 
 def numbers_of_query(keys: int, value_dim: int, dtype: torch.dtype) -> int:

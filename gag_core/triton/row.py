@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..config import GuidanceConfig
 from ..entmax import newton_steps
 from ..numerics import has_wide_products, mask_part
 from . import compiled, guard, installation
-from .launch import _FP32, _alignment, _current_device, _power, _to_fp32, register_operator
+from .launch import _FP32, _alignment, _current_device, _expanded_strides, _power, _to_fp32, register_operator
 
 # Rows of logits and weights are padded to a multiple of so many keys, so that a card can read 16 bytes at once.
 _UNIT = 16
@@ -66,14 +66,15 @@ def guide(
     if not (q.shape[2] and installation.is_usable()):
         eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
         return
+    plan = _plan_for(out, q, v, config, base, mask, joint_lse)
     chunks: Iterator[None] = iter(())
 
     def start() -> None:
         nonlocal chunks
-        chunks = _launch_chunks(out, q, k, v, config, base, mask, scale, joint_lse)
+        chunks = _launch_chunks(plan, out, q, k, v, config, base, mask, scale, joint_lse)
         next(chunks)
 
-    program = _checked(out, q, v, config, base, mask, joint_lse)
+    program = _program(plan, out, q, v, base, mask, joint_lse)
     if guard.attempt(program, start, launch, out, q, k, v, config, base, mask, joint_lse):
         # The first chunk is written. No other path could begin anew where out and base are one tensor.
         for _ in chunks:
@@ -97,11 +98,13 @@ def launch(
     joint_lse: Tensor | None,
 ) -> None:
     """Do the work of :func:`gag_core.eager.guide` by products and row kernels, checked or not."""
-    for _ in _launch_chunks(out, q, k, v, config, base, mask, scale, joint_lse):
+    plan = _plan_for(out, q, v, config, base, mask, joint_lse)
+    for _ in _launch_chunks(plan, out, q, k, v, config, base, mask, scale, joint_lse):
         pass
 
 
 def _launch_chunks(
+    plan: _Plan,
     out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -113,33 +116,36 @@ def _launch_chunks(
     joint_lse: Tensor | None,
 ) -> Iterator[None]:
     """Compute one chunk of queries after the other, and yield after each."""
-    batch, heads, queries, dim = q.shape
+    dim = q.shape[3]
     keys, value_dim = v.shape[2:]
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    half_products = has_wide_products(q)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
     length = _padded(keys)
     # The logits in fp32 and both weights, which take half of that with half_products; later both read-outs. Without
     # half_products queries are copied.
-    per_query = 2 * length + 2 * value_dim if half_products else 3 * length + 2 * value_dim + dim
+    per_query = 2 * length + 2 * value_dim if plan.half_products else 3 * length + 2 * value_dim + dim
     parts = eager.chunks(q, per_query=per_query, per_head=length * (dim + value_dim))
+    # Above 0, so that masked logits stay -inf, and finite, so that the largest logit stays 0.
+    logit_scale = min(max(abs(scale) * plan.key_scale, _FP32.tiny), _FP32.max)
+    numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
+    factors = tuple(map(_to_fp32, numbers))
     with _current_device(q.device):
         for part, chunks_of_part in parts:
-            dtype = q.dtype if half_products else torch.float32
+            dtype = q.dtype if plan.half_products else torch.float32
             part_keys = _prepared_keys(k[part], length, dtype, scale < 0.0).transpose(1, 2)
             part_values = _prepared(v[part], length, dtype)
             for chunk in chunks_of_part:
                 _guide_chunk(
+                    plan,
                     out[chunk],
                     q[chunk],
                     part_keys,
                     part_values,
                     keys,
-                    config,
+                    logit_scale,
+                    factors,
                     None if base is None else base[chunk],
                     mask_part(mask, *chunk),
-                    abs(scale),
                     None if joint_lse is None else joint_lse[chunk],
                 )
                 yield
@@ -151,82 +157,132 @@ def _padded(keys: int) -> int:
 
 
 def _guide_chunk(
+    plan: _Plan,
     out: Tensor,
     q: Tensor,
     keys: Tensor,
     values: Tensor,
     key_count: int,
-    config: GuidanceConfig,
+    logit_scale: float,
+    factors: tuple[float, ...],
     base: Tensor | None,
     mask: Tensor | None,
-    scale: float,
     joint_lse: Tensor | None,
 ) -> None:
     """Compute one chunk from prepared keys ``[planes, D, length]`` and values ``[planes, length, D_v]``."""
-    _, heads, queries, dim = q.shape
-    planes, length, _ = values.shape
-    plan = _plan_for(out, q, length, config, base, mask, joint_lse)
-    logits = _product(q.reshape(planes, queries, dim), keys)
-    weights = values.new_empty((planes, 2, queries, length))
-    mass = logits.new_empty((planes, queries if joint_lse is not None else 0))
-    unread = (0, 0, 0, 0)  # strides of tensors that are missing, in whose place another one stands
-    plan.weights_kernel[(-(-queries // plan.weights["BLOCK_M"]) * planes,)](
-        logits,
-        logits if mask is None else mask,
-        *(unread if mask is None else mask.stride()),
-        logits if joint_lse is None else joint_lse,
-        *(unread[:3] if joint_lse is None else joint_lse.stride()),
-        weights,
-        mass,
-        heads,
-        queries,
-        key_count,
-        length // _UNIT,
-        # Above 0, so that masked logits stay -inf, and finite, so that the largest logit stays 0.
-        min(max(scale * plan.key_scale, _FP32.tiny), _FP32.max),
-        plan.power,
-        **plan.weights,
-    )
-    del logits
-    read_outs = _product(weights.view(planes, 2 * queries, length), values)
+    heads, queries = q.shape[1:3]
+    weights, mass = _weights(plan, q, keys, values.dtype, key_count, logit_scale, mask, joint_lse)
+    read_outs = _product(weights.view(len(values), 2 * queries, -1), values)
     del weights
-    numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
-    plan.guidance_kernel[(-(-queries // plan.guidance["BLOCK_M"]) * planes,)](
-        read_outs,
-        mass,
-        *_with_strides(out, plan.guidance["UNIT"]),
-        *((read_outs, *unread) if base is None else _with_strides(base, plan.guidance["UNIT"])),
-        heads,
-        queries,
-        *map(_to_fp32, numbers),
-        **plan.guidance,
+    tensors = [read_outs, mass, out]
+    if base is None:
+        base = read_outs  # in the place of a tensor that is missing, which the kernel does not read
+    else:
+        tensors.append(base)
+    plan.guidance.start(
+        compiled.pointer_kinds(tensors),
+        (-(-queries // plan.guidance.settings["BLOCK_M"]) * len(values), 1, 1),
+        (read_outs, mass, out, *plan.out_strides, base, *plan.base_strides, heads, queries, *factors),
     )
 
 
-def _plan_for(
+def _weights(
+    plan: _Plan,
+    q: Tensor,
+    keys: Tensor,
+    dtype: torch.dtype,
+    key_count: int,
+    logit_scale: float,
+    mask: Tensor | None,
+    joint_lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute both weights ``[planes, 2, queries, length]`` of this dtype, and the mass of the text if it is joint."""
+    _, heads, queries, dim = q.shape
+    planes, _, length = keys.shape
+    logits = _product(q.reshape(planes, queries, dim), keys)
+    weights = logits.new_empty((planes, 2, queries, length), dtype=dtype)
+    mass = logits.new_empty((planes, queries if joint_lse is not None else 0))
+    tensors = [logits, weights, mass]
+    # Logits are in the place of tensors that are missing, which the kernel does not read.
+    if mask is None:
+        mask = logits
+    else:
+        tensors.append(mask)
+    if joint_lse is None:
+        joint_lse = logits
+    else:
+        tensors.append(joint_lse)
+    plan.weights.start(
+        compiled.pointer_kinds(tensors),
+        (-(-queries // plan.weights.settings["BLOCK_M"]) * planes, 1, 1),
+        (
+            *(logits, mask, *plan.mask_strides, joint_lse, *plan.lse_strides, weights, mass),
+            *(heads, queries, key_count, length // _UNIT, logit_scale, plan.power),
+        ),
+    )
+    return weights, mass
+
+
+def _program(
+    plan: _Plan,
     out: Tensor,
     q: Tensor,
-    length: int,
-    config: GuidanceConfig,
+    v: Tensor,
     base: Tensor | None,
     mask: Tensor | None,
     joint_lse: Tensor | None,
-) -> _Plan:
-    """Return the plan of a call or of a chunk of it; ``mask`` has a size or the stride 0 for each query."""
-    return _plan(
-        q.dtype,
-        length,
-        out.shape[3],
-        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
-        _alignment(q.dtype, tuple(tensor.stride() for tensor in (out, base) if tensor is not None)),
-        "none" if mask is None else "bool" if mask.dtype in (torch.bool, torch.uint8) else "additive",
-        mask is not None and q.shape[2] > 1 and mask.shape[2] > 1 and mask.stride(2) != 0,
-        base is not None,
-        joint_lse is not None,
+) -> guard.Program:
+    """Return what the guard knows of the two programs of a call, by all that the compiler makes binaries of."""
+    kinds = compiled.pointer_kinds([tensor for tensor in (out, base, mask, joint_lse) if tensor is not None])
+    program = plan.programs.get(kinds)
+    if program is None:
+        program = plan.programs[kinds] = _checked(plan, kinds, q, v)
+    return program
+
+
+def _checked(plan: _Plan, kinds: Hashable, q: Tensor, v: Tensor) -> guard.Program:
+    """Return what the guard knows of the programs of a plan for pointers of these kinds."""
+    # Only the last of the strides is not among the arguments that Triton is told not to specialise.
+    of_tensors = (plan.out_strides, plan.base_strides, plan.mask_strides)
+    strides = tuple(compiled.integer_kind(of_tensor[-1]) for of_tensor in of_tensors)
+    varying = tuple(compiled.has_32_bits(stride) for one in (*of_tensors, plan.lse_strides) for stride in one)
+    weights, guidance = plan.weights.settings, plan.guidance.settings
+    name = plan.weights.function.__name__
+    present = [key.lower() for key in ("HAS_BASE", "JOINT", "ORTHOGONAL", "RELATIVE") if guidance[key]]
+    description = (
+        f"{name}, {v.shape[2]} keys, {v.shape[3]} numbers of a value, {q.dtype}, mask {weights['MASK']}, "
+        f"{' '.join([guidance['RULE'], *present])}, power {weights['POWER']}"
     )
+    key = (name, tuple(weights.items()), tuple(guidance.items()), plan.half_products, strides, varying, kinds)
+    return guard.program("row", key, description)
 
 
-def _checked(
+class _Plan(NamedTuple):
+    """The parts of both launches that depend on the number of keys, the strides and the programs alone.
+
+    Attributes:
+        weights, guidance: the kernels.
+        out_strides, base_strides: strides as the kernels take them, the last in numbers and the others in units.
+        mask_strides, lse_strides: strides in numbers; 0 where a mask repeats itself, and for a missing tensor.
+        half_products: True if matrices in half precision are multiplied as they are, with a result in fp32.
+        key_scale: the factor that logits are too small by.
+        power: ``1 / (alpha - 1)``.
+        programs: the guard's programs by the kinds of the pointers, see :func:`compiled.pointer_kinds`.
+    """
+
+    weights: compiled.Kernel
+    guidance: compiled.Kernel
+    out_strides: tuple[int, ...]
+    base_strides: tuple[int, ...]
+    mask_strides: tuple[int, ...]
+    lse_strides: tuple[int, ...]
+    half_products: bool
+    key_scale: float
+    power: float
+    programs: dict[Hashable, guard.Program]
+
+
+def _plan_for(
     out: Tensor,
     q: Tensor,
     v: Tensor,
@@ -234,31 +290,22 @@ def _checked(
     base: Tensor | None,
     mask: Tensor | None,
     joint_lse: Tensor | None,
-) -> guard.Program:
-    """Return what the guard knows of the two programs of a call, by all that the compiler makes binaries of."""
-    keys = v.shape[2]
-    plan = _plan_for(out, q, _padded(keys), config, base, mask, joint_lse)
-    given = [tensor for tensor in (out, base) if tensor is not None]
-    strides = tuple(compiled.integer_kind(stride) for tensor in given for stride in tensor.stride())
-    kinds = compiled.pointer_kinds([tensor for tensor in (*given, mask, joint_lse) if tensor is not None])
-    settings = (*plan.weights.items(), *plan.guidance.items())
-    present = [key.lower() for key in ("HAS_BASE", "JOINT", "ORTHOGONAL", "RELATIVE") if plan.guidance[key]]
-    description = (
-        f"{plan.weights_kernel.__name__}, {keys} keys, {out.shape[3]} numbers of a value, {q.dtype}, mask "
-        f"{plan.weights['MASK']}, {' '.join([config.rule, *present])}, power {plan.weights['POWER']}"
+) -> _Plan:
+    """Return the plan of a call, which is that of each chunk too."""
+    keys, value_dim = v.shape[2:]
+    return _plan(
+        q.dtype,
+        _padded(keys),
+        value_dim,
+        (config.rule, config.alpha, config.norm_mode, config.orthogonal_scale != 0.0),
+        q.shape[2] == 1,
+        has_wide_products(q),
+        "none" if mask is None else "bool" if mask.dtype in (torch.bool, torch.uint8) else "additive",
+        out.stride(),
+        None if base is None else base.stride(),
+        None if mask is None else _expanded_strides(mask.stride(), mask.shape, q.shape, keys),
+        None if joint_lse is None else joint_lse.stride(),
     )
-    return guard.program("row", (plan.weights_kernel.__name__, settings, strides, kinds), description)
-
-
-class _Plan(NamedTuple):
-    """The parts of both launches that depend on shapes and the program alone."""
-
-    weights_kernel: Any
-    weights: dict[str, Any]
-    guidance_kernel: Any
-    guidance: dict[str, Any]
-    key_scale: float
-    power: float
 
 
 @lru_cache(maxsize=1024)
@@ -267,15 +314,18 @@ def _plan(
     length: int,
     value_dim: int,
     variant: tuple[str, float, str, bool],
-    unit: int,
+    one_query: bool,
+    half_products: bool,
     mask: str,
-    mask_per_query: bool,
-    has_base: bool,
-    is_joint: bool,
+    out_strides: tuple[int, ...],
+    base_strides: tuple[int, ...] | None,
+    mask_strides: tuple[int, ...] | None,
+    lse_strides: tuple[int, ...] | None,
 ) -> _Plan:
-    """Plan the launches for a chunk of queries; ``length`` is that of a row of logits.
+    """Plan the launches of a call; ``length`` is that of a row of logits. Plans are cached, as in ``launch.py``.
 
     ``variant`` has the settings that select the program: rule, alpha, norm_mode, and True if orthogonal_scale is not 0.
+    Strides are None for a tensor that is not given.
     """
     from . import row_kernels
 
@@ -292,12 +342,13 @@ def _plan(
         "POWER": form,
         "STEPS": newton_steps(length, power),
         "MASK": mask,
-        "MASK_PER_QUERY": mask_per_query,
-        "JOINT": is_joint,
+        "MASK_PER_QUERY": mask_strides is not None and not one_query and mask_strides[2] != 0,
+        "JOINT": lse_strides is not None,
         "FP32_RANGE": fp32_range,
         "UNIT": _UNIT,
         "num_warps": 1 if block_n <= _KEYS_OF_A_WARP else 4,
     }
+    unit = _alignment(dtype, (out_strides,) if base_strides is None else (out_strides, base_strides))
     guidance = {
         "VALUE_DIM": value_dim,
         "BLOCK_M": max(1, _NUMBERS_OF_A_WARP // block_d),
@@ -305,15 +356,26 @@ def _plan(
         "RULE": rule,
         "RELATIVE": norm_mode == "relative",
         "ORTHOGONAL": orthogonal,
-        "HAS_BASE": has_base,
-        "JOINT": is_joint,
+        "HAS_BASE": base_strides is not None,
+        "JOINT": lse_strides is not None,
         "FP32_RANGE": fp32_range,
         "OUT_MAX": torch.finfo(dtype).max,
         "UNIT": unit,
         "num_warps": 1,
     }
-    key_scale = _KEY_SCALE if fp32_range else 1.0
-    return _Plan(kernel, weights, row_kernels.row_guidance_kernel, guidance, key_scale, power)
+    missing = (0, 0, 0, 0)
+    return _Plan(
+        compiled.Kernel(kernel, weights),
+        compiled.Kernel(row_kernels.row_guidance_kernel, guidance),
+        _in_units(out_strides, unit),
+        missing if base_strides is None else _in_units(base_strides, unit),
+        mask_strides or missing,
+        lse_strides or missing[:3],
+        half_products,
+        _KEY_SCALE if fp32_range else 1.0,
+        power,
+        {},
+    )
 
 
 def _power_of_two(size: int) -> int:
@@ -321,9 +383,9 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _with_strides(tensor: Tensor, unit: int) -> tuple[Tensor | int, ...]:
-    """Return the tensor and its strides, all but the last in units."""
-    return tensor, *(stride // unit for stride in tensor.stride()[:-1]), tensor.stride(-1)
+def _in_units(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    """Return strides in units, except for the last."""
+    return *(stride // unit for stride in strides[:-1]), strides[-1]
 
 
 def _prepared(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gag_core.triton import guard, launch
+from gag_core.triton import guard, launch, row
 
 
 @pytest.fixture(autouse=True)
@@ -28,5 +28,7 @@ def new_guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(guard, "_programs", {})
     monkeypatch.setattr(guard, "_warned", set())
     launch._plan.cache_clear()
+    row._plan.cache_clear()
     yield
     launch._plan.cache_clear()
+    row._plan.cache_clear()

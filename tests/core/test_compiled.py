@@ -34,9 +34,10 @@ import torch, triton
 import toy
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from gag_core.triton import compiled
+from gag_core import GuidanceConfig, eager
+from gag_core.triton import compiled, launch, row
 
-starts, memory_errors = [], []
+starts, loads, memory_errors = [], [], []
 
 class Driver:
     def __init__(self, target):
@@ -53,6 +54,7 @@ class Driver:
     def load_binary(self, *arguments):
         if memory_errors:
             raise memory_errors.pop()
+        loads.append(arguments[0])
         return 0, 11, 0, 0, 1024
 
 SETTINGS = {"WIDTH": 16, "NAMES": ("a", "b"), "num_warps": 2}
@@ -61,12 +63,15 @@ result = {"version": triton.__version__}
 def arguments(x, y, strides=(1, 1), count=5, factor=2.0):
     return [x, (64, strides[0]), y, (64, strides[1]), count, factor]
 
-def start(*args):
+GRID = (3, 1, 1)
+def started(*args):
     starts.clear()
-    return compiled.start(toy.kernel, (3,), SETTINGS, args)
+    kernel = compiled.Kernel(toy.kernel, SETTINGS)
+    kernel.start("one kind", GRID, args)
+    return kernel
 
-def is_kept(kept):
-    return kept.constants == (16, ("a", "b"))
+def is_kept(kernel):
+    return [kept.constants for kept in kernel._kept.values()] == [(16, ("a", "b"))]
 
 def memory(dtype, offset=0, size=64):
     return torch.zeros(size, dtype=dtype)[offset:]
@@ -75,16 +80,16 @@ driver.set_active(Driver(GPUTarget("cuda", 80, 32)))
 
 # The first start, the second, and Triton's own must hand the same arguments to the driver.
 args = arguments(memory(torch.float16), memory(torch.float32), count=1, factor=1.0)
-kept = start(*args)
+kernel = started(*args)
 first = list(starts)
 starts.clear()
 run, toy.kernel.run = toy.kernel.run, None  # Triton's own launch is not used any more
-kept.run(*args, *kept.constants)
+kernel.start("one kind", GRID, args)
 toy.kernel.run = run
 second = list(starts)
 starts.clear()
-toy.kernel[(3,)](*args, **SETTINGS)
-result["same"] = is_kept(kept) and len(first) == 1 and repr(first) == repr(second) == repr(starts)
+toy.kernel[GRID](*args, **SETTINGS)
+result["same"] = is_kept(kernel) and len(first) == 1 and repr(first) == repr(second) == repr(starts)
 
 # Kinds that are equal mean one binary.
 binaries, count = {}, 0
@@ -94,7 +99,7 @@ for dtype, other, offset, strides, number in itertools.product(
     x, y = memory(dtype, offset), memory(other)
     kinds = (compiled.pointer_kinds((x, y)), *map(compiled.integer_kind, (*strides, number)))
     args = arguments(x, y, strides, number)
-    binaries.setdefault(kinds, set()).add(id(toy.kernel.warmup(*args, grid=(3,), **SETTINGS)))
+    binaries.setdefault(kinds, set()).add(id(toy.kernel.warmup(*args, grid=GRID, **SETTINGS)))
     count += 1
 result["one_binary"] = all(len(found) == 1 for found in binaries.values())
 result["binaries"] = len(set.union(*binaries.values()))
@@ -102,11 +107,15 @@ result["binaries"] = len(set.union(*binaries.values()))
 # A lack of memory while the first program is loaded passes.
 args = arguments(memory(torch.float64), memory(torch.float64))
 memory_errors.append(RuntimeError("Triton Error [CUDA]: out of memory"))
+kernel = compiled.Kernel(toy.kernel, SETTINGS)
+starts.clear()
 try:
-    start(*args)
+    kernel.start("one kind", GRID, args)
 except RuntimeError as error:
     result["memory_error"] = str(error)
-result["after_memory_error"] = is_kept(start(*args)) and len(starts) == 1
+result["after_memory_error"] = not kernel._kept and not starts
+kernel.start("one kind", GRID, args)
+result["after_memory_error"] &= is_kept(kernel) and len(starts) == 1
 
 # AMD's compiler looks at the size of the memory too.
 driver.set_active(Driver(GPUTarget("hip", "gfx1100", 32)))
@@ -116,7 +125,7 @@ sizes = {}
 for size in (64, 2**31 + 16):
     args = arguments(memory(torch.uint8, size=0).new_empty(size), memory(torch.float32))
     kinds = compiled.pointer_kinds((args[0], args[2]))
-    sizes.setdefault(kinds, set()).add(id(toy.kernel.warmup(*args, grid=(3,), **SETTINGS)))
+    sizes.setdefault(kinds, set()).add(id(toy.kernel.warmup(*args, grid=GRID, **SETTINGS)))
 result["sizes"] = [len(sizes), len(set.union(*sizes.values()))]
 torch.version.hip = None
 driver.set_active(Driver(GPUTarget("cuda", 80, 32)))
@@ -126,11 +135,11 @@ toy.kernel.device_caches.clear()
 args = arguments(memory(torch.float16), memory(torch.float16))
 ordinary = {}
 def note(name):
-    kept = start(*args)
+    kernel = started(*args)
     once = len(starts) == 1
     starts.clear()
-    kept.run(*args, *kept.constants)
-    ordinary[name] = once and len(starts) == 1 and not is_kept(kept)
+    kernel.start("one kind", GRID, args)
+    ordinary[name] = once and len(starts) == 1 and not is_kept(kernel)
     compiled._can_keep = True
 
 def other_arguments(self, grid):
@@ -154,6 +163,60 @@ type(toy.kernel).warmup = lambda self, *args, **kwargs: None
 note("no compiled kernel")
 type(toy.kernel).warmup = warmup
 result["ordinary"] = ordinary
+
+# Both paths: launches at the driver, look-ups by Triton, and programs that are loaded.
+lookups, run = [], triton.JITFunction.run
+def noted_run(self, *args, grid, warmup, **kwargs):
+    lookups.append(self.__name__)
+    return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+triton.JITFunction.run = noted_run
+row.has_wide_products = lambda x: x.dtype != torch.float32
+row._product = lambda a, b: torch.zeros(*a.shape[:2], b.shape[2])
+precision = launch.precision_of
+launch.precision_of = lambda device: "tf32x3"
+
+def heads(tokens, batch=1, size=None):
+    memory = torch.zeros(batch, size or tokens, 2 * 32, dtype=torch.float16)
+    return memory.view(batch, -1, 2, 32).transpose(1, 2)[:, :, :tokens]
+
+def counts(path, queries=70, keys=77, batch=1, size=100, mask=None, strength=1.0, joint=False):
+    q, k = heads(queries, batch, size), heads(keys, batch)
+    lse = torch.zeros(batch, 2, size)[:, :, :queries] if joint else None
+    for noted in (starts, lookups, loads):
+        noted.clear()
+    run = row.launch if path == "row" else launch._launch
+    run(torch.empty_like(q), q, k, k, GuidanceConfig(strength=strength), q if joint else None, mask, 0.1, lse)
+    return [len(starts), len(lookups), len(loads)]
+
+def described():
+    numbers = [args[:4] + args[6:] for args in starts]
+    return repr([[(x.dtype, x.shape) if isinstance(x, torch.Tensor) else x for x in args] for args in numbers])
+
+for path in ("row", "fused"):
+    result[path] = {
+        "first": counts(path),
+        "again": counts(path),
+        "another strength, batch and resolution": counts(path, queries=64, batch=2, strength=0.3),
+        "other strides": counts(path, size=116),
+        "other strides again": counts(path, size=116),
+        "joint": counts(path, joint=True),
+        "joint again": counts(path, joint=True),
+        "mask": counts(path, mask=torch.ones(1, 1, 1, 77, dtype=torch.bool)),
+        "mask again": counts(path, mask=torch.ones(1, 1, 1, 77, dtype=torch.bool)),
+        "mask with gaps": counts(path, mask=torch.ones(1, 1, 1, 231, dtype=torch.bool)[..., ::3]),
+        "mask for all keys": counts(path, mask=torch.ones(1, 1, 70, 1, dtype=torch.bool)),
+    }
+result["row"]["other number of padded keys"] = counts("row", keys=70)
+eager._CPU_CHUNK = eager._LEAST_CPU_CHUNK = 8000
+result["row"]["in chunks"] = [counts("row", joint=True), counts("row", joint=True)]
+
+# The kernels of the row path get what they would get from Triton's own launch.
+counts("row", joint=True)
+kept_way = described()
+compiled._can_keep = False
+row._plan.cache_clear()
+result["row"]["ordinary"] = [counts("row", joint=True), counts("row", joint=True)]
+result["row"]["same"] = described() == kept_way
 print(json.dumps(result))
 """
 
@@ -169,7 +232,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "PYTHONPATH": f"{folder}:{ROOT}",
     }
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SCRIPT], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
@@ -198,8 +261,36 @@ def test_where_triton_is_another_kernels_are_started_in_the_ordinary_way(result:
     )
 
 
+@pytest.mark.parametrize("path, kernels", [("row", 2), ("fused", 1)])
+def test_a_call_like_an_earlier_one_starts_kept_kernels(path: str, kernels: int, result: dict[str, Any]) -> None:
+    """Counted are launches, kernels that Triton looked up or compiled, and programs that were loaded.
+
+    Batch, resolution and strength take no other program. Their first call looks up the one that is there, if it is laid
+    out in memory otherwise.
+    """
+    found = result[path]
+    known, looked_up = [kernels, 0, 0], [kernels, kernels, 0]
+    assert found["first"] == found["joint"] == [kernels] * 3
+    for name in ("again", "joint again", "mask again", "other strides again"):
+        assert found[name] == known, name
+    assert found["other strides"] == found["another strength, batch and resolution"] == looked_up
+    # The distance of the mask's keys, 1, 3 or 0, is among the numbers that Triton compiles into a program.
+    for name in ("mask", "mask with gaps", "mask for all keys"):
+        assert found[name] == [kernels, kernels, 1], name
+
+
+def test_launches_of_the_row_path(result: dict[str, Any]) -> None:
+    found = result["row"]
+    assert found["other number of padded keys"] == [2, 0, 0], "70 keys are padded to 80 as 77 are"
+    first, again = found["in chunks"]
+    assert first[0] == again[0] >= 4 and first[2] == 0
+    assert again[1:] == [0, 0]
+    assert found["ordinary"] == [[first[0], first[0], 0]] * 2, "where Triton is another, it looks up each launch"
+    assert found["same"]
+
+
 def test_the_interpreter_keeps_nothing() -> None:
     from gag_core.triton import compiled, formulas, kernels
 
     assert formulas.INTERPRETED
-    assert compiled._kept(kernels.guided_attention_kernel, (1,), {}, ()) is None
+    assert compiled.Kernel(kernels.guided_attention_kernel, {})._compiled((1, 1, 1), ()) is None

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ("dev.py", "dev/comfy_host.py", "dev/run.py", "dev/gag_torchvision_ops.py")
 # Modules that dev.py and the programs it starts import.
 IMPORTED = ["pip", "venv", "ensurepip", "hashlib", "re", "shutil", "signal", "subprocess", "tempfile", "zipfile"]
-IMPORTED += ["pathlib", "logging", "importlib/metadata", "sysconfig", "comfy_host", "torchvision"]
+IMPORTED += ["pathlib", "platform", "logging", "importlib/metadata", "sysconfig", "comfy_host", "torchvision"]
 SLEEPER = """
 import os, subprocess, sys, tempfile
 with tempfile.TemporaryDirectory(prefix="gag-sleeper-") as folder:

@@ -370,7 +370,7 @@ MASK_VIEWS: dict[str, Callable[[Shape], Tensor | None]] = {
 @pytest.mark.parametrize("mask_name", MASK_VIEWS)
 @pytest.mark.usefixtures("interpreted")
 def test_the_check_runs_the_program_of_the_call(mask_name: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same compile-time arguments, alignments and kinds of strides, so the same binary."""
+    """Same compile-time arguments, alignments and kinds of strides, so the same binary, of both paths."""
     change = shifted if name == "shifted" else LAYOUTS.get(name, lambda x: x)
     for shape, dtype, with_base in itertools.product(
         [Shape(2, 4, 100, 77, 40), Shape(1, 1, 1, 600, 64), Shape(2, 3, 81, 5, 36)], (HALF, FP32), (False, True)
@@ -381,14 +381,36 @@ def test_the_check_runs_the_program_of_the_call(mask_name: str, name: str, monke
         base = change(cases.random(*q.shape, seed=2, dtype=dtype)) if with_base else None
         joint_lse = torch.zeros(q.shape[:3]) if with_base else None
         mask, out = MASK_VIEWS[mask_name](shape), change(torch.empty_like(q))
-        call = launch._prepare(out, q, k, v, GENTLE, base, mask, 0.2, joint_lse).program.checked
         checked = []
 
-        def kernel(*arguments: Any, **options: Any) -> None:
-            checked.append(launch._prepare(*arguments, **options).program.checked)  # noqa: B023
+        def kernel(
+            out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, *, scale: float = 0.2, **given: Any
+        ) -> None:
+            checked.append(launch._prepare(out, q, k, v, config, **given, scale=scale).program)  # noqa: B023
+            checked.append(row._program(row._plan_for(out, q, v, config, **given), out, q, v, **given))  # noqa: B023
 
+        kernel(out, q, k, v, GENTLE, base=base, mask=mask, joint_lse=joint_lse)
         guard._difference(kernel, out, q, k, v, GENTLE, base, mask, joint_lse)
-        assert checked == [call], (shape, dtype)
+        assert checked[2:] == checked[:2], (shape, dtype)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_other_distances_of_keys_in_the_mask_are_other_programs() -> None:
+    """Triton compiles that number into a program if it is 1, or a multiple of 16."""
+    q, k, v = cases.qkv(TINY)
+    out, keys = torch.empty_like(q), TINY.keys
+    mask = torch.ones(1, 1, 1, 16 * keys, dtype=torch.bool)
+    masks = [mask[..., :keys], mask[..., : 3 * keys : 3], mask[..., ::16], mask[..., : 5 * keys : 5], mask[..., :1]]
+    for path in ("fused", "row"):
+        programs = []
+        for one in masks:
+            if path == "fused":
+                programs.append(launch._prepare(out, q, k, v, GENTLE, None, one, 0.2, None).program)
+            else:
+                plan = row._plan_for(out, q, v, GENTLE, None, one, None)
+                programs.append(row._program(plan, out, q, v, None, one, None))
+        assert len(set(programs)) == 3, path
+        assert programs[1] is programs[3] and programs[2] is programs[4], path
 
 
 # --- errors, and what is remembered --------------------------------------------------------------------------------

@@ -79,6 +79,12 @@ def test_the_matrix_of_the_pinned_triton_is_complete() -> None:
             assert path == "eager" or name in MATRIX[pinned][path][card], (card, name, path)
 
 
+@pytest.mark.parametrize("version", ["3.1.0", "3.5.1", "3.8.0"])
+@pytest.mark.parametrize("card", ["sm_70", "sm_80", "sm_90", "gfx942", "gfx1100", "gfx1200"])
+def test_old_and_new_versions_were_given_all_calls_for_a_card_of_most_families(card: str, version: str) -> None:
+    assert MATRIX[version]["row"][card].keys() == CASES.keys()
+
+
 def test_the_page_has_the_tables() -> None:
     page = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
     for kind in kernel_matrix.KINDS:
