@@ -37,8 +37,8 @@ _CPU_CHUNK_OF_OUTPUT = 1.9
 # A megabyte is always allowed: in smaller chunks most of the time goes into starting operations.
 _LEAST_CPU_CHUNK = 1 << 18
 # On other devices each operation is a launch. These are 512 MiB in fp32, less than the feed-forward layer of a large
-# model takes. For long videos it takes more: 12 times the queries' bytes in Wan 1.3B, 5 times (1.8 GB) in Wan 14B. There
-# a chunk may take 10 times the queries' bytes, up to 1 GiB.
+# model takes. For long videos it takes more: 12 times the queries' bytes in Wan 1.3B, 5 times (1.8 GB) in Wan 14B.
+# There a chunk may take 10 times the queries' bytes, up to 1 GiB.
 _CHUNK = 1 << 27
 _LARGEST_CHUNK = 1 << 28
 _CHUNK_OF_QUERIES = 10

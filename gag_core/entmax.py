@@ -34,8 +34,8 @@ _LARGE_POWER = 9.0
 _FAST_POWERS = (0.5, 2.0, 3.0)
 _EXTRA_STEPS_FP64 = 2
 
-# Steps by sums in one pass for the 2-norm, by the largest number of columns for which they suffice, as for _STEPS_SQUARE.
-# Up to so many columns Newton steps are enough, which are fewer launches than steps by parabolas.
+# Steps by sums in one pass for the 2-norm, by the largest number of columns for which they suffice, as for
+# _STEPS_SQUARE. Up to so many columns Newton steps are enough, which are fewer launches than steps by parabolas.
 _NEWTON_STEPS = (84, 5)
 _STEPS_PARABOLA = ((768, 5), (2560, 6))
 _MAX_STEPS_PARABOLA = 7
@@ -126,8 +126,8 @@ def square_weights(logits: Tensor, maximum: Tensor, spare: int = 0) -> Tensor:
     """Compute weights in proportion to 1.5-entmax in few passes over memory, for devices where these take the time.
 
     Args:
-        logits: ``[..., N + spare]``, contiguous, of a size of 2^41 at most. They are changed only without spare columns: the
-            maximum is subtracted then.
+        logits: ``[..., N + spare]``, contiguous, of a size of 2^41 at most. They are changed only without spare
+            columns: the maximum is subtracted then.
         maximum: their maximum, ``[..., 1]``.
         spare: number of columns at the end that may be written to. They hold ``-inf`` afterwards, and their weights are
             0. :func:`sums_in_one_pass` says where to give some.

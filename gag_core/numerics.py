@@ -173,7 +173,7 @@ class CardKeys(NamedTuple):
     Attributes:
         transposed: ``[B, H, D, N_k]`` in half precision where :func:`has_wide_products`, else ``[B, H, D, columns]`` in
             the work dtype.
-        limit: largest size of a number of a query, ``[B, H, 1, 1]`` in the dtype of the keys; None if none is too large.
+        limit: largest size of a number of a query, ``[B, H, 1, 1]`` in the dtype of the keys; None for no limit.
         tokens: N_k.
         columns: number of columns of the logits, at least N_k.
         factor: number that the product is multiplied by.
