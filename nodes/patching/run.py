@@ -244,12 +244,13 @@ class Run:
 
 def _about_cfg(lowest: float, highest: float) -> str:
     """Return the sentence about a strength that was adapted to these CFG scales; empty if it was not lowered."""
-    if highest <= 1.0:
-        return ""
+    text = ""
     least, most = (round(max(1.0, cfg) * max(1.0, cfg), 1) for cfg in (lowest, highest))
-    if lowest == highest:
-        return f" Strength was divided by {most:g}, because CFG is {highest:g}."
-    return f" Strength was divided by {least:g} to {most:g}, because CFG was {lowest:g} to {highest:g}."
+    if lowest < highest and most > 1.0:
+        text = f" Strength was divided by {least:g} to {most:g}, because CFG was {lowest:g} to {highest:g}."
+    elif highest > 1.0:
+        text = f" Strength was divided by {most:g}, because CFG is {highest:g}."
+    return text
 
 
 def uncompiled(diffusion_model: Module) -> Module:
