@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .demo.models import PIXELS, WEIGHTS, load_demo
+from .demo.architecture import PIXELS
+from .demo.models import WEIGHTS, load_demo
 from .shared_inputs import search_aliases
 
 

@@ -14,6 +14,9 @@ PATCH = 4
 TOKENS = 77
 WIDTH = 96
 POOLED = 4
+# Pixels of a picture for each value of a latent, along each side: as in most models, so that Empty Latent Image fits.
+PIXELS_PER_VALUE = 8
+PIXELS = SIZE * PIXELS_PER_VALUE
 
 UNET_CONFIG: dict[str, Any] = {
     "image_size": SIZE // PATCH,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ...gag_core.echo import echo, plain
 from ..input_checks import check_option
-from .architecture import CHANNELS, PATCH, SIZE, TRANSFORMER_CONFIG, UNET_CONFIG
+from .architecture import CHANNELS, PATCH, PIXELS, PIXELS_PER_VALUE, SIZE, TRANSFORMER_CONFIG, UNET_CONFIG
 from .clip import demo_clip
 from .text_encoder import DemoTextEncoder
 
@@ -36,9 +36,6 @@ WEIGHTS = {
     "transformer": "demo_transformer.safetensors",
 }
 CHECKSUMS = "demo.sha256"
-# Pixels of a picture for each value of a latent, along each side: as in most models, so that Empty Latent Image fits.
-PIXELS_PER_VALUE = 8
-PIXELS = SIZE * PIXELS_PER_VALUE
 
 
 class PixelUNet(UNetModel):

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from einops import rearrange
 from torch import Tensor
 
+from ..demo.architecture import PIXELS, PIXELS_PER_VALUE
 from ..demo.captions import scene_of
-from ..demo.models import PIXELS, PIXELS_PER_VALUE
 from ..demo.scene_check import check
 from ..demo.text_encoder import DemoTextEncoder
 from .clip_score import clip_scores, embed_pictures, embed_text, is_cut, tells_colours
