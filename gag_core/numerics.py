@@ -23,7 +23,7 @@ _FP16_SCALE = 2.0**15
 # On a card no logit is larger. Weights are squares of differences of logits, of at least one rounding error, and norms
 # square sums of weights times values in fp16: these are in the range of fp32 then.
 _LARGEST_LOGIT = 2.0**40
-# Keys are not larger when they have taken the factor of the logits.
+# Keys are below twice that when they have taken the factor of the logits.
 _LARGEST_KEY = 2.0**100
 
 
@@ -201,10 +201,10 @@ class CardKeys(NamedTuple):
             return cls(keys.transpose(-1, -2), None, tokens, tokens + spare, factor, saturates=power > 1.0)
         # Keys in half precision take a power of two alone, which rounds nothing.
         largest = torch.linalg.vector_norm(k, math.inf, dim=(-2, -1), keepdim=True, dtype=work_dtype(k))
-        largest.log2_().ceil_().exp2_()
+        largest.log2_().floor_().exp2_()  # the keys are below twice that
         powers = (_LARGEST_KEY / largest).clamp_(max=power)
         keys = k * powers.to(k.dtype) if wide else work_copy(k, spare).mul_(factor).mul_(powers)
-        limit = (_LARGEST_LOGIT / k.shape[3]) / largest.mul_(powers)
+        limit = (_LARGEST_LOGIT / (2.0 * k.shape[3])) / largest.mul_(powers)
         limit = limit.clamp_(max=torch.finfo(k.dtype).max).to(keys.dtype)
         return cls(keys.transpose(-1, -2), limit, tokens, tokens + spare, factor if wide else 1.0)
 
