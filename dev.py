@@ -194,7 +194,7 @@ def install(lock: Path, venv: Path = VENV, folder: Path | None = None, options: 
     if not download(lock, venv, options=options):
         raise HostError("pip could not download the packages (see above); run the same command again to resume.")
     say(f"installing {lock.name}")
-    target = [] if folder is None else ["--target", str(folder), "--no-compile", *options]
+    target: list[str | Path] = [] if folder is None else ["--target", folder, "--no-compile", *options]
     if pip("install", "-qq", "--no-index", "--find-links", wheels_of(lock), *target, "-r", lock, venv=venv):
         raise HostError("pip could not install the packages (see above).")
 

@@ -201,7 +201,8 @@ class CardKeys(NamedTuple):
             return cls(keys.transpose(-1, -2), None, tokens, tokens + spare, factor, saturates=power > 1.0)
         # Keys in half precision take a power of two alone, which rounds nothing.
         largest = torch.linalg.vector_norm(k, math.inf, dim=(-2, -1), keepdim=True, dtype=work_dtype(k))
-        largest.log2_().floor_().exp2_()  # the keys are below twice that
+        # The keys are below twice that. The logarithm of the largest number of a dtype is rounded up.
+        largest.log2_().floor_().clamp_(max=math.frexp(torch.finfo(largest.dtype).max)[1] - 1).exp2_()
         powers = (_LARGEST_KEY / largest).clamp_(max=power)
         keys = k * powers.to(k.dtype) if wide else work_copy(k, spare).mul_(factor).mul_(powers)
         limit = (_LARGEST_LOGIT / (2.0 * k.shape[3])) / largest.mul_(powers)

@@ -19,8 +19,8 @@ SDXL_LARGE, SDXL_SMALL, FLUX, WAN = CALLS
 LIMITS = {
     SDXL_LARGE: (52, 0.79, 75),
     SDXL_SMALL: (52, 0.40, 40),
-    FLUX: (115, 4.94, 450),
-    WAN: (188, 18.9, 900),
+    FLUX: (116, 4.94, 450),
+    WAN: (189, 18.9, 900),
 }
 
 

@@ -44,7 +44,7 @@ def test_kernels_in_the_interpreter_of(version: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": "1"}
     check = f"import triton; assert triton.__version__ == {version!r}, triton.__version__"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, env=environment).returncode == 0
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *TESTS[version]]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS[version]]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     summary = run.stdout.splitlines()[-1:]
     assert run.returncode == 0 and " passed" in str(summary), run.stdout[-5000:] + run.stderr[-2000:]
