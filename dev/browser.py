@@ -2,8 +2,8 @@
 """ComfyUI's front end in a real, headless Chromium: for ``tests/browser`` and ``dev/generate/``.
 
 The locked environment has no browser, because a browser cannot be locked. Besides ``dev.py setup`` it needs
-``pip install playwright`` and a Chromium or Chrome on this machine. The environment variable GAG_FRONT_END chooses another
-front end than the installed one (see :func:`comfy_server.server_command`).
+``pip install playwright`` and a Chromium or Chrome on this machine. The environment variable GAG_FRONT_END chooses
+another front end than the installed one (see :func:`comfy_server.server_command`).
 """
 
 from __future__ import annotations
