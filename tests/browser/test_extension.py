@@ -280,7 +280,7 @@ def test_after_a_reload_the_blocks_are_still_known_and_the_chart_is_still_open(
     extension.click(node, "blocks")
     extension.wait_blocks(default)
     extension.run()
-    extension.wait_guided(node)
+    extension.wait_guided(node, sum(layer for part in default.values() for block in part for layer in block))
     assert extension.count("gag.chart") >= 1
 
 
