@@ -13,7 +13,7 @@ from PIL import Image
 
 from comfy_server import ComfyServer, Json, RunResult, to_api
 
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "gag_demo_probe.json"
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "gag_12_probe.json"
 BYPASSED = 4
 _seeds = iter(range(7_000, 8_000))
 
