@@ -143,8 +143,9 @@ def thumbnail(picture: Image.Image, name: str) -> None:
 def save(picture: Image.Image, path: Path, width: int) -> None:
     """Save a picture of at most this width, in few colours: enough for plots and shapes, and a small file."""
     small = narrowed(picture, width)
-    # MAXCOVERAGE keeps colours that few pixels have.
-    small.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+    # MAXCOVERAGE keeps colours that few pixels have, and k-means shifts the others to where most pixels are.
+    palette = Image.Quantize.MAXCOVERAGE
+    small.quantize(256, palette, kmeans=4, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"demo_pictures: wrote {path.relative_to(ROOT)}")
 
 
