@@ -25,10 +25,19 @@ PROMPTS = [
     "a blue triangle right of a red square",
     "a green square below a yellow circle",
 ]
+WORKFLOW = ROOT / "workflows" / "gag_01_demo.json"
 GUIDANCE = ("GAGuidance", "GAGuidanceAdvanced")
 SAVING = ("SaveImage", "PreviewImage")
 GRID = "-grid"  # end of the ids of the grids that in_grids adds
 FULL_STRENGTH = {"strength": 1.0, "start_percent": 0.0, "adapt_to_cfg": False}
+WITHOUT = "without GAG"
+# The plainer methods that guidance must be compared with, as settings of GAG (advanced).
+CONTROLS: dict[str, Json] = {
+    "sparse alone": {"rule": "gag", "guidance_scale": 0.0, **FULL_STRENGTH},
+    "PLADIS, scale 2": {"rule": "pladis", "guidance_scale": 2.0, **FULL_STRENGTH},
+}
+# The presets for models that run without CFG, as the demo does.
+SHOWN_PRESETS = ("auto", "no CFG")
 
 
 class DemoError(Exception):
@@ -39,9 +48,11 @@ def main() -> int:
     """Run the demo and return an exit code."""
     parser = argparse.ArgumentParser(prog="python dev.py demo", description="Compare pictures with GAG off and on.")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="one row each")
-    parser.add_argument("--presets", nargs="+", metavar="NAME", help="one column each (default: all, and controls)")
+    parser.add_argument(
+        "--presets", nargs="+", metavar="NAME", help="one column each (default: auto, no CFG and two controls)"
+    )
     parser.add_argument("--seed", type=int, help="the noise of every picture (default: the workflow's)")
-    parser.add_argument("--workflow", type=Path, default=ROOT / "workflows" / "gag_demo.json", metavar="FILE")
+    parser.add_argument("--workflow", type=Path, default=WORKFLOW, metavar="FILE")
     parser.add_argument("--output", type=Path, default=CACHE / "demo" / "gag_demo.png", metavar="FILE")
     options = parser.parse_args()
     try:
@@ -57,61 +68,72 @@ def main() -> int:
 def run_demo(
     workflow_file: Path, prompts: list[str], presets: list[str] | None, seed: int | None, output: Path
 ) -> None:
-    """Make the pictures prompt by prompt, then write the comparison."""
+    """Make the pictures, then write the comparison."""
     try:
         workflow = json.loads(workflow_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DemoError(f"{workflow_file} is not a workflow file: {error}.") from error
     print("demo: starting ComfyUI", flush=True)
     with ComfyServer() as server:
-        info = server.object_info()
-        variants = make_variants(to_api(workflow, info), info, presets)
-        total = len(prompts) * len(variants)
-        count = itertools.count(1)
-        rows = []
-        for text in prompts:
-            row = []
-            for title, variant in variants.items():
-                labels = dict.fromkeys(variant, f"{title}\n{text}")
-                prompt = in_grids(with_prompt(variant, text, seed), labels)
-                pictures = make_pictures(server, prompt, f"[{next(count)}/{total}] {text} | {title}")
-                row.append(sheet_of([pictures]))
-            rows.append(row)
+        table = comparison(server, workflow, [(text, seed) for text in prompts], presets)
     output.parent.mkdir(parents=True, exist_ok=True)
-    sheet_of(rows).save(output)
+    sheet_of(table).save(output)
     print(f"demo: wrote {output.absolute()}")
+
+
+def comparison(
+    server: ComfyServer, workflow: Json, prompts: list[tuple[str, int | None]], presets: list[str] | None
+) -> list[list[Image.Image]]:
+    """Return a row of labelled pictures for each prompt and its seed; ``make_variants`` says what the columns are."""
+    info = server.object_info()
+    variants = make_variants(guided_part(to_api(workflow, info)), info, presets)
+    total = len(prompts) * len(variants)
+    count = itertools.count(1)
+    rows = []
+    for text, seed in prompts:
+        row = []
+        for title, variant in variants.items():
+            labels = dict.fromkeys(variant, f"{title}\n{text}")
+            prompt = in_grids(with_prompt(variant, text, seed), labels)
+            pictures = make_pictures(server, prompt, f"[{next(count)}/{total}] {text} | {title}")
+            row.append(sheet_of([pictures]))
+        rows.append(row)
+    return rows
+
+
+def guided_part(prompt: Json) -> Json:
+    """Return the part of a prompt that makes pictures with GAG; a workflow may also make the pictures without."""
+    kept: list[Json] = []
+    for node in prompt.values():
+        if node["class_type"] in SAVING:
+            above = upstream(prompt, *node["inputs"].values())
+            if any(one["class_type"] in GUIDANCE for one in above):
+                kept += [node, *above]
+    if not kept:
+        raise DemoError("The workflow has no active GAG node.")
+    return {node_id: node for node_id, node in prompt.items() if node in kept}
 
 
 def make_variants(prompt: Json, info: Json, presets: list[str] | None) -> dict[str, Json]:
     """Return the columns of the comparison as prompts by title.
 
-    They are the workflow without its GAG nodes, the plainer methods that guidance must be compared with, and the
-    presets.
+    They are the workflow without its GAG nodes, with each preset, and with the plainer methods that guidance must be
+    compared with, unless the presets are named.
     """
     guided = [node for node in prompt.values() if node["class_type"] in GUIDANCE]
-    if not guided:
-        raise DemoError("The workflow has no active GAG node.")
     off = without_guidance(prompt)
     if not any(node["class_type"] == "GAGuidance" for node in guided):  # GAG (advanced) has no presets
         if presets:
             raise DemoError("The workflow has no GAG node with presets.")
-        return {"GAG off": off, "GAG on": prompt}
+        return {WITHOUT: off, "with GAG": prompt}
     known = info["GAGuidance"]["input"]["required"]["preset"][1]["options"]
     if unknown := set(presets or ()) - set(known):
         raise DemoError(f"There is no preset {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
-    variants = {"GAG off": off}
-    scales = {node["inputs"]["cfg"] for node in off.values() if "cfg" in node["inputs"]}
+    variants = {WITHOUT: off}
+    for preset in presets or SHOWN_PRESETS:
+        variants[f"GAG, {preset}"] = with_inputs(prompt, "preset", preset=preset)
     if not presets:
-        if scales - {1.0}:
-            scale = " and ".join(f"{scale:g}" for scale in sorted(scales))
-            variants = {"CFG 1, GAG off": with_inputs(off, "cfg", cfg=1.0), f"CFG {scale}, GAG off": off}
-        for title, settings in {
-            "sparse alone": {"rule": "gag", "guidance_scale": 0.0, **FULL_STRENGTH},
-            "PLADIS, scale 2": {"rule": "pladis", "guidance_scale": 2.0, **FULL_STRENGTH},
-        }.items():
-            variants[title] = with_advanced(prompt, info, settings)
-    for preset in presets or known:
-        variants[f"GAG on ({preset})"] = with_inputs(prompt, "preset", preset=preset)
+        variants |= {title: with_advanced(prompt, info, settings) for title, settings in CONTROLS.items()}
     return variants
 
 
@@ -162,10 +184,10 @@ def with_prompt(prompt: Json, text: str, seed: int | None) -> Json:
     return prompt
 
 
-def upstream(prompt: Json, link: Any) -> list[Json]:
-    """Return the nodes that a link comes from, the nearest first."""
+def upstream(prompt: Json, *values: Any) -> list[Json]:
+    """Return the nodes that the links among some inputs come from, the nearest first."""
     found: list[Json] = []
-    links = [link]
+    links = list(values)
     for source in links:
         if isinstance(source, list) and prompt[source[0]] not in found:
             found.append(prompt[source[0]])

@@ -2,7 +2,7 @@
 """Draw every picture that shows the demo models, by running their workflows on a real server.
 
 The pictures are the README's comparison, those in the help pages and the thumbnails of the demo workflows. Run
-``python dev.py run generate.demo_pictures`` when the weights of the demo models have changed.
+``python dev.py run generate.demo_pictures`` when the weights of the demo models or a demo workflow have changed.
 """
 
 from __future__ import annotations
@@ -11,61 +11,96 @@ import argparse
 import io
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from PIL import Image
 
 from comfy_host import ROOT
 from comfy_server import ComfyError, ComfyServer, Json, RunResult, to_api
-from demo import PROMPTS, in_grids, run_demo, sheet_of
+from demo import PROMPTS, comparison, in_grids, sheet_of
 
 HELP = ROOT / "web" / "docs"
 WORKFLOWS = ROOT / "workflows"
 HELP_WIDTH, THUMBNAIL_WIDTH, README_WIDTH = 760, 660, 1600
 MOST_BYTES = 78_000
+# Prompts and seeds of the README's picture, chosen to show a difference. The first is the demo workflow's own.
+README_PICTURES = [
+    ("three blue circles", 1),
+    ("a yellow cross below a purple square", 1),
+    ("a white circle right of a blue triangle", 5),
+]
 # Pictures of the help pages by workflow: the node that shows them, and a name for each; None leaves a picture out.
 HELP_PICTURES = {
-    "gag_demo_probe": ("GAGReport", ("GAGReport-words", "GAGReport", None)),
-    "gag_demo_schedule": ("GAGSchedule", ("GAGSchedule",)),
-    "gag_demo_sweep": ("GAGGrid", ("GAGGrid",)),
+    "gag_11_sweep": ("GAGGrid", ("GAGGrid",)),
+    "gag_12_probe": ("GAGReport", ("GAGReport-words", "GAGReport", None)),
+}
+SCHEDULE: Json = {
+    "class_type": "GAGSchedule",
+    "inputs": {
+        "kind": "linear",
+        "over": "steps",
+        "start_value": 1.0,
+        "end_value": 0.0,
+        "start": 0.0,
+        "end": 0.6,
+    },
 }
 
 
 def main() -> int:
     """Draw all pictures."""
     argparse.ArgumentParser(description="Draw the pictures that show the demo models.").parse_args()
-    comparisons()
     with ComfyServer() as server:
-        info = server.object_info()
-        for file in sorted(WORKFLOWS.glob("gag_demo_*.json")):
-            workflow = json.loads(file.read_text(encoding="utf-8"))
-            prompt = to_api(workflow, info)
-            for node in prompt.values():
-                if node["class_type"] == "GAGReport":
-                    node["inputs"]["pages"] = "all"
-            titles = {str(node["id"]): node.get("title", "") for node in workflow["nodes"]}
-            shown = pictures_by_node(server, in_grids(prompt, {i: titles[i] for i in prompt if not is_grid(prompt, i)}))
-            # The first picture stands for a report, because its words are all that can be read in so small a picture.
-            thumbnail(sheet_of([[shown[node_id][0] for node_id in titles if node_id in shown]]), file.stem)
-            if file.stem in HELP_PICTURES:
-                node_type, names = HELP_PICTURES[file.stem]
-                for name, picture in zip(names, shown[showing_node(prompt, node_type, set(shown))], strict=True):
-                    if name:
-                        save(picture, HELP / f"{name}.png", HELP_WIDTH)
+        comparisons(server)
+        schedule(server)
+        for name in HELP_PICTURES:
+            of_workflow(server, name)
     return 0
 
 
-def comparisons() -> None:
-    """Draw the comparison of ``dev.py demo``: all of it for the README, parts for the help page and the thumbnail."""
-    workflow = WORKFLOWS / "gag_demo.json"
-    with tempfile.TemporaryDirectory() as folder:
-        sheet = Path(folder, "demo.png")
-        run_demo(workflow, PROMPTS, None, None, sheet)
-        save(Image.open(sheet), ROOT / "assets" / "demo.png", README_WIDTH)
-        run_demo(workflow, PROMPTS[:2], ["auto", "no CFG", "paper"], None, sheet)
-        save(Image.open(sheet), HELP / "GAGuidance.png", HELP_WIDTH)
-        thumbnail(Image.open(sheet), workflow.stem)
+def comparisons(server: ComfyServer) -> None:
+    """Draw comparisons without GAG and with it: for the README, for the help page, and the demo's thumbnail."""
+    workflow = workflow_of("gag_01_demo")
+    table = comparison(server, workflow, list(README_PICTURES), ["auto"])
+    columns = [list(column) for column in zip(*table, strict=True)]  # one column for each prompt
+    save(sheet_of(columns), ROOT / "assets" / "demo.png", README_WIDTH)
+    prompts: list[tuple[str, int | None]] = [(text, None) for text in PROMPTS[:2]]
+    by_preset = comparison(server, workflow, prompts, ["auto", "no CFG", "paper"])
+    save(sheet_of(by_preset), HELP / "GAGuidance.png", HELP_WIDTH)
+    thumbnail(sheet_of([table[0]]), "gag_01_demo")
+
+
+def schedule(server: ComfyServer) -> None:
+    """Draw the curve on GAG Schedule."""
+    prompt = to_api(workflow_of("gag_01_demo"), server.object_info())
+    prompt["schedule"] = SCHEDULE
+    for node in prompt.values():
+        if node["class_type"] == "GAGuidance":
+            node["inputs"]["schedule"] = ["schedule", 0]
+    save(pictures_by_node(server, prompt)["schedule"][0], HELP / "GAGSchedule.png", HELP_WIDTH)
+
+
+def of_workflow(server: ComfyServer, name: str) -> None:
+    """Draw a workflow's pictures for the help pages, and its thumbnail."""
+    workflow = workflow_of(name)
+    prompt = to_api(workflow, server.object_info())
+    for node in prompt.values():
+        if node["class_type"] == "GAGReport":
+            node["inputs"]["pages"] = "all"
+    titles = {str(node["id"]): node.get("title", "") for node in workflow["nodes"]}
+    shown = pictures_by_node(server, in_grids(prompt, {i: titles[i] for i in prompt if not is_grid(prompt, i)}))
+    # The first picture stands for a report, because its words are all that can be read in so small a picture.
+    thumbnail(sheet_of([[shown[node_id][0] for node_id in titles if node_id in shown]]), name)
+    node_type, names = HELP_PICTURES[name]
+    for picture_name, picture in zip(names, shown[showing_node(prompt, node_type, set(shown))], strict=True):
+        if picture_name:
+            save(picture, HELP / f"{picture_name}.png", HELP_WIDTH)
+
+
+def workflow_of(name: str) -> Json:
+    """Return a workflow, as its file has it."""
+    workflow: Json = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    return workflow
 
 
 def is_grid(prompt: Json, node_id: str) -> bool:
@@ -107,7 +142,10 @@ def thumbnail(picture: Image.Image, name: str) -> None:
 
 def save(picture: Image.Image, path: Path, width: int) -> None:
     """Save a picture of at most this width, in few colours: enough for plots and shapes, and a small file."""
-    narrowed(picture, width).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    small = narrowed(picture, width)
+    # MAXCOVERAGE keeps colours that few pixels have, and k-means shifts the others to where most pixels are.
+    palette = Image.Quantize.MAXCOVERAGE
+    small.quantize(256, palette, kmeans=4, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"demo_pictures: wrote {path.relative_to(ROOT)}")
 
 

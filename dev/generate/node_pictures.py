@@ -54,7 +54,7 @@ def main() -> int:
     if missing := what_is_missing():
         print(f"node_pictures: {missing}")
         return 1
-    demo = json.loads((ROOT / "workflows" / "gag_demo.json").read_text(encoding="utf-8"))
+    demo = json.loads((ROOT / "workflows" / "gag_01_demo.json").read_text(encoding="utf-8"))
     with ComfyServer(cpu=True) as server, front_end(server, 1000, 1400) as opened:
         opened.page.add_style_tag(content=ONLY_THE_GRAPH)
         for name, advanced in (("GAGuidance-panel", False), ("GAGuidanceAdvanced-panel", True)):

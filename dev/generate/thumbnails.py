@@ -1,62 +1,61 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Draw pictures of workflows for the template browser, with the front end.
+"""Draw the thumbnails of the workflows for large models: ``python dev.py run generate.thumbnails``.
 
-``python dev.py run generate.thumbnails gag_sdxl ...`` needs a browser, see ``dev/browser.py``. The demo workflows have
+No pictures of these models come with the pack, so a thumbnail is a card with the model's name. The demo workflows have
 thumbnails of their results instead (``demo_pictures``).
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from browser import ONLY_THE_GRAPH, front_end, what_is_missing
 from comfy_host import ROOT
-from comfy_server import ComfyServer
+from generate.artwork import DENSE, FAINT, GROUND, GUIDED, SPARSE
 
-WIDTH, HEIGHT = 1320, 880
-MARGIN = 20
-# Script that removes notes, which would be too small to read, and fits the rest into the picture.
-FIT = """([width, height, margin]) => {
-    const {graph, canvas} = window.app;
-    for (const note of graph.nodes.filter(node => node.type.includes("Note"))) graph.remove(note);
-    const boxes = graph.groups.map(group => [...group.pos, group.pos[0] + group.size[0], group.pos[1] + group.size[1]]);
-    const left = Math.min(...boxes.map(box => box[0])), top = Math.min(...boxes.map(box => box[1]));
-    const right = Math.max(...boxes.map(box => box[2])), bottom = Math.max(...boxes.map(box => box[3]));
-    const scale = Math.min((width - 2 * margin) / (right - left), (height - 2 * margin) / (bottom - top));
-    canvas.show_info = false;
-    canvas.resize(width, height);
-    canvas.ds.scale = scale;
-    canvas.ds.offset = [(width / scale - left - right) / 2, (height / scale - top - bottom) / 2];
-    canvas.draw(true, true);
-}"""
+WIDTH, HEIGHT = 640, 400
+MARGIN = 40
+ICON_SIZE = 130
+# Name of the model and a line about the workflow, by the workflow's name.
+CARDS = {
+    "gag_02_sd15": ("SD1.5", "without GAG and with it, CFG 7"),
+    "gag_03_sdxl": ("SDXL", "without GAG and with it, CFG 5"),
+    "gag_04_sdxl_lightning": ("SDXL Lightning", "4 steps, no CFG"),
+    "gag_05_flux_dev": ("Flux.1 dev", "without GAG and with it"),
+    "gag_06_flux_kontext": ("Flux.1 Kontext", "change a picture by words"),
+    "gag_07_qwen_image": ("Qwen-Image", "CFG 4"),
+    "gag_08_z_image_turbo": ("Z-Image Turbo", "8 steps, no CFG"),
+    "gag_09_wan_t2v": ("Wan", "text to video"),
+    "gag_10_nag_flux_schnell": ("GAG and NAG", "a negative prompt at CFG 1"),
+}
 
 
 def main() -> int:
-    """Draw the thumbnails of the given workflows."""
-    parser = argparse.ArgumentParser(description="Draw workflows/NAME.jpg of workflows/NAME.json.")
-    parser.add_argument("names", nargs="+", metavar="NAME")
-    names = parser.parse_args().names
-    if missing := what_is_missing():
-        print(f"thumbnails: {missing}")
-        return 1
-    with ComfyServer(cpu=True) as server, front_end(server, WIDTH, HEIGHT) as opened:
-        opened.page.add_style_tag(content=ONLY_THE_GRAPH)
-        for name in names:
-            path = ROOT / "workflows" / f"{name}.json"
-            opened.load(json.loads(path.read_text(encoding="utf-8")))
-            opened.page.wait_for_timeout(1500)
-            opened.evaluate(FIT, [WIDTH, HEIGHT, MARGIN])
-            opened.page.wait_for_timeout(800)
-            shot = Image.open(io.BytesIO(opened.page.screenshot()))
-            picture = shot.convert("RGB").resize((WIDTH // 2, HEIGHT // 2), Image.Resampling.LANCZOS)
-            picture.save(path.with_suffix(".jpg"), quality=85, optimize=True)
-            print(f"thumbnails: {name}.jpg")
+    """Draw all cards."""
+    argparse.ArgumentParser(description="Draw the thumbnails of the workflows for large models.").parse_args()
+    for name, (title, line) in CARDS.items():
+        card(title, line).save(ROOT / "workflows" / f"{name}.jpg", quality=88, optimize=True)
+        print(f"thumbnails: wrote workflows/{name}.jpg")
     return 0
+
+
+def card(title: str, line: str) -> Image.Image:
+    """Return a card with a title, a line below it, and the pack's icon."""
+    picture = Image.new("RGB", (WIDTH, HEIGHT), GROUND)
+    draw = ImageDraw.Draw(picture)
+    icon = Image.open(ROOT / "assets" / "icon.png").convert("RGB")
+    icon = icon.resize((ICON_SIZE, ICON_SIZE), Image.Resampling.LANCZOS)
+    picture.paste(icon, (WIDTH - MARGIN - ICON_SIZE, MARGIN))
+    draw.text((MARGIN, MARGIN), "GAG", fill=SPARSE, font=ImageFont.load_default(44))
+    draw.line((MARGIN, HEIGHT - 65, WIDTH - MARGIN, HEIGHT - 65), fill=FAINT, width=2)
+    size = 76
+    while ImageFont.load_default(size).getlength(title) > WIDTH - 2 * MARGIN:
+        size -= 2
+    draw.text((MARGIN, HEIGHT - 185), title, fill=GUIDED, font=ImageFont.load_default(size))
+    draw.text((MARGIN, HEIGHT - 52), line, fill=DENSE, font=ImageFont.load_default(26))
+    return picture
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from comfy_server import ComfyServer, Json
 from extension import HELPERS, STEPS, Extension
 
 ROOT = Path(__file__).resolve().parents[2]
-PROBE: Json = json.loads((ROOT / "workflows" / "gag_demo_probe.json").read_text(encoding="utf-8"))
+PROBE: Json = json.loads((ROOT / "workflows" / "gag_12_probe.json").read_text(encoding="utf-8"))
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 CLOSED = "() => gagApi.socket?.readyState !== WebSocket.OPEN"
 # True if the line of a series has so many points.

@@ -19,7 +19,7 @@ from comfy_server import Json
 from extension import HELPERS, Extension
 
 ROOT = Path(__file__).resolve().parents[2]
-PROBE: Json = json.loads((ROOT / "workflows" / "gag_demo_probe.json").read_text(encoding="utf-8"))
+PROBE: Json = json.loads((ROOT / "workflows" / "gag_12_probe.json").read_text(encoding="utf-8"))
 IMAGE = "<img src=x onerror=window.__pwned=1>"
 LINK = "[[x|javascript:window.__pwned=1]]"
 MARKUP = IMAGE + LINK

@@ -76,9 +76,10 @@ def test_commands_of_dev_py_have_modules() -> None:
 
 @every_page
 def test_templates_that_a_page_names_exist(page: Path) -> None:
-    for name in re.findall(r"\bgag_(?!core)\w+\b", page.read_text(encoding="utf-8")):
-        if name.startswith("gag_demo") or "template" in page.read_text(encoding="utf-8"):
-            assert (ROOT / "workflows" / f"{name}.json").exists(), f"{page.name}: {name}"
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"\*\*gag_(?!\d)\w+", text), f"{page.name} names a template without its number"
+    for name in re.findall(r"\bgag_\d\w+\b", text):
+        assert (ROOT / "workflows" / f"{name}.json").exists(), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize(

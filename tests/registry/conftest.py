@@ -146,7 +146,7 @@ def smoke_test() -> Callable[[ComfyServer, Path, str], None]:
     def run(server: ComfyServer, pack: Path, folder: str) -> None:
         object_info = server.object_info()
         assert sorted(schemas.of_pack(object_info, folder)) == sorted(schemas.read())
-        workflow = json.loads((pack / "workflows" / "gag_demo.json").read_text(encoding="utf-8"))
+        workflow = json.loads((pack / "workflows" / "gag_01_demo.json").read_text(encoding="utf-8"))
         result = server.run(to_api(workflow, object_info), workflow)
         assert result.status == "success", result.error
         assert server.images(result)

@@ -23,7 +23,7 @@ WANTED = re.compile(
     r"|workflows/\w+\.(json|jpg)"
     r"|docs/[\w-]+\.(md|png|jpg)|assets/demo\w*\.(safetensors|sha256)|assets/demo\w*\.png|assets/evidence/[\w-]+\.png"
 )
-NEEDED = ("__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "workflows/gag_demo.json")
+NEEDED = ("__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "workflows/gag_01_demo.json")
 MOST_BYTES = 20e6
 
 

@@ -25,16 +25,16 @@ WORKFLOWS = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.jso
 BYPASSED = 4
 # Workflows whose models have stand-ins, and the number of guided attentions of each GAG node.
 RUN = {
-    "gag_sd15": [3],
-    "gag_sdxl": [21],
-    "gag_sdxl_lightning": [21],
-    "gag_sdxl_controlnet": [21],
-    "gag_wan22_t2v": [2, 2],
+    "gag_02_sd15": [3],
+    "gag_03_sdxl": [21],
+    "gag_04_sdxl_lightning": [21],
+    "gag_09_wan_t2v": [2],
 }
 # The other workflows. Those of the demo model need no files.
-CHECKED = [name for name in WORKFLOWS if name not in RUN and not name.startswith("gag_demo")]
+DEMOS = ("gag_01_demo", "gag_11_sweep", "gag_12_probe")
+CHECKED = [name for name in WORKFLOWS if name not in RUN and name not in DEMOS]
 # Sizes and lengths that are small enough for a test.
-SMALL = {"width": 128, "height": 128, "length": 5, "steps": 6, "end_at_step": 3, "start_at_step": 3}
+SMALL = {"width": 128, "height": 128, "length": 5, "steps": 6}
 LOADERS = ("CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader")
 
 
@@ -68,13 +68,16 @@ def test_a_workflow_runs_and_is_guided(name: str, server: ComfyServer, object_in
     counts = [report.fullmatch(text) for text in texts]
     assert [(int(count[1]), int(count[2])) for count in counts if count] == [(n, n) for n in RUN[name]], texts
     guided_calls, all_calls = (sum(int(count[part]) for count in counts if count) for part in (3, 4))
-    assert guided_calls == all_calls > 0, texts
+    assert 0 < guided_calls <= all_calls, texts  # beside CFG the first steps are not guided
     assert "lora key not loaded" not in server.log()
     first, second = _frames(server, guided), _frames(server, plain)
     assert first and len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
+    for one in first:
         assert max(one) - min(one) > 16, "the picture is empty"
-        assert one != other, "guidance changed nothing"
+    changed = [one != other for one, other in zip(first, second, strict=True)]
+    samplers = sum(node["type"] == "KSampler" for node in _load(WORKFLOWS[name])["nodes"])
+    # With two samplers, one makes the picture without GAG.
+    assert sorted(changed) == ([False, True] if samplers == 2 else [True] * len(changed)), "guidance changed nothing"
 
 
 @pytest.mark.parametrize("name", CHECKED)
@@ -106,8 +109,7 @@ def _small(graph: Json) -> Json:
     graph = copy.deepcopy(graph)
     for index, node in enumerate(graph.values()):
         for name, value in node["inputs"].items():
-            # In KSamplerAdvanced 10000 means to the end, and 0 from the start.
-            if name in SMALL and not isinstance(value, list) and value not in (0, 10000):
+            if name in SMALL and not isinstance(value, list):
                 node["inputs"][name] = SMALL[name]
         if node["class_type"] == "CLIPTextEncode" and graph[node["inputs"]["clip"][0]]["class_type"] == "CLIPLoader":
             node.update(class_type="RandomPrompt", inputs={"seed": index, "tokens": 16, "width": 4096})

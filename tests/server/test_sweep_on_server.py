@@ -50,13 +50,15 @@ def texts(result: RunResult, node: str) -> list[str]:
 
 
 def test_one_run_makes_all_pictures_and_each_equals_one_set_by_hand(server: ComfyServer, object_info: Json) -> None:
-    graph = workflow("gag_demo_sweep", object_info)
+    graph = workflow("gag_11_sweep", object_info)
     sweep, sampler, decode = (id_of(graph, node_type) for node_type in ("GAGSweep", "KSampler", "VAEDecode"))
     graph[sweep]["inputs"].update(
         field="guidance_scale", values="2, 10", field_2="orthogonal_scale", values_2="0, 1", include_off=True
     )
     # GAG (advanced) sets the same by hand below.
-    graph[id_of(graph, "GAGuidance")]["inputs"].update(preset="paper", strength=1.0)
+    inputs = {"model": graph[sweep]["inputs"]["model"], "preset": "paper", "strength": 1.0}
+    graph["gag"] = {"class_type": "GAGuidance", "inputs": inputs}
+    graph[sweep]["inputs"]["model"] = ["gag", 0]
     paper = {"rule": "gag", "norm_threshold": 15.0, "norm_mode": "absolute", "adapt_to_cfg": False}
     with_each = copy.deepcopy(graph)
     # Save each picture of the sampler beside the grid.
@@ -115,15 +117,16 @@ def corner_of(grid: Image.Image, picture: Image.Image) -> tuple[int, int]:
 
 
 def test_the_workflow_of_a_sweep_makes_its_grid(server: ComfyServer, object_info: Json) -> None:
-    graph = workflow("gag_demo_sweep", object_info)
+    graph = workflow("gag_11_sweep", object_info)
     result = server.run(graph)
     (grid,) = pictures(server, result)
     assert grid.width > 1000 and grid.height > 1000
-    assert len(texts(result, id_of(graph, "GAGSweep"))) == 9
+    (values,) = (node["inputs"]["values"] for node in graph.values() if node["class_type"] == "GAGSweep")
+    assert len(texts(result, id_of(graph, "GAGSweep"))) == len(values.split(","))
 
 
 def test_each_picture_of_a_sweep_has_its_report(server: ComfyServer, object_info: Json) -> None:
-    graph = workflow("gag_demo_sweep", object_info)
+    graph = workflow("gag_11_sweep", object_info)
     sweep = graph[id_of(graph, "GAGSweep")]["inputs"]
     graph["probe"] = {"class_type": "GAGProbe", "inputs": {"model": sweep["model"], "words": ""}}
     sweep.update(model=["probe", 0], field="strength", values="0.5, 1, 2", field_2="none", include_off=True)
@@ -141,47 +144,40 @@ def test_each_picture_of_a_sweep_has_its_report(server: ComfyServer, object_info
         assert set(data["strengths"]) == {strength}
 
 
-def test_the_workflow_of_a_schedule_shows_its_curve_and_counts_the_steps(
-    server: ComfyServer, object_info: Json
-) -> None:
-    graph = workflow("gag_demo_schedule", object_info)
-    result = server.run(graph)
-    assert result.status == "success", result.error
-    schedule = id_of(graph, "GAGSchedule")
-    (shown,) = result.outputs[schedule]["images"]
-    assert shown["type"] == "temp"
-    (guided,) = (
-        node_id
-        for node_id, node in graph.items()
-        if node["class_type"] == "GAGuidance" and "schedule" in node["inputs"]
-    )
-    # The steps are at 0, 1/3, 2/3 and 1 of the run; from 0.6 on the factor is 0.
-    assert texts(result, guided) == ["Guided 4 of 4 attentions in 2 of 4 calls."]
-
-
-def test_a_schedule_of_0_gives_the_picture_without_gag_and_the_node_says_so(
-    server: ComfyServer, object_info: Json
-) -> None:
-    graph = workflow("gag_demo_schedule", object_info)
-    graph[id_of(graph, "GAGSchedule")]["inputs"].update(kind="constant", end_value=0.0)
-    (scheduled,) = (
-        node_id
-        for node_id, node in graph.items()
-        if node["class_type"] == "GAGuidance" and "schedule" in node["inputs"]
-    )
-    (other,) = (
-        node_id for node_id, node in graph.items() if node["class_type"] == "GAGuidance" and node_id != scheduled
-    )
-    graph[other]["inputs"]["strength"] = 0.0
+@pytest.fixture
+def scheduled(object_info: Json) -> Json:
+    """The demo workflow, with a schedule for its GAG node and an unused seed for both samplers."""
+    graph = workflow("gag_01_demo", object_info)
+    inputs = {"kind": "linear", "over": "steps", "start_value": 1.0, "end_value": 0.0, "start": 0.0, "end": 0.6}
+    graph["schedule"] = {"class_type": "GAGSchedule", "inputs": inputs}
+    graph[id_of(graph, "GAGuidance")]["inputs"].update(preset="no CFG", schedule=["schedule", 0])
     seed = next(_seeds)
     for node in graph.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["seed"] = seed
-    result = server.run(graph)
-    assert texts(result, scheduled) == ["Nothing guided: its schedule is 0."]
+    return graph
+
+
+def test_a_schedule_shows_its_curve_and_counts_the_steps(server: ComfyServer, scheduled: Json) -> None:
+    result = server.run(scheduled)
+    assert result.status == "success", result.error
+    (shown,) = result.outputs["schedule"]["images"]
+    assert shown["type"] == "temp"
+    # The steps are at 0, 1/3, 2/3 and 1 of the run; from 0.6 on the factor is 0.
+    assert texts(result, id_of(scheduled, "GAGuidance")) == ["Guided 4 of 4 attentions in 2 of 4 calls."]
+
+
+def test_a_schedule_of_0_gives_the_picture_without_gag_and_the_node_says_so(
+    server: ComfyServer, scheduled: Json
+) -> None:
+    scheduled["schedule"]["inputs"].update(kind="constant", end_value=0.0)
+    result = server.run(scheduled)
+    assert texts(result, id_of(scheduled, "GAGuidance")) == ["Nothing guided: its schedule is 0."]
     assert "GAG guided nothing in this run: its schedule is 0 in all steps of the run." in server.log()
     saved = [
-        output["images"] for node_id, output in result.outputs.items() if graph[node_id]["class_type"] == "SaveImage"
+        output["images"]
+        for node_id, output in result.outputs.items()
+        if scheduled[node_id]["class_type"] == "SaveImage"
     ]
     assert len(saved) == 2
     plain, off = (pictures_of(server, images) for images in saved)
@@ -194,7 +190,7 @@ def pictures_of(server: ComfyServer, images: list[Json]) -> list[bytes]:
 
 
 def test_bad_values_give_an_error_of_one_sentence_on_the_node(server: ComfyServer, object_info: Json) -> None:
-    graph = workflow("gag_demo_sweep", object_info)
+    graph = workflow("gag_11_sweep", object_info)
     sweep = id_of(graph, "GAGSweep")
     graph[sweep]["inputs"]["values"] = "1, two"
     result = server.run(graph)

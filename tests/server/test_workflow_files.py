@@ -8,6 +8,7 @@ import http.client
 import io
 import itertools
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,16 @@ from comfy_server import ComfyServer, Json, RunResult, to_api
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-DEMO = ROOT / "workflows" / "gag_demo.json"
+DEMO = ROOT / "workflows" / "gag_01_demo.json"
+DEMOS = ("gag_01_demo", "gag_11_sweep", "gag_12_probe")  # these run with the demo model, the others with large ones
 CATEGORIES = ("GAG/", "model/patch/GAG")
 GUIDANCE = ("GAGuidance", "GAGuidanceAdvanced", "GAGAnderson", "GAGSweep")
 NOTES = ("Note", "MarkdownNote")  # known to the front end only
 # First tested release of ComfyUI that has all nodes and the model of a workflow. The workflow's note names it too. The
 # other workflows run in every release that the pack supports.
 SINCE = {
-    "gag_and_nag_flux_schnell": "0.20.0",
-    "gag_flux2_dev": "0.3.75",
-    "gag_flux2_klein": "0.12.3",
-    "gag_z_image_turbo": "0.3.75",
+    "gag_08_z_image_turbo": "0.3.75",
+    "gag_10_nag_flux_schnell": "0.20.0",
 }
 # Folder of the files that each input of a loader offers.
 FOLDERS = {
@@ -44,6 +44,11 @@ FOLDERS = {
 }
 IN_COMFYUI = {"image": "example.png"}  # files that ComfyUI's input folder has from the start
 TITLE_HEIGHT = 30
+MOST_WORKFLOWS = 12
+MOST_WIDTH, MOST_HEIGHT = 1400, 900  # of a graph, so that it can be read on a laptop's screen
+OPEN_PANEL = 200  # height that a chart adds to a GAG node
+# Of the front end: the first slot's distance from the top, the distance of slots, and that of widgets.
+FIRST_SLOT, SLOT, WIDGET = 14, 20, 24
 BYPASSED = 4
 SEED = 20260302  # unused in other tests, so that every node runs
 
@@ -63,29 +68,26 @@ def pack_folder(object_info: Json) -> str:
 
 def test_the_list_of_workflows_is_complete() -> None:
     assert [path.stem for path in WORKFLOWS] == [
-        "gag_and_nag_flux_schnell",
-        "gag_demo",
-        "gag_demo_anderson",
-        "gag_demo_compare",
-        "gag_demo_few_step",
-        "gag_demo_probe",
-        "gag_demo_schedule",
-        "gag_demo_score",
-        "gag_demo_sweep",
-        "gag_demo_transformer",
-        "gag_flux2_dev",
-        "gag_flux2_klein",
-        "gag_flux_dev",
-        "gag_flux_kontext",
-        "gag_flux_schnell",
-        "gag_qwen_image",
-        "gag_sd15",
-        "gag_sdxl",
-        "gag_sdxl_controlnet",
-        "gag_sdxl_lightning",
-        "gag_wan22_t2v",
-        "gag_z_image_turbo",
+        "gag_01_demo",
+        "gag_02_sd15",
+        "gag_03_sdxl",
+        "gag_04_sdxl_lightning",
+        "gag_05_flux_dev",
+        "gag_06_flux_kontext",
+        "gag_07_qwen_image",
+        "gag_08_z_image_turbo",
+        "gag_09_wan_t2v",
+        "gag_10_nag_flux_schnell",
+        "gag_11_sweep",
+        "gag_12_probe",
     ]
+
+
+def test_templates_are_few_and_numbered_in_the_order_in_which_to_read_them() -> None:
+    """The server lists a folder in the order of the disk, and the front end sorts by name if asked to."""
+    assert len(WORKFLOWS) <= MOST_WORKFLOWS
+    numbers = [path.stem.split("_")[1] for path in WORKFLOWS]
+    assert numbers == [f"{index:02}" for index in range(1, len(WORKFLOWS) + 1)]
 
 
 @every_workflow
@@ -132,23 +134,60 @@ def test_nodes_do_not_overlap(path: Path) -> None:
 
 
 @every_workflow
+def test_a_workflow_fits_on_a_screen(path: Path) -> None:
+    boxes = [_box(node) for node in _load(path)["nodes"]]
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    assert max(rights) - min(lefts) <= MOST_WIDTH
+    assert max(bottoms) - min(tops) <= MOST_HEIGHT
+
+
+@every_workflow
+def test_below_a_gag_node_is_room_for_its_chart(path: Path) -> None:
+    nodes = _load(path)["nodes"]
+    for gag in nodes:
+        if gag["type"] in ("GAGuidance", "GAGuidanceAdvanced"):
+            left, _, right, bottom = _box(gag)
+            for other in nodes:
+                other_left, top, other_right, _ = _box(other)
+                beside = other_right <= left or other_left >= right
+                assert other is gag or beside or not bottom <= top < bottom + OPEN_PANEL, other["type"]
+
+
+@every_workflow
+def test_links_run_to_the_right_and_behind_no_node(path: Path) -> None:
+    workflow = _load(path)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for _, source, slot, target, index, _ in workflow["links"]:
+        curve = _curve(nodes[source], slot, nodes[target], index)
+        name = f"{nodes[source]['type']} ({source}) to {nodes[target]['type']} ({target})"
+        assert curve[0][0] < curve[-1][0], name
+        for node in nodes.values():
+            assert not any(_is_inside(point, _box(node)) for point in curve), f"{name} behind {node['type']}"
+
+
+@every_workflow
 def test_a_note_explains_the_workflow(path: Path) -> None:
-    text = "".join(node["widgets_values"][0] for node in _load(path)["nodes"] if node["type"] in NOTES)
+    text = _notes(path)
     assert "GAG" in text
     if path.stem in SINCE:
         assert "or later" in text, "the note does not say which ComfyUI it needs"
 
 
 @every_workflow
+def test_notes_can_be_read_in_every_front_end(path: Path) -> None:
+    """Front ends with Vue nodes show inline code in a colour that cannot be read on a note."""
+    assert "`" not in _notes(path)
+    assert "| --- |" not in _notes(path)
+
+
+@every_workflow
 def test_the_note_names_every_model_file(path: Path) -> None:
-    nodes = _load(path)["nodes"]
-    text = "".join(node["widgets_values"][0] for node in nodes if node["type"] in NOTES)
-    for model in (model for node in nodes for model in _models(node)):
-        if model["directory"] == "checkpoints" and "| file |" not in text:
-            assert "`models/checkpoints`" in text
-        else:
-            assert f"`{model['name']}`" in text
-            assert f"`{model['directory']}`" in text
+    text = _notes(path)
+    for model in (model for node in _load(path)["nodes"] for model in _models(node)):
+        if model["directory"] == "checkpoints" and "**models/checkpoints**" in text:
+            continue
+        assert f"**{model['name']}**" in text
+        assert f" in {model['directory']}" in text
 
 
 @every_workflow
@@ -195,8 +234,9 @@ def test_gag_is_between_loader_and_sampler(path: Path, server: ComfyServer, obje
             above.append(node["class_type"])
         guided.append(any(node_type in GUIDANCE for node_type in above[:-1]))
         assert above[-1] not in GUIDANCE
-    # The demos may compare with a sampler without guidance.
-    assert any(guided) if path.stem.startswith("gag_demo") else guided and all(guided)
+    # Some compare with a sampler without guidance.
+    assert any(guided)
+    assert all(guided) or len(guided) == 2
 
 
 @every_workflow
@@ -238,24 +278,36 @@ def test_a_workflow_is_offered_as_a_template_with_a_thumbnail(
         assert _get(server, f"/api/workflow_templates/{pack_folder}/{file.name}") == file.read_bytes()
 
 
-def test_the_demo_runs_with_gag_and_with_gag_bypassed(server: ComfyServer, object_info: Json) -> None:
+@pytest.mark.parametrize("name", ["gag_01_demo", "gag_02_sd15", "gag_03_sdxl", "gag_05_flux_dev"])
+def test_pictures_without_gag_and_with_it_differ_in_guidance_alone(name: str, object_info: Json) -> None:
+    prompt = to_api(_load(ROOT / "workflows" / f"{name}.json"), object_info)
+    with_gag, without = (node["inputs"] for node in prompt.values() if node["class_type"] == "KSampler")
+    (gag,) = (node_id for node_id, node in prompt.items() if node["class_type"] == "GAGuidance")
+    assert with_gag["model"] == [gag, 0]
+    assert without == {**with_gag, "model": prompt[gag]["inputs"]["model"]}
+
+
+def test_the_demo_makes_pictures_with_gag_and_without(server: ComfyServer, object_info: Json) -> None:
     workflow = _load(DEMO)
-    (sampler,) = (node for node in workflow["nodes"] if node["type"] == "KSampler")
-    sampler["widgets_values"][0] = SEED
+    for sampler in (node for node in workflow["nodes"] if node["type"] == "KSampler"):
+        sampler["widgets_values"][0] = SEED
+    (gag,) = (node for node in workflow["nodes"] if node["type"] in GUIDANCE)
     bypassed = copy.deepcopy(workflow)
-    (gag,) = (node for node in bypassed["nodes"] if node["type"] in GUIDANCE)
-    gag["mode"] = BYPASSED
+    (other,) = (node for node in bypassed["nodes"] if node["id"] == gag["id"])
+    other["mode"] = BYPASSED
 
     guided_pictures, guided_run = _pictures_of_run(server, workflow, object_info)
     plain_pictures, plain_run = _pictures_of_run(server, bypassed, object_info)
 
-    assert len(guided_pictures) == len(plain_pictures) == 4
-    for guided, plain in zip(guided_pictures, plain_pictures, strict=True):
-        assert guided.size == plain.size
-        assert guided.tobytes() != plain.tobytes()
+    # Four pictures each; without GAG the two samplers make the same.
+    assert len(guided_pictures) == len(plain_pictures) == 8
+    counts = [Counter(picture.tobytes() for picture in found) for found in (guided_pictures, plain_pictures)]
+    assert set(counts[0].values()) == {1}
+    assert set(counts[1].values()) == {2}
+    assert len(counts[0] & counts[1]) == 4
     (text,) = _progress_texts(guided_run)
     assert text["node"] == str(gag["id"])
-    assert text["text"] == "Guided 4 of 4 attentions in 12 of 12 calls. Strength was divided by 16, because CFG is 4."
+    assert text["text"] == "Guided 4 of 4 attentions in 12 of 12 calls."
     assert not _progress_texts(plain_run)
 
 
@@ -282,6 +334,39 @@ def test_every_input_and_output_has_a_tooltip(object_info: Json) -> None:
 def _load(path: Path) -> Json:
     workflow: Json = json.loads(path.read_text(encoding="utf-8"))
     return workflow
+
+
+def _notes(path: Path) -> str:
+    return "".join(node["widgets_values"][0] for node in _load(path)["nodes"] if node["type"] in NOTES)
+
+
+def _box(node: Json) -> tuple[float, float, float, float]:
+    """Return left, top, right and bottom of a node with its title."""
+    (left, top), (width, height) = node["pos"], node["size"]
+    return left, top - TITLE_HEIGHT, left + width, top + height
+
+
+def _is_inside(point: tuple[float, float], box: tuple[float, float, float, float], margin: float = 3.0) -> bool:
+    (x, y), (left, top, right, bottom) = point, box
+    return left + margin < x < right - margin and top + margin < y < bottom - margin
+
+
+def _curve(source: Json, slot: int, target: Json, index: int) -> list[tuple[float, float]]:
+    """Return points of a link as the front end draws it: a Bezier curve that leaves and arrives horizontally."""
+    entry = target["inputs"][index]
+    sockets = [one for one in target["inputs"] if "widget" not in one]
+    if entry in sockets:
+        height = FIRST_SLOT + SLOT * sockets.index(entry)
+    else:
+        widgets = [one for one in target["inputs"] if "widget" in one]
+        height = SLOT * max(len(sockets), len(target["outputs"])) + WIDGET * widgets.index(entry) + SLOT
+    start = source["pos"][0] + source["size"][0], source["pos"][1] + FIRST_SLOT + SLOT * slot
+    end = target["pos"][0], target["pos"][1] + height
+    reach = math.dist(start, end) / 4
+    corners = [start, (start[0] + reach, start[1]), (end[0] - reach, end[1]), end]
+    shares = [[(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3] for t in (k / 40 for k in range(41))]
+    sums = [[sum(a * b[axis] for a, b in zip(share, corners, strict=True)) for axis in (0, 1)] for share in shares]
+    return [(x, y) for x, y in sums]
 
 
 def _skip_if_too_new(path: Path, server: ComfyServer, object_info: Json) -> None:

@@ -14,7 +14,7 @@ from browser import FrontEnd
 from comfy_server import Json
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO: Json = json.loads((ROOT / "workflows" / "gag_demo.json").read_text(encoding="utf-8"))
+DEMO: Json = json.loads((ROOT / "workflows" / "gag_01_demo.json").read_text(encoding="utf-8"))
 STEPS = 4
 TITLES = {"d": "down", "m": "middle", "u": "up"}
 _seeds = itertools.count(int(time.time()))

@@ -141,8 +141,7 @@ FILES: Mapping[str, Callable[[], Weights]] = {
     "checkpoints/sd_xl_base_1.0.safetensors": sdxl,
     "loras/sdxl_lightning_4step_lora.safetensors": sdxl_lora,
     "controlnet/control-lora-canny-rank256.safetensors": sdxl_control_lora,
-    "diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": lambda: wan(1),
-    "diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": lambda: wan(2),
+    "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors": lambda: wan(1),
     "vae/wan_2.1_vae.safetensors": wan_vae,
 }
 
