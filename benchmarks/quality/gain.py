@@ -77,6 +77,7 @@ def write(models: Sequence[Model], captions: int, folder: Path) -> Path:
         print(f"{model.label}: {found[model.label]}", file=sys.stderr, flush=True)
     path = folder / FILE
     before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**before, **found}, indent=1) + "\n", encoding="utf-8")
     return path
 

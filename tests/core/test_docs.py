@@ -66,6 +66,21 @@ def test_commands_of_a_page_exist(page: Path) -> None:
     )
 
 
+def test_the_figures_of_the_readme_are_those_of_the_evidence() -> None:
+    readme, evidence = ((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/evidence.md"))
+    (line,) = (line for line in readme.splitlines() if line.startswith("**It helps** without CFG"))
+    table = evidence.partition("## In short")[2].partition("\n## ")[0].splitlines()
+    for kind in ("mmdit", "unet"):
+        (row,) = (row for row in table if row.startswith(f"| {kind}, 8 steps, CFG 1 |"))
+        assert row.split("|")[4].strip().lstrip("+") in line
+    assert line.count("±") == 2
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Developing")[0]
+    assert len(text.split()) <= 700
+
+
 def test_commands_of_dev_py_have_modules() -> None:
     modules = re.findall(r'^    "\w+": "([\w.]+)",$', (ROOT / "dev.py").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert len(modules) >= 7
