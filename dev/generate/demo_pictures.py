@@ -130,8 +130,9 @@ def showing_node(prompt: Json, node_type: str, showing: set[str]) -> str:
 
 
 def thumbnail(picture: Image.Image, name: str) -> None:
-    """Save a workflow's thumbnail, small enough to be loaded with many others."""
+    """Save a workflow's thumbnail, the upper part of a high picture, small enough to be loaded with many others."""
     small = narrowed(picture, THUMBNAIL_WIDTH)
+    small = small.crop((0, 0, small.width, min(small.height, round(1.1 * small.width))))
     path = WORKFLOWS / f"{name}.jpg"
     for quality in range(90, 20, -10):
         small.save(path, quality=quality, optimize=True)
