@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import card
 from .anderson import KeySpace, retrieve_with_coefficients
@@ -289,7 +290,9 @@ def attention_with_logsumexp(
         The attention output ``[B, H, N_q, D_v]`` in the dtype of q, and the logsumexp ``[B, H, N_q]``.
     """
     bias = _additive_mask(mask, q)
-    fused = None if is_forward_mode() else _fused_attention(q, k, v, bias, scale)
+    # In forward-mode differentiation torch has no derivative of its fused attention.
+    is_forward = forward_ad._current_level >= 0
+    fused = None if is_forward else _fused_attention(q, k, v, bias, scale)
     if fused is None:
         return plain_attention(q, k, v, mask, scale), logsumexp_of_logits(q, k, mask, scale)
     if bias is None:
@@ -304,8 +307,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
     ``mask`` is None or of rank 4.
     """
     bias = _additive_mask(mask, q)
-    # In forward-mode differentiation torch has no derivative of its fused attention.
-    exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if is_forward_mode() else nullcontext()
+    is_forward = forward_ad._current_level >= 0
+    exact = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if is_forward else nullcontext()
     with exact:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out if bias is None else out.masked_fill(_unreadable(bias), 0.0)

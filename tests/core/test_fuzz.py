@@ -180,7 +180,11 @@ def error_of(call: Call, text: reference.Text, config: GuidanceConfig) -> Tensor
     size = max(float(tensor.double().abs().amax()) for tensor in (call.v, call.base) if tensor is not None)
     logits = float(reference.attention_logits(call.q, call.k, scale=call.scale).abs().amax())
     gain = (1 + abs(config.strength)) * (1 + abs(config.guidance_scale))
-    return 1e-5 * size * gain * (1 + 0.02 * logits) * (1 + ratio)
+    error = 1e-5 * size * gain * (1 + 0.02 * logits) * (1 + ratio)
+    if config.rule == "uniform" and call.q.dtype.itemsize < 4:
+        # torch's own attention gives the read-outs. In half precision it rounds values and weights to the dtype.
+        error = error + 4 * torch.finfo(call.q.dtype).eps * size * gain
+    return error
 
 
 @examples(500)
