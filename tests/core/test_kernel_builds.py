@@ -56,7 +56,8 @@ for number, card in enumerate(CARDS):
         continue
     driver = Driver(card, number, min(int(sys.argv[1]), card.shared_kib))
     driver.install()
-    launch._plan.cache_clear()  # plans keep the kernels that were compiled for them
+    for plans in (launch._plan, row._plan):
+        plans.cache_clear()  # plans keep the kernels that were compiled for them
     launch.precision_of = lambda device: "tf32x3" if card.is_nvidia else "ieee"
     for run, cases in ((launch._launch, wanted.get(card.name, [])), (row.launch, wanted_rows.get(card.name, []))):
         for keys, dim, dtype, alpha in cases:
