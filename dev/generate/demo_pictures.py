@@ -25,8 +25,8 @@ HELP_WIDTH, THUMBNAIL_WIDTH, README_WIDTH = 760, 660, 1600
 MOST_BYTES = 78_000
 # Prompts and seeds of the README's picture, chosen to show a difference. The first is the demo workflow's own.
 README_PICTURES = [
-    ("three blue circles", 1),
     ("a yellow cross below a purple square", 1),
+    ("three blue circles", 1),
     ("a white circle right of a blue triangle", 5),
 ]
 # Pictures of the help pages by workflow: the node that shows them, and a name for each; None leaves a picture out.

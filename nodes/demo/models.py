@@ -169,7 +169,7 @@ def load_demo(kind: str) -> tuple[Any, Any, Any]:
     weights = {key: value.float() for key, value in weights.items()}
     encoder = DemoTextEncoder(metadata["vocabulary"].split(" "))
     encoder.load_state_dict(comfy.utils.state_dict_prefix_replace(weights, {"text.": ""}, filter_keys=True))
-    encoder.eval().requires_grad_(False)
+    encoder.train(False).requires_grad_(False)
     name = "unet" if any(key.startswith("unet.") for key in weights) else "mmdit"
     return load_in_host(name, weights), demo_clip(encoder), _vae()
 
@@ -177,7 +177,7 @@ def load_demo(kind: str) -> tuple[Any, Any, Any]:
 def _vae() -> Any:
     """Return ComfyUI's VAE of pixel space, with blocks of pixels in the place of pixels."""
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
-    vae.first_stage_model = BlockVAE().to(vae.vae_dtype).eval()
+    vae.first_stage_model = BlockVAE().to(vae.vae_dtype).train(False)
     vae.downscale_ratio = vae.upscale_ratio = PIXELS_PER_VALUE
     return vae
 

@@ -37,7 +37,9 @@ def test_a_chart_gets_messages_only_while_it_is_open(extension: Extension) -> No
     series = extension.page.evaluate("async () => (await (await fetch('/gag/setup')).json()).series")
     for name in (one["name"] for one in series):
         extension.page.wait(POINTS, ["GAGuidance", name, STEPS])
-    shown = extension.page.evaluate("() => gagPanel('GAGuidance').querySelector('.gag-chart').textContent")
+    shown = extension.page.evaluate(
+        "() => [...gagPanel('GAGuidance').querySelectorAll('span.gag-series')].map(one => one.textContent).join()"
+    )
     assert shown.count("%") == [one["unit"] for one in series].count("%")
     extension.wait_fit("GAGuidance")
     count = extension.count("gag.chart")
@@ -178,7 +180,7 @@ def test_an_open_chart_covers_no_other_node(extension: Extension) -> None:
     extension.wait_fit(node)
     (before,) = (box for box in extension.page.evaluate(BOXES) if box[0] == node)
     extension.page.evaluate("""() => {
-        const below = window.LiteGraph.createNode("GAGDemoPrompt"), { pos, size } = gagNode("GAGuidance");
+        const below = window.LiteGraph.createNode("CLIPTextEncode"), { pos, size } = gagNode("GAGuidance");
         below.pos = [pos[0] + 20, pos[1] + size[1] + 40];
         window.app.graph.add(below);
     }""")

@@ -81,7 +81,7 @@ def test_every_input_and_output_has_a_tooltip_and_is_on_the_help_page() -> None:
 def test_the_advanced_node_does_not_offer_the_rule_anderson() -> None:
     """The node lacks the settings of that rule."""
     (rule,) = (item for item in host.NODES["GAGuidanceAdvanced"].GET_SCHEMA().inputs if item.id == "rule")
-    assert rule.options == ["gag", "pladis"]
+    assert rule.options == ["gag", "uniform", "pladis"]
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -235,7 +235,7 @@ def test_guidance_works_in_half_precision(name: str, dtype: torch.dtype) -> None
 
 def test_the_later_of_two_nodes_acts() -> None:
     model = host.build_model("sd15")
-    (gag,) = host.run_node("GAGuidance", model=model)
+    gag = host.guide(model, "paper")
     assert torch.equal(host.sample(guided(gag), "sd15"), host.sample(guided(model), "sd15"))
-    (gag_last,) = host.run_node("GAGuidance", model=guided(model))
+    gag_last = host.guide(guided(model), "paper")
     assert torch.equal(host.sample(gag_last, "sd15"), host.sample(gag, "sd15"))
