@@ -226,7 +226,7 @@ class Nodes:
             found["loader"] = found["subject"]
             found["subject"] = self.node("GAGuidance")
         if node_type in ("GAGGrid", "GAGScore"):
-            found["picture"] = self.node("EmptyImage", width=32, height=32)
+            found["picture"] = self.node("EmptyImage", width=256, height=256)  # the size of the demo model
         if node_type == "GAGReport":
             found["probe"] = self.node("GAGProbe", words="")
             found["sampler"]["inputs"]["model"] = ["probe", 0]
