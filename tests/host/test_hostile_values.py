@@ -116,9 +116,9 @@ def good(node: str) -> dict[str, Any]:
         found |= {"probe": measured_probe(), "images": torch.rand(1, 8, 8, 3)}
     if node == "GAGScore":
         found |= {
-            "images": [torch.rand(2, 32, 32, 3)],
+            "images": [torch.rand(2, 256, 256, 3)],
             "prompt": ["a red circle"],
-            "text_encoder": [built()["encoder"]],
+            "clip": [built()["clip"]],
         }
     if node == "GAGGrid":
         found |= {"images": [torch.rand(1, 8, 8, 3)], "columns": [0]}

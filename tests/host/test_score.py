@@ -276,7 +276,7 @@ def test_every_attribute_of_the_prompt_counts(encoder: Any) -> None:
         ({"prompt": "a red"}, "prompt must describe one to three kinds of shapes, .* got 'a red'."),
         (
             {"clip_vision": "a"},
-            "GAG Score checks the demo model's pictures without clip_vision; disconnect clip_vision.",
+            "GAG Score needs no clip_vision with the clip of GAG Demo, got both; disconnect clip_vision.",
         ),
     ],
 )
