@@ -129,7 +129,9 @@ def _measure(clip_vision: Any, clip: Any) -> Measure:
     """
     if (encoder := encoder_of(clip)) is not None:
         if clip_vision is not None:
-            raise ValueError("GAG Score needs no clip_vision with the clip of GAG Demo, got both; disconnect clip_vision.")
+            raise ValueError(
+                "GAG Score needs no clip_vision with the clip of GAG Demo, got both; disconnect clip_vision."
+            )
         return DemoMeasure(encoder)
     if clip_vision is None or clip is None:
         missing = [name for name, given in (("clip_vision", clip_vision), ("clip", clip)) if given is None]
