@@ -96,7 +96,7 @@ def settings(draw: st.DrawFn, node: str, *, wrong: bool = True) -> dict[str, Any
         chosen["schedule"] = draw(SCHEDULES | JUNK)
     if "blocks" in chosen and wrong:
         chosen["blocks"] = draw(BLOCKS)
-    if not wrong:
+    if not wrong and "start_percent" in chosen:
         ends = sorted((chosen["start_percent"], chosen["end_percent"]))
         chosen["start_percent"], chosen["end_percent"] = ends
     return chosen
