@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import pack
-from benchmarks.quality.methods import BASELINE, GAIN, METHODS, SHARPER, SPARSE, Method, applied
+from benchmarks.quality.methods import AUTO, BASELINE, GAIN, METHODS, SHARPER, SPARSE, UNIFORM, Method, applied
 from benchmarks.quality.statistics import mean
 from benchmarks.speed import machine
 from benchmarks.speed.steps import start_host
@@ -42,8 +42,10 @@ COMPARED = tuple(
     method
     for method in METHODS
     if method is BASELINE
-    or method.family.startswith("preset ")
-    or (method.family, method.setting) in ((SPARSE, "alpha 1.5"), (SHARPER, "temperature 0.7"), (GAIN, "g 0.5"))
+    # The preset auto rests beside CFG, so its rule takes its place.
+    or (method.family.startswith("preset ") and method.family != f"preset {AUTO}")
+    or (method.family, method.setting)
+    in ((SPARSE, "alpha 1.5"), (SHARPER, "temperature 0.7"), (GAIN, "g 0.5"), (UNIFORM, "scale 0.5"))
 )
 
 

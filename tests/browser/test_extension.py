@@ -97,7 +97,6 @@ def test_the_line_says_what_the_last_run_did_and_is_grey_once_that_is_no_longer_
     extension.wait_status(node, "")
     extension.click(node, "chart")
     extension.wait_text(node, note, "Queue a run: it draws a point for each step.")
-    extension.set_field(node, "start_percent", 0)
     extension.run()
     extension.wait_guided(node)
     told = extension.page.evaluate("() => gagSeen['gag.status'].at(-1).text")
@@ -105,7 +104,7 @@ def test_the_line_says_what_the_last_run_did_and_is_grey_once_that_is_no_longer_
     extension.set_field(node, "strength", 0.5)
     extension.wait_status(node, told, old=True)
     extension.page.wait("() => gagPanel('GAGuidance').querySelector('.gag-chart.gag-old') !== null")
-    extension.set_field(node, "strength", 0.25)
+    extension.set_field(node, "strength", 1)
     extension.wait_status(node, told)
     for mode, text in ((4, "Bypassed: does nothing."), (2, "Muted: does not run.")):
         extension.page.evaluate("mode => { gagNode('GAGuidance').mode = mode; }", mode)

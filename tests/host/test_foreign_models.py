@@ -91,13 +91,12 @@ def test_a_model_whose_attention_no_node_can_reach_is_refused_by_name(case: str,
     assert str(error.value) == f"GAG cannot guide {title}: {reason}, or take the GAG node out of this workflow."
 
 
-def test_a_model_that_torch_compile_made_is_guided_as_it_is_without_it(
-    node_texts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_torch_compile_made_is_guided_as_it_is_without_it(node_texts: list[str]) -> None:
     """Its class is torch's, and the original is inside. Here it runs untraced; test_composition.py traces models."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     model = host.build_model("flux")
-    compiled, plain = (host.sample(guided(one), "flux", steps=1) for one in (foreign.compiled(model), model))
+    # Not by monkeypatch: it would delete the setting from torch's settings afterwards.
+    with torch._dynamo.config.patch(disable=True):
+        compiled, plain = (host.sample(guided(one), "flux", steps=1) for one in (foreign.compiled(model), model))
     assert torch.equal(compiled, plain)
     assert node_texts == ["Guided 5 of 5 attentions in 1 of 1 calls."] * 2
 

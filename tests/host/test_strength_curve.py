@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -335,7 +336,7 @@ def test_the_model_gets_the_reference_output_at_each_steps_strength(name: str) -
     with record_calls(model) as calls:
         host.sample(model, name, steps=4, cfg=1.0, callback=lambda *_: step_ends.append(len(calls)))
     for step, factor in enumerate(factors):
-        config = type(PRESETS["paper"])(**{**vars(PRESETS["paper"]), "strength": factor})
+        config = dataclasses.replace(PRESETS["paper"].config, strength=factor)
         part = calls[step_ends[step] : step_ends[step + 1]]
         text = [c for c in part if name == "flux" or (c.module.endswith("attn2") and ".middle_block" not in c.module)]
         assert text

@@ -65,7 +65,7 @@ def test_published_files_get_the_repositorys_address() -> None:
     with_placeholder = {
         path.name for path in ROOT.glob("*.*") if path.suffix in (".md", ".toml") and _has_placeholder(path)
     }
-    (replaced,) = re.findall(r"sed -i .*REPOSITORY.* (\S+ \S+)$", PUBLISH.read_text(encoding="utf-8"), re.MULTILINE)
+    (replaced,) = re.findall(r'sed -i "[^"]*REPOSITORY[^"]*" (.*)$', PUBLISH.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(replaced.split()) == with_placeholder
 
 
