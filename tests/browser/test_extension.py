@@ -629,12 +629,13 @@ def test_a_picture_brings_its_workflow_back(page: FrontEnd, server: ComfyServer)
         gagApi.addEventListener("executed", ({ detail }) => window.gagPictures.push(...detail.output.images ?? []));
     }""")
     extension.run()
-    page.wait("() => window.gagPictures.some(picture => picture.type === 'output')")
+    page.wait("() => window.gagPictures.some(picture => picture.filename.startsWith('GAG_demo_with_'))")
     state = "() => window.app.graph.serialize().nodes.map(node => [node.id, node.type, node.widgets_values])"
     before = page.evaluate(state)
     page.evaluate("() => { window.app.graph.clear(); }")
     page.evaluate("""async () => {
-        const picture = window.gagPictures.find(picture => picture.type === "output");
+        // The pictures without GAG may be those of an earlier run, with its workflow.
+        const picture = window.gagPictures.find(picture => picture.filename.startsWith("GAG_demo_with_"));
         const data = await (await fetch("/view?" + new URLSearchParams(picture))).blob();
         const dataTransfer = new DataTransfer();
         dataTransfer.items.add(new File([data], picture.filename, { type: "image/png" }));
