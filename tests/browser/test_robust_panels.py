@@ -75,7 +75,7 @@ def test_names_that_every_object_has(extension: Extension, server: ComfyServer) 
         points = {node: [[0, *([0.5] * len(NAMES))]], "__proto__": [[0, *([0.5] * len(NAMES))]]}
         send(extension, "gag.chart", json.dumps({"run": 1, "steps": 2, "series": series, "points": points}))
         extension.page.wait(COUNT, ["polyline", len(NAMES)])
-        status = {"node": node, "guided": 0, "inputs": {}}
+        status = {"node": node, "guided": 0, "inputs": {"model": None}}
         named = (("why_range", f"no step within {MARKUP} to 1"), ("why_other_code", f"the blocks run code of {MARKUP}"))
         for why, shown in named:
             values = {"why": why, "start": MARKUP, "end": "1", "found": MARKUP}
