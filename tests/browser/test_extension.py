@@ -134,9 +134,9 @@ def test_the_line_says_what_the_last_run_did_and_is_grey_once_that_is_no_longer_
     time.sleep(3)  # time for the panel to ask about the run
     extension.wait_status(node, "Nothing guided: strength is 0.")
     extension.set_field(node, "strength", 1)
-    extension.set_field(node, "start_percent", 1)
+    extension.set_field("KSampler", "cfg", 4)
     extension.run()
-    extension.wait_status(node, "Nothing guided: no step within 1 to 1.")
+    extension.wait_status(node, "Nothing guided: it rests beside CFG 4.")
 
 
 def test_probe_and_report_can_be_read_after_the_job(extension: Extension) -> None:
