@@ -71,7 +71,7 @@ def cfg_of(guider: Any) -> float:
 def cfg_factor(cfg: float) -> float:
     """Return the factor of the strength of guidance that rests beside CFG: 1 up to a scale of 1, 0 from 2 on.
 
-    Between the two it falls in a straight line. On the demo models, no guidance of the text attention did good beside
-    CFG of 2 and more on all of them, and on the transformers all did harm (docs/evidence.md).
+    Between the two it falls in a straight line. Beside CFG of 2 and more no guidance of the text attention did
+    measurable good on any of the demo models, and strong settings did harm (docs/evidence.md).
     """
     return min(1.0, max(0.0, 2.0 - cfg))
