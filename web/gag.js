@@ -25,8 +25,11 @@ const GUIDANCE = ["GAGuidance", "GAGuidanceAdvanced", "GAGAnderson"];
 const LINE = ["GAGProbe", "GAGSweep"];
 const TEXT = ["GAGReport", "GAGScore", "GAGCheck"];
 const WIDGET = "gag_panel";
+const TOP_WIDGET = "gag_presets";
 const REFRESH_MS = 250;
 const ROW = 24;
+/** Height of a status of two lines. */
+const STATUS_ROW = 36;
 const TEXT_HEIGHT = 110;
 /** Number of refreshes in which a node that has grown looks for room. */
 const MOST_LOOKS = 4;
@@ -125,7 +128,7 @@ function openPanels() {
   return open;
 }
 
-/** Panel at the foot of a node. */
+/** Panel at the foot of a node; GAG (advanced) has the list of presets at its top. */
 class Panel {
   /** @param {any} node */
   constructor(node) {
@@ -137,37 +140,45 @@ class Panel {
     this.grown = undefined;
     this.chart = new Chart();
     this.picker = new Picker((blocks) => this.write({ blocks }));
-    const row = element("div", { className: "gag-row" }, this.line.element);
+    const row = element("div", { className: "gag-row gag-line" }, this.line.element);
     this.content = element("div", {}, row);
-    this.element = element("div", { className: "gag-panel" }, this.content);
-    if (TEXT.includes(node.comfyClass)) row.className = "gag-text";
+    this.element = element("div", { className: "gag-panel gag-foot" }, this.content);
+    this.height = STATUS_ROW;
+    /** The row below which the chart opens. */
+    this.buttons = row;
+    if (TEXT.includes(node.comfyClass)) {
+      row.className = "gag-text";
+      this.height = TEXT_HEIGHT;
+    }
     if (node.comfyClass === "GAGuidanceAdvanced") {
-      this.presetRow = element("div", { className: "gag-row" });
-      this.content.append(this.presetRow);
+      this.top = element("div", { className: "gag-panel gag-top" });
+      addOnTop(node, this.top);
+      this.buttons = element("div", { className: "gag-row" });
+      this.content.append(this.buttons);
+      this.height += ROW;
     }
-    const buttons = this.presetRow ?? row;
-    if (GUIDANCE.includes(node.comfyClass)) {
-      this.chartButton = this.button(buttons, say("chart"), say("chart_tip"), CHART);
-    }
-    if (this.presetRow) this.pickerButton = this.button(buttons, say("blocks"), say("blocks_tip"), PICKER);
-    this.height = TEXT.includes(node.comfyClass) ? TEXT_HEIGHT : ROW * this.content.children.length;
-    const height = () => this.height;
-    // The panel is not saved: it is in neither the workflow nor the prompt, and comes after all widgets that are.
-    const options = { serialize: false, hideOnZoom: false, margin: 0, getMinHeight: height, getMaxHeight: height };
-    node.addDOMWidget(WIDGET, "gag", this.element, options).serialize = false;
+    if (GUIDANCE.includes(node.comfyClass)) this.chartButton = this.button(say("chart"), say("chart_tip"), CHART);
+    if (this.top) this.pickerButton = this.button(say("blocks"), say("blocks_tip"), PICKER);
+    addPart(node, WIDGET, this.element, () => this.height);
     // A node that Vue draws passes the wheel to the canvas by itself.
-    this.element.onwheel = (event) => {
-      if (!vueNodes()) app.canvas.processMouseWheel(event);
-    };
+    for (const part of this.parts()) {
+      part.onwheel = (event) => {
+        if (!vueNodes()) app.canvas.processMouseWheel(event);
+      };
+    }
+  }
+
+  /** Return the elements that the node shows. */
+  parts() {
+    return this.top ? [this.top, this.element] : [this.element];
   }
 
   /**
-   * @param {HTMLElement} row
    * @param {string} text
    * @param {string} title
    * @param {string} part the property of the node that says if the part is open
    */
-  button(row, text, title, part) {
+  button(text, title, part) {
     const button = element("button", { textContent: text, title });
     button.onclick = () => {
       app.canvas.emitBeforeChange?.();
@@ -180,7 +191,7 @@ class Panel {
       refresh();
       app.canvas.emitAfterChange?.();
     };
-    row.append(button);
+    this.buttons.append(button);
     return button;
   }
 
@@ -218,23 +229,26 @@ class Panel {
     const { status, run, cached = false } = this.memory;
     // Undo and a change of workflow make new nodes. Vue reuses the page's elements of the old node with the same id,
     // among them the old panel, which nothing draws any more.
-    if (vueNodes() && !this.element.isConnected && this.node.graph === app.canvas.graph) {
-      vueNode(this.node)?.querySelector(".gag-panel")?.replaceWith(this.element);
+    if (vueNodes() && this.node.graph === app.canvas.graph) {
+      for (const part of this.parts()) {
+        if (part.isConnected) continue;
+        vueNode(this.node)?.querySelector(`.${part.className.replace(" ", ".")}`)?.replaceWith(part);
+      }
     }
     this.line.draw(this.node, status, cached);
     if (this.chartButton) {
-      show(this.chartButton, this.chart.element, this.isOpen(CHART), this.presetRow ?? this.line.element.parentElement);
+      show(this.chartButton, this.chart.element, this.isOpen(CHART), this.buttons);
       const old = isEdited(this.node, status);
       if (this.isOpen(CHART)) this.chart.draw(run, setup?.series ?? NO_SERIES, this.note(), old);
     }
     if (this.pickerButton) {
-      const above = this.isOpen(CHART) ? this.chart.element : this.presetRow;
+      const above = this.isOpen(CHART) ? this.chart.element : this.buttons;
       show(this.pickerButton, this.picker.element, this.isOpen(PICKER), above);
       if (this.isOpen(PICKER)) this.picker.draw(this.memory.model, String(this.field("blocks")?.value ?? ""));
     }
-    if (this.presetRow && setup && !this.chooser) {
+    if (this.top && setup && !this.chooser) {
       this.chooser = new PresetChooser(setup.presets, this.field.bind(this), this.write.bind(this));
-      this.presetRow.prepend(this.chooser.element);
+      this.top.append(element("div", { className: "gag-row" }, this.chooser.element));
     }
     this.chooser?.draw();
     this.makeRoom();
@@ -289,6 +303,35 @@ class Panel {
     memory.moved = { from: from && isAt(node, to) ? from : [node.pos[0], node.pos[1]], to: place };
     node.pos = place;
   }
+}
+
+/**
+ * Add an element to a node, below its fields. It is not saved: it is in neither the workflow nor the prompt.
+ * @param {any} node
+ * @param {string} name
+ * @param {HTMLElement} part
+ * @param {() => number} height
+ */
+function addPart(node, name, part, height) {
+  const options = { serialize: false, hideOnZoom: false, margin: 0, getMinHeight: height, getMaxHeight: height };
+  node.addDOMWidget(name, "gag", part, options).serialize = false;
+}
+
+/**
+ * Add an element of one row above all fields of a node. Front ends up to 1.49 at least save a gap in its place, and
+ * would then load every value into the next field: the gap is taken out.
+ * @param {any} node
+ * @param {HTMLElement} part
+ */
+function addOnTop(node, part) {
+  addPart(node, TOP_WIDGET, part, () => ROW);
+  node.widgets.unshift(node.widgets.pop());
+  const onSerialize = node.onSerialize;
+  node.onSerialize = function (/** @type {any} */ saved, /** @type {any[]} */ ...rest) {
+    onSerialize?.call(this, saved, ...rest);
+    const values = saved.widgets_values;
+    if (Array.isArray(values) && values.length && !(0 in values)) values.shift();
+  };
 }
 
 /**

@@ -20,7 +20,8 @@ NAMES = ["constructor", "__proto__", "toString", "hasOwnProperty", MARKUP]
 SEND = """([kind, contents]) => {
     for (const content of contents) gagApi.dispatchEvent(new CustomEvent(kind, { detail: JSON.parse(content) }));
 }"""
-COUNT = "([selector, count]) => gagPanel('GAGuidanceAdvanced').querySelectorAll(selector).length === count"
+COUNT = """([selector, count]) => [gagPanel, gagPresets].map(part => part("GAGuidanceAdvanced"))
+    .flatMap(part => [...part.querySelectorAll(selector)]).length === count"""
 POINTS = "() => gagPanel('GAGuidanceAdvanced').querySelector('polyline')?.getAttribute('points')"
 
 

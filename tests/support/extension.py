@@ -25,6 +25,7 @@ HELPERS = """() => {
         ?? graph.nodes.reduce((found, node) => found ?? (node.subgraph && find(node.subgraph, type)), undefined);
     window.gagNode = type => find(window.app.rootGraph ?? window.app.graph, type);
     window.gagPanel = type => window.gagNode(type).widgets.find(widget => widget.name === "gag_panel").element;
+    window.gagPresets = type => window.gagNode(type).widgets.find(widget => widget.name === "gag_presets").element;
     window.gagField = (type, name) => window.gagNode(type).widgets.find(widget => widget.name === name);
     const seen = window.gagSeen = {};
     window.gagApi = window.comfyAPI.api.api;
@@ -172,7 +173,9 @@ class Extension:
 
     def choose(self, preset: str) -> None:
         """Choose a preset."""
-        self.panel("GAGuidanceAdvanced").query_selector("select").select_option(preset)
+        self.panel("GAGuidanceAdvanced")  # brings the node into sight
+        top = self.page.page.evaluate_handle("() => gagPresets('GAGuidanceAdvanced')").as_element()
+        top.query_selector("select").select_option(preset)
 
     def field(self, node: str, name: str) -> Any:
         return self.page.evaluate("([type, name]) => gagField(type, name).value", [node, name])
@@ -186,7 +189,7 @@ class Extension:
         self.page.wait(script, [node, part, text])
 
     def wait_preset(self, name: str) -> None:
-        shown = "name => gagPanel('GAGuidanceAdvanced').querySelector('select')?.selectedOptions[0]?.text === name"
+        shown = "name => gagPresets('GAGuidanceAdvanced').querySelector('select')?.selectedOptions[0]?.text === name"
         self.page.wait(shown, name)
 
     def wait_blocks(self, chosen: Json) -> None:
