@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_the_transformers_output_is_its_last_layers_patches(host_is_old: bool, m
     def watch(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         outputs.append(executor(x, *args, **kwargs))
         assert outputs[-1].shape == x.shape
-        return outputs[-1]  # type: ignore[no-any-return]
+        return outputs[-1]
 
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", watch)
     red = host.encode(clip, "a red circle")
@@ -245,6 +246,35 @@ def test_tokens_have_their_weights_and_words() -> None:
     assert len(tokens) == 77
     assert [token[1:] for token in tokens[:6]] == [(1.0, 0), (1.0, 1), (1.5, 2), (1.0, 3), (1.0, 0), (1.0, 0)]
     assert [token[:2] for token in tokens] == clip.tokenize("a (red:1.5) circle")["gag_demo"][0]
+
+
+def test_the_tokens_of_another_encoder_are_a_key_that_is_not_there() -> None:
+    """Nodes for other models ask for them by name; code that expects a missing name goes on."""
+    _, clip, _ = host.run_node("GAGDemoLoader")
+    tokens = clip.tokenize("a red circle")
+    assert "l" not in tokens and tokens.get("l") is None and list(tokens) == ["gag_demo"]
+    sentence = "a single text encoder, got a node that asks for another ('t5xxl'); use CLIP Text Encode instead."
+    with pytest.raises(KeyError) as raised:
+        tokens["t5xxl"]
+    assert str(raised.value) == f"The demo model has {sentence}"
+    tokens["l"] = []
+    assert torch.equal(clip.encode_from_tokens(tokens), clip.encode_from_tokens(clip.tokenize("a red circle")))
+
+
+def test_marks_of_other_models_in_a_prompt_are_refused() -> None:
+    _, clip, _ = host.run_node("GAGDemoLoader")
+    for mark in ("<Prompt Start>", "<|im_start|>"):
+        with pytest.raises(ValueError, match=rf"plain words, got '{re.escape(mark)}', which .*; use CLIP Text Encode"):
+            host.encode(clip, f"Draw. {mark} a red circle")
+    with pytest.raises(ValueError, match="does not know '>', '<'"):
+        host.encode(clip, "a red circle > < a blue square")
+
+
+def test_the_text_encoder_writes_no_text() -> None:
+    """As ComfyUI's node Generate Text asks of it, in later versions."""
+    _, clip, _ = host.run_node("GAGDemoLoader")
+    with pytest.raises(ValueError, match=r"writes no text; give this node the clip of a language model\.$"):
+        clip.cond_stage_model.generate(clip.tokenize("a red circle"), do_sample=False, max_length=8)
 
 
 def test_the_clip_object_is_one_for_the_hosts_other_nodes() -> None:
