@@ -140,7 +140,7 @@ class _DemoClipModel(nn.Module, sd1_clip.ClipTokenWeightEncoder):
         return self.encoder(torch.tensor(tokens)), torch.zeros(len(tokens), POOLED)
 
     def generate(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse to write text, as language models do.
+        """Refuse to write text, which only language models do.
 
         Raises:
             ValueError: one sentence.
