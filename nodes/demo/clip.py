@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import comfy.sd
 import torch
 from comfy import sd1_clip
 from torch import Tensor, nn
 
+from ...gag_core.echo import echo
 from ..input_checks import check_brackets, check_text
 from .architecture import POOLED
 from .text_encoder import SPECIAL, DemoTextEncoder, words_of
@@ -18,6 +20,9 @@ from .text_encoder import SPECIAL, DemoTextEncoder, words_of
 # Name of the encoder among the tokens of a CLIP object.
 NAME = "gag_demo"
 _LAST_LAYER = -1
+# A mark that nodes for other models put into a prompt, such as <|im_start|> or <Prompt Start>.
+_MARK = re.compile(r"<[^<>]*>")
+_LONGEST_NAME = 40
 
 
 def demo_clip(encoder: DemoTextEncoder) -> Any:
@@ -39,6 +44,23 @@ def encoder_of(clip: Any) -> DemoTextEncoder | None:
     return tokenizer.encoder if isinstance(tokenizer, DemoTokenizer) else None
 
 
+class OtherEncoderError(KeyError):
+    """A node asked for the tokens of a text encoder that the demo model does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError shows its argument in quotes
+
+
+class DemoTokens(dict[str, list[list[Any]]]):
+    """The tokens of a prompt, by the name of the only encoder; nodes for other models ask for theirs."""
+
+    def __missing__(self, name: object) -> NoReturn:
+        raise OtherEncoderError(
+            "The demo model has a single text encoder, got a node that asks for another "
+            f"({echo(name, _LONGEST_NAME)}); use CLIP Text Encode instead."
+        )
+
+
 class DemoTokenizer:
     """Tokenizer of prompts for the demo's text encoder, with the methods of ComfyUI's tokenizers."""
 
@@ -49,14 +71,19 @@ class DemoTokenizer:
         """Return the words and marks of a prompt with their weights; brackets are read as ComfyUI reads them.
 
         Raises:
-            ValueError, TypeError: not a text, too long, or brackets in brackets are too deep.
+            ValueError, TypeError: not a text, too long, brackets in brackets are too deep, or a mark in angle brackets.
         """
         check_text("prompt", text)
         check_brackets("prompt", text)
+        if mark := _MARK.search(text):
+            raise ValueError(
+                f"The demo model reads plain words, got {echo(mark[0], _LONGEST_NAME)}, which nodes for other models "
+                "put into prompts; use CLIP Text Encode instead."
+            )
         parts = sd1_clip.token_weights(sd1_clip.escape_important(text), 1.0)
         return [(word, weight) for part, weight in parts for word in words_of(sd1_clip.unescape_important(part))]
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, list[list[Any]]]:
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> DemoTokens:
         """Return the 77 tokens of a prompt as ``(id, weight)``, or as ``(id, weight, number of the word, 0 for none)``.
 
         Raises:
@@ -68,7 +95,7 @@ class DemoTokenizer:
         tokens: list[Any] = [(token, weights.get(index, 1.0)) for index, token in enumerate(ids)]
         if return_word_ids:
             tokens = [(*token, index if index in weights else 0) for index, token in enumerate(tokens)]
-        return {NAME: [tokens]}
+        return DemoTokens({NAME: [tokens]})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return nothing: the vocabulary comes with the weights of the demo model."""
@@ -111,6 +138,17 @@ class _DemoClipModel(nn.Module, sd1_clip.ClipTokenWeightEncoder):
         Flux requires a pooled text, here always zero. The demo UNets ignore it.
         """
         return self.encoder(torch.tensor(tokens)), torch.zeros(len(tokens), POOLED)
+
+    def generate(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse to write text, which only language models do.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        raise ValueError(
+            "The demo model's text encoder reads prompts and writes no text; give this node the clip of a language "
+            "model."
+        )
 
     def load_sd(self, sd: dict[str, Tensor]) -> Any:
         """Load weights as ComfyUI does for other text encoders."""

@@ -16,10 +16,10 @@ import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from comfy.ldm.flux.model import FluxParams
+from comfy.ldm.flux.model import Flux, FluxParams
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.pixel_space_convert import PixelspaceConversionVAE
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ...gag_core.echo import echo, plain
@@ -45,6 +45,21 @@ class PixelUNet(UNetModel):
         """Return the output ``[B, 3, 32, 32]`` for a latent ``x`` of the same shape."""
         out = super().forward(nn.functional.pixel_unshuffle(x, PATCH), *args, **kwargs)
         return nn.functional.pixel_shuffle(out, PATCH)
+
+
+class PixelFlux(Flux):
+    """ComfyUI's Flux in versions before 0.3.72, which join output patches as if ``patch_size`` were 2.
+
+    They make four times the channels and a quarter of the values of each, without loss.
+    """
+
+    # Not ``forward``: other nodes' wrappers of the diffusion model stand between the two, and compare output and input.
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output ``[B, 3, 32, 32]`` for a latent ``x`` of the same shape."""
+        out: Tensor = super()._forward(x, *args, **kwargs)
+        if out.shape == x.shape:
+            return out
+        return rearrange(out, "b (c p) (h q) (w r) -> b c (h p) (w q r)", p=PATCH, q=2, r=2)
 
 
 class PixelLatent(comfy.latent_formats.LatentFormat):
@@ -127,11 +142,14 @@ def without_weights(name: str) -> Any:
         return _UNetModel(
             settings, model_type=comfy.model_base.ModelType.V_PREDICTION, device=device, unet_model=PixelUNet
         )
+    known = FluxParams.__dataclass_fields__
     # Later hosts require the axes in which text tokens have positions: none, as in Flux.1.
-    text_axes: dict[str, Any] = {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+    text_axes: dict[str, Any] = {"txt_ids_dims": []} if "txt_ids_dims" in known else {}
     settings = _TransformerSettings({**TRANSFORMER_CONFIG, **text_axes})
     settings.set_inference_dtype(torch.float32, None)
-    return _TransformerModel(settings, model_type=comfy.model_base.ModelType.FLUX, device=device)
+    # With Flux.2, and these settings of it, ComfyUI's class learned to join patches of every size.
+    flux = Flux if "global_modulation" in known else PixelFlux
+    return _TransformerModel(settings, model_type=comfy.model_base.ModelType.FLUX, device=device, unet_model=flux)
 
 
 def load_in_host(name: str, weights: dict[str, Tensor]) -> Any:

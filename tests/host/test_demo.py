@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import comfy.patcher_extension
 import comfy.utils
 import pytest
 import torch
+from comfy.ldm.flux.model import Flux, FluxParams
+from einops import rearrange
 from torch import Tensor
 
 import host_process as host
@@ -76,6 +80,54 @@ def test_guidance_acts_on_every_joint_attention_of_the_transformer() -> None:
     assert float((strong - plain).abs().mean()) > float((gentle - plain).abs().mean()) > 0
     (off,) = host.run_node("GAGuidance", model=model, strength=0.0)
     assert torch.equal(pictures(off, clip, vae, "a red circle left of a blue square"), plain)
+
+
+def as_before_flux_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ComfyUI's Flux join patches as before version 0.3.72, in 2x2 values whatever the patch size."""
+    present = Flux._forward
+
+    def joined_as_two_by_two(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = present(self, x, *args, **kwargs)
+        if out.shape != x.shape:  # this ComfyUI is one of them
+            return out
+        return rearrange(out, "b c (h p) (w q r) -> b (c p) (h q) (w r)", p=self.patch_size, q=2, r=2)
+
+    monkeypatch.setattr(Flux, "_forward", joined_as_two_by_two)
+    monkeypatch.delitem(FluxParams.__dataclass_fields__, "global_modulation", raising=False)
+
+
+@pytest.mark.parametrize("host_is_old", [False, True])
+def test_the_transformers_output_is_its_last_layers_patches(host_is_old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the eyes of a wrapper around the diffusion model, such as a cache of another node."""
+    if host_is_old:
+        as_before_flux_2(monkeypatch)
+    model, clip, _ = host.run_node("GAGDemoLoader", kind="transformer")
+    patches, outputs = [], []
+    model.model.diffusion_model.final_layer.register_forward_hook(lambda _, __, out: patches.append(out))
+
+    def watch(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        outputs.append(executor(x, *args, **kwargs))
+        assert outputs[-1].shape == x.shape
+        return outputs[-1]
+
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", watch)
+    red = host.encode(clip, "a red circle")
+    sampled(model, red, red, host.empty_latent(), 2)
+    assert len(outputs) == len(patches) == 2
+    for out, patch in zip(outputs, patches, strict=True):
+        assert torch.equal(out, rearrange(patch, "b (h w) (c p q) -> b c (h p) (w q)", h=8, p=4, q=4))
+
+
+def test_the_transformer_draws_the_same_on_older_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, drawn = "a red circle left of a blue square", []
+    for host_is_old in (False, True):
+        if host_is_old:
+            as_before_flux_2(monkeypatch)
+        model, clip, vae = host.run_node("GAGDemoLoader", kind="transformer")
+        drawn.append([pictures(one, clip, vae, prompt, 1, 4) for one in (model, host.guide(model, strength=4.0))])
+    (plain, guided), (old_plain, old_guided) = drawn
+    assert not torch.equal(plain, guided)
+    assert torch.equal(old_plain, plain) and torch.equal(old_guided, guided)
 
 
 def test_an_unknown_kind_is_refused() -> None:
@@ -194,6 +246,35 @@ def test_tokens_have_their_weights_and_words() -> None:
     assert len(tokens) == 77
     assert [token[1:] for token in tokens[:6]] == [(1.0, 0), (1.0, 1), (1.5, 2), (1.0, 3), (1.0, 0), (1.0, 0)]
     assert [token[:2] for token in tokens] == clip.tokenize("a (red:1.5) circle")["gag_demo"][0]
+
+
+def test_the_tokens_of_another_encoder_are_a_key_that_is_not_there() -> None:
+    """Nodes for other models ask for them by name; code that expects a missing name goes on."""
+    _, clip, _ = host.run_node("GAGDemoLoader")
+    tokens = clip.tokenize("a red circle")
+    assert "l" not in tokens and tokens.get("l") is None and list(tokens) == ["gag_demo"]
+    sentence = "a single text encoder, got a node that asks for another ('t5xxl'); use CLIP Text Encode instead."
+    with pytest.raises(KeyError) as raised:
+        tokens["t5xxl"]
+    assert str(raised.value) == f"The demo model has {sentence}"
+    tokens["l"] = []
+    assert torch.equal(clip.encode_from_tokens(tokens), clip.encode_from_tokens(clip.tokenize("a red circle")))
+
+
+def test_marks_of_other_models_in_a_prompt_are_refused() -> None:
+    _, clip, _ = host.run_node("GAGDemoLoader")
+    for mark in ("<Prompt Start>", "<|im_start|>"):
+        with pytest.raises(ValueError, match=rf"plain words, got '{re.escape(mark)}', which .*; use CLIP Text Encode"):
+            host.encode(clip, f"Draw. {mark} a red circle")
+    with pytest.raises(ValueError, match="does not know '>', '<'"):
+        host.encode(clip, "a red circle > < a blue square")
+
+
+def test_the_text_encoder_writes_no_text() -> None:
+    """As ComfyUI's node Generate Text asks of it, in later versions."""
+    _, clip, _ = host.run_node("GAGDemoLoader")
+    with pytest.raises(ValueError, match=r"writes no text; give this node the clip of a language model\.$"):
+        clip.cond_stage_model.generate(clip.tokenize("a red circle"), do_sample=False, max_length=8)
 
 
 def test_the_clip_object_is_one_for_the_hosts_other_nodes() -> None:

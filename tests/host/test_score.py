@@ -223,6 +223,8 @@ def test_an_interrupt_ends_between_pictures_and_progress_is_told(
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(score, "_AT_ONCE", 2)
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: told.append((value, total)))
+    # Newer hosts leave out what comes within this many seconds of the message before.
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0, raising=False)
     run_clip(halves, images=pictures(5), baseline=pictures(5))
     assert told == [(2, 11), (4, 11), (5, 11), (7, 11), (9, 11), (10, 11), (11, 11)]
 

@@ -32,7 +32,8 @@ def test_each_run_of_the_queue_checks_the_machine(server: ComfyServer) -> None:
     shown = [data["text"] for event, data in first.messages if event == "progress_text" and data["node"] == "check"]
     assert shown == [f"{text}\n\nAll numbers: {path}"]
     progress = [data["value"] for event, data in first.messages if event == "progress" and data["node"] == "check"]
-    assert progress == sorted(progress) and progress[-1] == 1000 and len(progress) > 10
+    # ComfyUI sends at most ten of these a second in newer versions.
+    assert progress == sorted(progress) and progress[-1] == 1000 and len(progress) > 2
     again = server.run(PROMPT)
     assert again.status == "success", again.error
     assert data_of(server, again)[0] != path
