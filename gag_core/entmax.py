@@ -205,8 +205,9 @@ def _threshold_by_sums(logits: Tensor, maximum: Tensor, spare: int) -> Tensor:
     rows, maximum = logits.view(-1, columns), maximum.reshape(-1, 1)
     target = torch.full((rows.shape[0],), columns - 1, device=rows.device)
     root = 2.0 / math.sqrt(columns)  # the root mean square of relu(logits - tau) where tau is found
-    tau = rows[:, -spare:]
-    torch.sub(maximum.expand_as(tau), 2.0, out=tau)
+    # Only the last column takes the steps. The others lie below all thresholds meanwhile, or take no part in the root.
+    spares, tau = rows[:, -spare:], rows[:, -1:]
+    torch.sub(maximum.expand_as(spares), 2.0, out=spares)
     change = first_mean = tau
     for step in range(steps):
         square, mean = _mean_power(rows, target, 2), _mean_power(rows, target, 1)
@@ -223,10 +224,11 @@ def _threshold_by_sums(logits: Tensor, maximum: Tensor, spare: int) -> Tensor:
             change, first_mean = torch.addcdiv(tiny, numerator, mean), mean
             tau.add_(change)
         else:
-            tau.addcdiv_(numerator, mean, value=_LENGTHS.get(step, 1.0) if has_parabola else 1.0)
+            length = _LENGTHS.get(step, 1.0) if has_parabola else 1.0
+            tau = torch.addcdiv(tau, numerator, mean, value=length, out=None if step == steps - 1 else tau)
     # Where logits are so large that tau is rounded to the maximum, or no longer a number, the largest take everything.
     below = torch.nextafter(maximum, torch.tensor(-torch.inf, dtype=maximum.dtype))
-    torch.fmin(tau, below, out=tau)
+    torch.fmin(tau.expand_as(spares), below, out=spares)
     return logits[..., -1:]
 
 
