@@ -79,10 +79,21 @@ def test_the_matrix_of_the_pinned_triton_is_complete() -> None:
             assert path == "eager" or name in MATRIX[pinned][path][card], (card, name, path)
 
 
-@pytest.mark.parametrize("version", ["3.1.0", "3.5.1", "3.8.0"])
-@pytest.mark.parametrize("card", ["sm_70", "sm_80", "sm_90", "gfx942", "gfx1100", "gfx1200"])
-def test_old_and_new_versions_were_given_all_calls_for_a_card_of_most_families(card: str, version: str) -> None:
-    assert MATRIX[version]["row"][card].keys() == CASES.keys()
+_NVIDIA = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"]
+_AMD = ["gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1200"]
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0"])
+def test_each_version_was_given_all_calls_for_the_cards_that_people_own(version: str) -> None:
+    for card in _NVIDIA:
+        assert MATRIX[version]["fused"][card].keys() == CASES.keys(), card
+    for card in ["sm_70", "sm_75", *_NVIDIA, *_AMD]:
+        assert MATRIX[version]["row"][card].keys() == CASES.keys(), card
+
+
+def test_an_old_version_was_given_all_calls_for_cards_that_have_no_fused_kernel_with_it() -> None:
+    for card in ["sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", *_AMD]:
+        assert MATRIX["3.1.0"]["row"][card].keys() == CASES.keys(), card
 
 
 def test_the_page_has_the_tables() -> None:

@@ -17,7 +17,7 @@ SDXL_LARGE, SDXL_SMALL, FLUX, WAN = CALLS
 # Launches, gigabytes read and written, and MiB held at once, at most. As counted when there was one path for all
 # devices: 90 launches and 2.1 GB, 90 and 1.05 GB, 641 and 16.4 GB, 1,865 and 64.5 GB, each with up to 100 MiB at once.
 LIMITS = {
-    SDXL_LARGE: (52, 0.78, 75),
+    SDXL_LARGE: (52, 0.79, 75),
     SDXL_SMALL: (52, 0.40, 40),
     FLUX: (94, 4.9, 450),
     WAN: (145, 18.7, 900),
