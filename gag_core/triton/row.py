@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Hashable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -312,7 +312,7 @@ def _plan(
     if block_n > _KEYS_ON_CHIP:
         kernel, block_n = row_kernels.long_row_weights_kernel, _LONG_BLOCK
     fp32_range = dtype != torch.float16
-    weights = {
+    weights: dict[str, Any] = {
         "BLOCK_M": max(1, _NUMBERS_OF_A_WARP // block_n),
         "BLOCK_N": block_n,
         "POWER": form,
@@ -325,7 +325,7 @@ def _plan(
         "num_warps": 1 if block_n <= _KEYS_OF_A_WARP else 4,
     }
     unit = _alignment(dtype, (out_strides,) if base_strides is None else (out_strides, base_strides))
-    guidance = {
+    guidance: dict[str, Any] = {
         "VALUE_DIM": value_dim,
         "BLOCK_M": max(1, _NUMBERS_OF_A_WARP // block_d),
         "BLOCK_D": block_d,
