@@ -205,7 +205,7 @@ def _threshold_by_sums(logits: Tensor, maximum: Tensor, spare: int) -> Tensor:
     rows, maximum = logits.view(-1, columns), maximum.reshape(-1, 1)
     target = torch.full((rows.shape[0],), columns - 1, device=rows.device)
     root = 2.0 / math.sqrt(columns)  # the root mean square of relu(logits - tau) where tau is found
-    # Steps change the last column alone. The others stay 2 below the maximum. No root is lower, so there they add nothing.
+    # Steps change the last column alone. The others stay 2 below the maximum. No root is lower, so they add nothing.
     spares, tau = rows[:, -spare:], rows[:, -1:]
     torch.sub(maximum.expand_as(spares), 2.0, out=spares)
     change = first_mean = tau
