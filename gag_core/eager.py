@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -59,7 +60,9 @@ Part = tuple[slice, slice]
 Chunk = tuple[slice, slice, slice]
 
 
-def chunks(q: Tensor, *, per_query: int, per_head: int, whole_heads: bool = False) -> list[tuple[Part, list[Chunk]]]:
+def chunks(
+    q: Tensor, *, per_query: int, per_head: int, whole_heads: bool = False
+) -> tuple[tuple[Part, tuple[Chunk, ...]], ...]:
     """Cut queries ``[B, H, N_q, D]`` into parts of the batch and heads, and each part into chunks of queries.
 
     A chunk is small enough to hold ``per_query`` elements for each of its queries and heads, beside ``per_head``
@@ -67,23 +70,31 @@ def chunks(q: Tensor, *, per_query: int, per_head: int, whole_heads: bool = Fals
     chunk. Batch rows come one by one where possible, because products then need no copies of the queries: in the layout
     that models have, the heads of several rows do not lie at equal distances.
     """
-    batch, heads, queries, _ = q.shape
-    if not queries:
-        return []
     most, least = min(_LARGEST_CHUNK, max(_CHUNK, _CHUNK_OF_QUERIES * q.nbytes // 4)), 0
     if q.device.type == "cpu":
         most, least = min(_CPU_CHUNK, int(_CPU_CHUNK_OF_OUTPUT * q.numel())), _LEAST_CPU_CHUNK
+    return _chunks_within(most, least, q.shape, per_query, per_head, whole_heads)
+
+
+@lru_cache(maxsize=256)
+def _chunks_within(
+    most: int, least: int, shape: tuple[int, ...], per_query: int, per_head: int, whole_heads: bool
+) -> tuple[tuple[Part, tuple[Chunk, ...]], ...]:
+    """Do the work of :func:`chunks` for chunks that hold ``most`` elements, of which ``least`` are always allowed."""
+    batch, heads, queries, _ = shape
+    if not queries:
+        return ()
     heads_at_once = heads if whole_heads else min(heads, max(1, int(_COPIES_OF_CHUNK * max(most, least)) // per_head))
     budget = max(least, most // 2, most - heads_at_once * per_head)
     per_row = heads_at_once * queries * per_query
     # One more chunk costs more than chunks that are a tenth larger.
     query_slices = _slices_of(queries, math.ceil(queries / max(1, math.ceil(per_row / budget - 0.1))))
     rows_at_once = max(1, int(1.1 * budget) // per_row) if heads_at_once == heads else 1
-    return [
-        ((rows, some_heads), [(rows, some_heads, some_queries) for some_queries in query_slices])
+    return tuple(
+        ((rows, some_heads), tuple((rows, some_heads, some_queries) for some_queries in query_slices))
         for rows in _slices_of(batch, rows_at_once)
         for some_heads in _slices_of(heads, heads_at_once)
-    ]
+    )
 
 
 def _slices_of(size: int, at_once: int) -> list[slice]:

@@ -2,11 +2,11 @@
 """Choice of the implementation for a call: the fused kernel, the row kernels, or plain torch.
 
 The table follows from what was compiled without a card (``python dev.py run benchmarks.speed.kernel_matrix``): the row
-kernels for every card by Triton 3.7, and for one card of most families by 3.1, 3.5 and 3.8; both kinds for some cards
-by other versions. The rest is inferred: a version that was not tried counts as the newest older one that was, and a
-card as its relatives. A program that compiles but spills more than 128 bytes of a
-thread's registers to memory is never chosen. What the table does not know is computed by plain torch. The environment
-variable GAG_KERNELS chooses otherwise: ``auto`` (the table), ``fused``, ``row`` or ``eager``.
+kernels for nearly every card by every minor version of Triton that is in the table, the fused kernel for NVIDIA's cards
+from 3.3 on. The rest is inferred: a version that was not tried counts as the newest older one that was, and a card as
+its relatives. A program that compiles but spills more than 128 bytes of a thread's registers to memory is never
+chosen. What the table does not know is computed by plain torch. The environment variable GAG_KERNELS chooses otherwise:
+``auto`` (the table), ``fused``, ``row`` or ``eager``.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ _TABLE = (
     _Line("sm_8[0-9]|sm_90", (3, 0), fused=0, keys=0, keys_fp32=0, row=_ALL),
     _Line("sm_7[0-5]", (3, 3), fused=0, keys=0, keys_fp32=0, row=_ALL),
     _Line("sm_7[0-5]", (3, 0), fused=0, keys=0, keys_fp32=0, row=_NO_BF16),
+    # Triton 3.9 refuses these cards.
+    _Line("gfx103.", (3, 9), fused=0, keys=0, keys_fp32=0, row=()),
     _Line("gfx11..", (3, 7), fused=206, keys=80, keys_fp32=80, row=_ALL),
     _Line("gfx90a|gfx94.|gfx103.|gfx11..|gfx12..", (3, 0), fused=0, keys=0, keys_fp32=0, row=_ALL),
 )

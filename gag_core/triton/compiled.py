@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class Kernel:
         return _Kept(compiled, tuple(self.settings[name] for name in names), {})
 
 
-class _Kept(NamedTuple):
+class _Kept:
     """An object of Triton's that starts a kernel, and the arguments that it takes in each call.
 
     Attributes:
@@ -107,13 +107,19 @@ class _Kept(NamedTuple):
         settings: the compile-time arguments and the options of the compiler by name.
     """
 
-    program: Any
-    constants: tuple[Any, ...]
-    settings: dict[str, Any]
+    __slots__ = ("_launcher", "constants", "program", "settings")
+
+    def __init__(self, program: Any, constants: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        self.program, self.constants, self.settings = program, constants, settings
+        # The last grid, and what the program gives for it. One attribute, because threads may start one kernel at once.
+        self._launcher: tuple[Grid, Any] | None = None
 
     def start(self, grid: Grid, arguments: Sequence[Any]) -> None:
         """Start the kernel on the current device and stream."""
-        self.program[grid](*arguments, *self.constants, **self.settings)
+        launcher = self._launcher
+        if launcher is None or launcher[0] != grid:
+            launcher = self._launcher = (grid, self.program[grid])
+        launcher[1](*arguments, *self.constants, **self.settings)
 
 
 def pointer_kinds(tensors: Sequence[Tensor]) -> Hashable:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Hashable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,15 +67,15 @@ def guide(
         eager.guide(out, q, k, v, config, base=base, mask=mask, scale=scale, joint_lse=joint_lse)
         return
     plan = _plan_for(out, q, v, config, base, mask, joint_lse)
+    kinds = _kinds(out, base, mask, joint_lse)
     chunks: Iterator[None] = iter(())
 
     def start() -> None:
         nonlocal chunks
-        chunks = _launch_chunks(plan, out, q, k, v, config, base, mask, scale, joint_lse)
+        chunks = _launch_chunks(plan, kinds, out, q, k, v, config, base, mask, scale, joint_lse)
         next(chunks)
 
-    program = _program(plan, out, q, v, base, mask, joint_lse)
-    if guard.attempt(program, start, launch, out, q, k, v, config, base, mask, joint_lse):
+    if guard.attempt(_program(plan, kinds, q, v), start, launch, out, q, k, v, config, base, mask, joint_lse):
         # The first chunk is written. No other path could begin anew where out and base are one tensor.
         for _ in chunks:
             pass
@@ -98,13 +98,14 @@ def launch(
     joint_lse: Tensor | None,
 ) -> None:
     """Do the work of :func:`gag_core.eager.guide` by products and row kernels, checked or not."""
-    plan = _plan_for(out, q, v, config, base, mask, joint_lse)
-    for _ in _launch_chunks(plan, out, q, k, v, config, base, mask, scale, joint_lse):
+    plan, kinds = _plan_for(out, q, v, config, base, mask, joint_lse), _kinds(out, base, mask, joint_lse)
+    for _ in _launch_chunks(plan, kinds, out, q, k, v, config, base, mask, scale, joint_lse):
         pass
 
 
 def _launch_chunks(
     plan: _Plan,
+    kinds: Hashable,
     out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -115,7 +116,7 @@ def _launch_chunks(
     scale: float,
     joint_lse: Tensor | None,
 ) -> Iterator[None]:
-    """Compute one chunk of queries after the other, and yield after each."""
+    """Compute one chunk of queries after the other, and yield after each. ``kinds`` are those of the whole tensors."""
     dim = q.shape[3]
     keys, value_dim = v.shape[2:]
     if mask is not None and mask.dtype == torch.bool:
@@ -129,24 +130,22 @@ def _launch_chunks(
     logit_scale = min(max(abs(scale) * plan.key_scale, _FP32.tiny), _FP32.max)
     numbers = (config.guidance_scale, config.norm_threshold, config.orthogonal_scale, config.strength)
     factors = tuple(map(_to_fp32, numbers))
+    dtype = q.dtype if plan.half_products else torch.float32
     with _current_device(q.device):
+        if len(parts) == 1 == len(parts[0][1]):  # views of whole tensors would take a third of the call's CPU time
+            memory = _Memory.prepare(k, v, length, dtype, scale < 0.0)
+            _guide_chunk(plan, kinds, out, q, memory, logit_scale, factors, base, mask, joint_lse)
+            yield
+            return
         for part, chunks_of_part in parts:
-            dtype = q.dtype if plan.half_products else torch.float32
-            part_keys = _prepared_keys(k[part], length, dtype, scale < 0.0).transpose(1, 2)
-            part_values = _prepared(v[part], length, dtype)
+            memory = _Memory.prepare(k[part], v[part], length, dtype, scale < 0.0)
             for chunk in chunks_of_part:
+                some_out, some_mask = out[chunk], mask_part(mask, *chunk)
+                some_base = None if base is None else base[chunk]
+                some_lse = None if joint_lse is None else joint_lse[chunk]
+                kinds = _kinds(some_out, some_base, some_mask, some_lse)
                 _guide_chunk(
-                    plan,
-                    out[chunk],
-                    q[chunk],
-                    part_keys,
-                    part_values,
-                    keys,
-                    logit_scale,
-                    factors,
-                    None if base is None else base[chunk],
-                    mask_part(mask, *chunk),
-                    None if joint_lse is None else joint_lse[chunk],
+                    plan, kinds, some_out, q[chunk], memory, logit_scale, factors, some_base, some_mask, some_lse
                 )
                 yield
 
@@ -158,82 +157,56 @@ def _padded(keys: int) -> int:
 
 def _guide_chunk(
     plan: _Plan,
+    kinds: Hashable,
     out: Tensor,
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    key_count: int,
+    memory: _Memory,
     logit_scale: float,
     factors: tuple[float, ...],
     base: Tensor | None,
     mask: Tensor | None,
     joint_lse: Tensor | None,
 ) -> None:
-    """Compute one chunk from prepared keys ``[planes, D, length]`` and values ``[planes, length, D_v]``."""
-    heads, queries = q.shape[1:3]
-    weights, mass = _weights(plan, q, keys, values.dtype, key_count, logit_scale, mask, joint_lse)
-    read_outs = _product(weights.view(len(values), 2 * queries, -1), values)
-    del weights
-    tensors = [read_outs, mass, out]
-    if base is None:
-        base = read_outs  # in the place of a tensor that is missing, which the kernel does not read
-    else:
-        tensors.append(base)
-    plan.guidance.start(
-        compiled.pointer_kinds(tensors),
-        (-(-queries // plan.guidance.settings["BLOCK_M"]) * len(values), 1, 1),
-        (read_outs, mass, out, *plan.out_strides, base, *plan.base_strides, heads, queries, *factors),
-    )
-
-
-def _weights(
-    plan: _Plan,
-    q: Tensor,
-    keys: Tensor,
-    dtype: torch.dtype,
-    key_count: int,
-    logit_scale: float,
-    mask: Tensor | None,
-    joint_lse: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute both weights ``[planes, 2, queries, length]`` of this dtype, and the mass of the text if it is joint."""
+    """Compute one chunk of queries; ``kinds`` are those of its tensors."""
+    keys, values, key_count = memory
     _, heads, queries, dim = q.shape
     planes, _, length = keys.shape
     logits = _product(q.reshape(planes, queries, dim), keys)
-    weights = logits.new_empty((planes, 2, queries, length), dtype=dtype)
-    mass = logits.new_empty((planes, queries if joint_lse is not None else 0))
-    tensors = [logits, weights, mass]
-    # Logits are in the place of tensors that are missing, which the kernel does not read.
-    if mask is None:
-        mask = logits
-    else:
-        tensors.append(mask)
-    if joint_lse is None:
-        joint_lse = logits
-    else:
-        tensors.append(joint_lse)
+    weights = torch.empty((planes, 2 * queries, length), dtype=values.dtype, device=q.device)
+    mass = None if joint_lse is None else torch.empty((planes, queries), dtype=torch.float32, device=q.device)
+    # Kernels do not read tensors that are missing. In their place they get logits or read-outs.
     plan.weights.start(
-        compiled.pointer_kinds(tensors),
-        (-(-queries // plan.weights.settings["BLOCK_M"]) * planes, 1, 1),
+        kinds,
+        (-(-queries // plan.queries_of_weights) * planes, 1, 1),
         (
-            *(logits, mask, *plan.mask_strides, joint_lse, *plan.lse_strides, weights, mass),
+            *(logits, logits if mask is None else mask, *plan.mask_strides),
+            *(logits if joint_lse is None else joint_lse, *plan.lse_strides, weights, logits if mass is None else mass),
             *(heads, queries, key_count, length // _UNIT, logit_scale, plan.power),
         ),
     )
-    return weights, mass
+    del logits
+    read_outs = _product(weights, values)
+    del weights
+    plan.guidance.start(
+        kinds,
+        (-(-queries // plan.queries_of_guidance) * planes, 1, 1),
+        (
+            *(read_outs, read_outs if mass is None else mass, out, *plan.out_strides),
+            *(read_outs if base is None else base, *plan.base_strides, heads, queries, *factors),
+        ),
+    )
 
 
-def _program(
-    plan: _Plan,
-    out: Tensor,
-    q: Tensor,
-    v: Tensor,
-    base: Tensor | None,
-    mask: Tensor | None,
-    joint_lse: Tensor | None,
-) -> guard.Program:
+def _kinds(out: Tensor, base: Tensor | None, mask: Tensor | None, joint_lse: Tensor | None) -> Hashable:
+    """Return all that Triton's compiler uses of the pointers of both launches, see :func:`compiled.pointer_kinds`.
+
+    The other tensors of a launch are new, so they are aligned. A chunk bounds their sizes.
+    """
+    return compiled.pointer_kinds([tensor for tensor in (out, base, mask, joint_lse) if tensor is not None])
+
+
+def _program(plan: _Plan, kinds: Hashable, q: Tensor, v: Tensor) -> guard.Program:
     """Return what the guard knows of the two programs of a call, by all that the compiler makes binaries of."""
-    kinds = compiled.pointer_kinds([tensor for tensor in (out, base, mask, joint_lse) if tensor is not None])
     program = plan.programs.get(kinds)
     if program is None:
         program = plan.programs[kinds] = _checked(plan, kinds, q, v)
@@ -262,6 +235,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         weights, guidance: the kernels.
+        queries_of_weights, queries_of_guidance: queries of one program of each.
         out_strides, base_strides: strides as the kernels take them, the last in numbers and the others in units.
         mask_strides, lse_strides: strides in numbers; 0 where a mask repeats itself, and for a missing tensor.
         half_products: True if matrices in half precision are multiplied as they are, with a result in fp32.
@@ -272,6 +246,8 @@ class _Plan(NamedTuple):
 
     weights: compiled.Kernel
     guidance: compiled.Kernel
+    queries_of_weights: int
+    queries_of_guidance: int
     out_strides: tuple[int, ...]
     base_strides: tuple[int, ...]
     mask_strides: tuple[int, ...]
@@ -336,7 +312,7 @@ def _plan(
     if block_n > _KEYS_ON_CHIP:
         kernel, block_n = row_kernels.long_row_weights_kernel, _LONG_BLOCK
     fp32_range = dtype != torch.float16
-    weights = {
+    weights: dict[str, Any] = {
         "BLOCK_M": max(1, _NUMBERS_OF_A_WARP // block_n),
         "BLOCK_N": block_n,
         "POWER": form,
@@ -349,7 +325,7 @@ def _plan(
         "num_warps": 1 if block_n <= _KEYS_OF_A_WARP else 4,
     }
     unit = _alignment(dtype, (out_strides,) if base_strides is None else (out_strides, base_strides))
-    guidance = {
+    guidance: dict[str, Any] = {
         "VALUE_DIM": value_dim,
         "BLOCK_M": max(1, _NUMBERS_OF_A_WARP // block_d),
         "BLOCK_D": block_d,
@@ -367,6 +343,8 @@ def _plan(
     return _Plan(
         compiled.Kernel(kernel, weights),
         compiled.Kernel(row_kernels.row_guidance_kernel, guidance),
+        weights["BLOCK_M"],
+        guidance["BLOCK_M"],
         _in_units(out_strides, unit),
         missing if base_strides is None else _in_units(base_strides, unit),
         mask_strides or missing,
@@ -388,25 +366,45 @@ def _in_units(strides: tuple[int, ...], unit: int) -> tuple[int, ...]:
     return *(stride // unit for stride in strides[:-1]), strides[-1]
 
 
-def _prepared(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """Copy keys or values ``[B, H, N, D]`` to a contiguous ``[B * H, length, D]`` of this dtype; padding is zero."""
-    batch, heads, tokens, dim = x.shape
-    copy = torch.empty((batch, heads, length, dim), dtype=dtype, device=x.device)
-    copy[:, :, :tokens] = x
-    if length > tokens:
-        copy[:, :, tokens:].zero_()
-    return copy.view(batch * heads, length, dim)
+class _Memory(NamedTuple):
+    """Keys and values of some planes, with rows of padding behind them.
 
-
-def _prepared_keys(k: Tensor, length: int, dtype: torch.dtype, negative: bool) -> Tensor:
-    """Copy keys as :func:`_prepared` does, so that no product with finite queries overflows.
-
-    ``negative`` turns their sign around.
+    Attributes:
+        keys: ``[planes, D, length]``; its padding is not initialized. Kernels ignore logits of padding.
+        values: ``[planes, length, D_v]``; its padding is zero.
+        key_count: number of keys without padding.
     """
-    copy = _prepared(k, length, dtype)
-    if k.dtype != torch.float16:
-        return copy.clamp_(-_MAX_KEY, _MAX_KEY).mul_(math.copysign(1.0 / _KEY_SCALE, -1.0 if negative else 1.0))
-    return copy.neg_() if negative else copy
+
+    keys: Tensor
+    values: Tensor
+    key_count: int
+
+    @classmethod
+    def prepare(cls, k: Tensor, v: Tensor, length: int, dtype: torch.dtype, negative: bool) -> _Memory:
+        """Copy keys ``[B, H, N, D]`` and values ``[B, H, N, D_v]`` to contiguous tensors of this dtype.
+
+        Keys are such that no product with finite queries overflows. ``negative`` turns their sign around.
+        """
+        batch, heads, tokens, dim = k.shape
+        planes, value_dim, is_padded = batch * heads, v.shape[3], length > tokens
+        keys = torch.empty((batch, heads, length, dim), dtype=dtype, device=k.device)
+        values = (torch.zeros if is_padded else torch.empty)(
+            (batch, heads, length, value_dim), dtype=dtype, device=v.device
+        )
+        some_keys = keys.narrow(2, 0, tokens) if is_padded else keys
+        (values.narrow(2, 0, tokens) if is_padded else values).copy_(v)
+        if k.dtype == torch.float16:
+            some_keys.copy_(k)
+            if negative:
+                some_keys.neg_()
+        else:
+            if k.dtype == dtype:
+                torch.clamp(k, -_MAX_KEY, _MAX_KEY, out=some_keys)
+            else:  # the operation above does not change the dtype
+                some_keys.copy_(k).clamp_(-_MAX_KEY, _MAX_KEY)
+            some_keys.mul_(math.copysign(1.0 / _KEY_SCALE, -1.0 if negative else 1.0))
+        transposed = keys.as_strided((planes, dim, length), (length * dim, 1, dim))
+        return cls(transposed, values.view(planes, length, value_dim), tokens)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

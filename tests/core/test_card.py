@@ -277,13 +277,31 @@ def clusters(keys: int, spread: float) -> Tensor:
     return torch.stack(logits)
 
 
+def levels(keys: int, rows: int = 600) -> Tensor:
+    """Make logits ``[rows, keys]`` of a few levels, near each other or not, each of which any number of keys has."""
+    random = torch.Generator().manual_seed(keys)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=random)
+
+    depths = 2.1 * uniform(rows, 5)
+    near = depths[:, :1] + (depths - depths[:, :1]) * 10.0 ** (-4.0 * uniform(rows, 1))
+    depths = torch.where(uniform(rows, 1) < 0.5, depths, near) * 10.0 ** (-2.0 * uniform(rows, 1)).clamp(max=0.3)
+    shares = keys ** uniform(rows, 5)
+    level = torch.multinomial(shares, keys, replacement=True, generator=random)
+    logits = -depths.gather(1, level)
+    logits[:, 0] = 0.0
+    return logits
+
+
 @pytest.mark.parametrize("spare", [0, 1, 4], ids=["newton", "sums-1", "sums-4"])
-@pytest.mark.parametrize("keys", [1, 2, 16, 77, 256, 384, 512, 1024])
+@pytest.mark.parametrize("keys", [1, 2, 16, 77, 256, 384, 512, 764, 1024])
 def test_square_weights(keys: int, spare: int) -> None:
     """Also for rows in which the search is slow: equal keys, and clusters of nearly equal keys, near the threshold."""
     rows = [cases.random(20, keys, seed=keys, std=std) for std in (0.01, 0.1, 0.3, 1.0, 3.0, 30.0)]
     if keys > 8:
-        rows += [cases.ties_at_the_edge(keys, 1.5), *(clusters(keys, spread) for spread in (0.001, 0.01, 0.1))]
+        rows += [levels(keys), cases.ties_at_the_edge(keys, 1.5)]
+        rows += [clusters(keys, spread) for spread in (0.001, 0.01, 0.1)]
     for logits in rows:
         weights = square_weights(logits, spare)
         expected = reference.entmax(logits, 1.5)

@@ -179,13 +179,15 @@ def heads(tokens, batch=1, size=None):
     memory = torch.zeros(batch, size or tokens, 2 * 32, dtype=torch.float16)
     return memory.view(batch, -1, 2, 32).transpose(1, 2)[:, :, :tokens]
 
-def counts(path, queries=70, keys=77, batch=1, size=100, mask=None, strength=1.0, joint=False):
-    q, k = heads(queries, batch, size), heads(keys, batch)
+def counts(path, queries=70, keys=77, batch=1, size=100, mask=None, joint=False, dtype=None, shift=0, **settings):
+    q, k = heads(queries, batch, size).to(dtype), heads(keys, batch).to(dtype)
     lse = torch.zeros(batch, 2, size)[:, :, :queries] if joint else None
+    like = torch.empty_like(q)
+    out = torch.empty(like.numel() + shift, dtype=q.dtype)[shift:].as_strided(like.shape, like.stride(), shift)
     for noted in (starts, lookups, loads):
         noted.clear()
     run = row.launch if path == "row" else launch._launch
-    run(torch.empty_like(q), q, k, k, GuidanceConfig(strength=strength), q if joint else None, mask, 0.1, lse)
+    run(out, q, k, k, GuidanceConfig(**settings), q if joint else None, mask, 0.1, lse)
     return [len(starts), len(lookups), len(loads)]
 
 def described():
@@ -205,6 +207,14 @@ for path in ("row", "fused"):
         "mask again": counts(path, mask=torch.ones(1, 1, 1, 77, dtype=torch.bool)),
         "mask with gaps": counts(path, mask=torch.ones(1, 1, 1, 231, dtype=torch.bool)[..., ::3]),
         "mask for all keys": counts(path, mask=torch.ones(1, 1, 70, 1, dtype=torch.bool)),
+        "added mask": counts(path, mask=torch.ones(1, 1, 1, 77, dtype=torch.float16)),
+        "output that is not aligned": counts(path, shift=1),
+        "output that is not aligned again": counts(path, shift=1),
+        "dtype": counts(path, dtype=torch.bfloat16),
+        "rule": counts(path, rule="pladis"),
+        "zeta": counts(path, orthogonal_scale=0.5),
+        "alpha": counts(path, alpha=1.3),
+        "again after others": counts(path),
     }
 result["row"]["other number of padded keys"] = counts("row", keys=70)
 eager._CPU_CHUNK = eager._LEAST_CPU_CHUNK = 8000
@@ -271,11 +281,16 @@ def test_a_call_like_an_earlier_one_starts_kept_kernels(path: str, kernels: int,
     found = result[path]
     known, looked_up = [kernels, 0, 0], [kernels, kernels, 0]
     assert found["first"] == found["joint"] == [kernels] * 3
-    for name in ("again", "joint again", "mask again", "other strides again"):
+    for name in ("again", "joint again", "mask again", "other strides again", "output that is not aligned again"):
         assert found[name] == known, name
+    assert found["again after others"] == known
     assert found["other strides"] == found["another strength, batch and resolution"] == looked_up
     # The distance of the mask's keys, 1, 3 or 0, is among the numbers that Triton compiles into a program.
     for name in ("mask", "mask with gaps", "mask for all keys"):
+        assert found[name] == [kernels, kernels, 1], name
+    assert found["dtype"] == [kernels] * 3
+    # Only one of the two kernels of the row path is another program then.
+    for name in ("added mask", "alpha", "output that is not aligned", "rule", "zeta"):
         assert found[name] == [kernels, kernels, 1], name
 
 

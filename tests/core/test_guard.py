@@ -387,7 +387,8 @@ def test_the_check_runs_the_program_of_the_call(mask_name: str, name: str, monke
             out: Tensor, q: Tensor, k: Tensor, v: Tensor, config: GuidanceConfig, *, scale: float = 0.2, **given: Any
         ) -> None:
             checked.append(launch._prepare(out, q, k, v, config, **given, scale=scale).program)  # noqa: B023
-            checked.append(row._program(row._plan_for(out, q, v, config, **given), out, q, v, **given))  # noqa: B023
+            plan, kinds = row._plan_for(out, q, v, config, **given), row._kinds(out, **given)
+            checked.append(row._program(plan, kinds, q, v))  # noqa: B023
 
         kernel(out, q, k, v, GENTLE, base=base, mask=mask, joint_lse=joint_lse)
         guard._difference(kernel, out, q, k, v, GENTLE, base, mask, joint_lse)
@@ -408,7 +409,7 @@ def test_other_distances_of_keys_in_the_mask_are_other_programs() -> None:
                 programs.append(launch._prepare(out, q, k, v, GENTLE, None, one, 0.2, None).program)
             else:
                 plan = row._plan_for(out, q, v, GENTLE, None, one, None)
-                programs.append(row._program(plan, out, q, v, None, one, None))
+                programs.append(row._program(plan, row._kinds(out, None, one, None), q, v))
         assert len(set(programs)) == 3, path
         assert programs[1] is programs[3] and programs[2] is programs[4], path
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cases
 import kernel_calls
@@ -215,6 +216,25 @@ def test_chunks_of_queries_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", ["bool-per-head", "additive-inf"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_padding_of_keys_may_hold_anything(dtype: torch.dtype, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = cases.qkv(SMALL, dtype=dtype)
+    prepare, padded = row._Memory.prepare, []
+
+    def spoiled(*arguments: Any) -> Any:
+        memory = prepare(*arguments)
+        padding = memory.keys[..., memory.key_count :]
+        padded.append(padding.fill_(math.nan).numel())
+        return memory
+
+    expected = [by_kernel("row", q, k, v, CONFIGS["gentle"], mask=m) for m in (None, MASKS[mask](SMALL))]
+    monkeypatch.setattr(row._Memory, "prepare", spoiled)
+    found = [by_kernel("row", q, k, v, CONFIGS["gentle"], mask=m) for m in (None, MASKS[mask](SMALL))]
+    assert all(padded)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @interpreted_only
 def test_the_result_may_overwrite_the_base() -> None:
     q, k, v = cases.qkv(SMALL)
@@ -226,18 +246,36 @@ def test_the_result_may_overwrite_the_base() -> None:
 # --- launches ------------------------------------------------------------------------------------------------------
 
 
+class OperationCounter(TorchDispatchMode):
+    """Count the operations of torch inside a ``with`` block, views and allocations too."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 @interpreted_only
 @pytest.mark.parametrize(
-    "shape, dtype, most",
+    "shape, dtype, most, most_operations",
     [
-        (Shape(2, 10, 4096, 77, 64), torch.float16, 9),
-        (Shape(2, 20, 1024, 77, 64), torch.float16, 9),
-        (Shape(1, 24, 4096, 512, 128), torch.bfloat16, 28),
+        (Shape(2, 10, 4096, 77, 64), torch.float16, 8, 18),
+        (Shape(2, 20, 1024, 77, 64), torch.float16, 8, 18),
+        (Shape(1, 24, 4096, 512, 128), torch.bfloat16, 27, 1000),
     ],
     ids=["SDXL 4096", "SDXL 1024", "Flux"],
 )
-def test_few_launches(shape: Shape, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without data stand for those of a card, for which chunks are larger than on a CPU."""
+def test_few_launches(
+    shape: Shape, dtype: torch.dtype, most: int, most_operations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without data stand for those of a card, for which chunks are larger than on a CPU.
+
+    Operations of torch are counted too, with views and allocations. Each takes about a microsecond of a CPU. A call in
+    one chunk, as in SDXL, needs no views of parts of its tensors.
+    """
     q, k, v = (
         torch.empty(shape.batch, tokens, shape.heads, shape.dim, dtype=dtype, device="meta").transpose(1, 2)
         for tokens in (shape.queries, shape.keys, shape.keys)
@@ -260,9 +298,10 @@ def test_few_launches(shape: Shape, dtype: torch.dtype, most: int, monkeypatch: 
     joint = shape.dim == 128
     lse = torch.empty(*q.shape[:3], device="meta") if joint else None
     out = torch.empty_like(q)
-    with wide_products_on_meta(True), LaunchCounter() as counter:
+    with wide_products_on_meta(True), LaunchCounter() as counter, OperationCounter() as operations:
         row.launch(out, q, k, v, CONFIGS["gentle"], out if joint else None, None, 0.1, lse)
     row._plan.cache_clear()
+    assert operations.count <= most_operations
     assert started.count("row_weights_kernel") == started.count("row_guidance_kernel") > 0
     assert counter.launches + len(started) <= most
 
