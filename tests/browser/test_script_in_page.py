@@ -43,8 +43,8 @@ ADD = """([type, inputs]) => {
     window.app.graph.add(node);
     for (const [source, output, input] of inputs) gagNode(source).connect(output, node, input);
 }"""
-# Errors are in a dialog, or in a notice with a panel at the side: the button that unfolds all, where the text then is, and
-# the button that closes the panel.
+# Errors are in a dialog, or in a notice with a panel at the side: the button that unfolds all, where the text then is,
+# and the button that closes the panel.
 DIALOG = ".p-dialog"
 UNFOLD = f"[data-testid=error-overlay-see-errors], {DIALOG} button:has-text('report')"
 DETAILS = f"[data-testid=properties-panel], {DIALOG}"
@@ -168,7 +168,8 @@ def test_titles_and_ids_of_a_workflow(extension: Extension) -> None:
     """The workflow's id, and the ids and titles of its nodes; with the line's tooltip, the chart and the picker."""
     extension.open(advanced=True)
     workflow = extension.page.evaluate("() => window.app.graph.serialize()")
-    workflow["id"] = MARKUP
+    # Where Vue draws, newer front ends show no widget of any node if the workflow's id has a colon, as the link has.
+    workflow["id"] = IMAGE
     ids = {node["id"]: f"{node['id']}\"']{MARKUP}" for node in workflow["nodes"] if node["type"].startswith("GAG")}
     for node in workflow["nodes"]:
         node["title"] = MARKUP
