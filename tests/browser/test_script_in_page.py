@@ -168,9 +168,9 @@ def test_titles_and_ids_of_a_workflow(extension: Extension) -> None:
     """The workflow's id, and the ids and titles of its nodes; with the line's tooltip, the chart and the picker."""
     extension.open(advanced=True)
     workflow = extension.page.evaluate("() => window.app.graph.serialize()")
-    # Where Vue draws, newer front ends show no widget of any node if the workflow's id has a colon, as the link has.
+    # Where Vue draws, newer front ends show no widget if the workflow's or the node's id has a colon, as the link has.
     workflow["id"] = IMAGE
-    ids = {node["id"]: f"{node['id']}\"']{MARKUP}" for node in workflow["nodes"] if node["type"].startswith("GAG")}
+    ids = {node["id"]: f"{node['id']}\"']{IMAGE}" for node in workflow["nodes"] if node["type"].startswith("GAG")}
     for node in workflow["nodes"]:
         node["title"] = MARKUP
         node["id"] = ids.get(node["id"], node["id"])
