@@ -33,7 +33,11 @@ OPTIONS = (
     "--disable-sync",
 )
 LOADED = "Boolean(window.app?.graph && window.LiteGraph?.registered_node_types.GAGuidance)"
+RESTORED = "Boolean(window.app.extensionManager?.workflow?.activeWorkflow?.isLoaded)"
 LOAD_TIMEOUT_MS = 180_000
+# A library of the front end (1.49.6, for example) loads WebAssembly from a data URL. A server with --disable-api-nodes
+# forbids the page to do so.
+OF_THE_FRONT_END = "/assets/vendor-three"
 ONLY_THE_GRAPH = (
     "body * {visibility: hidden !important} "
     "canvas#graph-canvas, .dom-widget, .dom-widget * {visibility: visible !important}"
@@ -61,18 +65,24 @@ def chromium() -> Path | None:
 
 
 class FrontEnd:
-    """The front end, opened on a server. ``errors`` collects uncaught errors of the page."""
+    """The front end, opened on a server. ``errors`` collects uncaught errors of the page, but not OF_THE_FRONT_END."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
         self.errors: list[str] = []
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("pageerror", self._page_error)
+
+    def _page_error(self, error: Any) -> None:
+        if OF_THE_FRONT_END not in (error.stack or ""):
+            self.errors.append(str(error))
 
     def go_to(self, server: ComfyServer) -> None:
         """Open a server's page, or reload it if it is open."""
         self.page.goto(server.url, wait_until="commit")
         self.page.wait_for_function(LOADED, timeout=LOAD_TIMEOUT_MS)
-        time.sleep(1)  # the page restores or makes its first workflow, and no event says when
+        # The page restores or makes its first workflow, after a second or more where the machine is busy.
+        self.page.wait_for_function(RESTORED, timeout=LOAD_TIMEOUT_MS)
+        time.sleep(1)
 
     def load(self, workflow: Json) -> None:
         """Open a workflow, as if its file were dropped onto the page."""
