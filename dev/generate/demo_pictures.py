@@ -18,17 +18,23 @@ from PIL import Image
 from comfy_host import ROOT
 from comfy_server import ComfyError, ComfyServer, Json, RunResult, to_api
 from demo import PROMPTS, comparison, in_grids, sheet_of
+from generate.thumbnails import framed, number_of
 
 HELP = ROOT / "web" / "docs"
 WORKFLOWS = ROOT / "workflows"
-HELP_WIDTH, THUMBNAIL_WIDTH, README_WIDTH = 760, 660, 1600
+HELP_WIDTH, README_WIDTH = 760, 1600
 MOST_BYTES = 78_000
 # Prompts and seeds of the README's picture, chosen to show a difference. The first is the demo workflow's own.
 README_PICTURES = [
+    ("a white circle right of a blue triangle", 13),
     ("a yellow cross below a purple square", 1),
     ("three blue circles", 1),
-    ("a white circle right of a blue triangle", 5),
 ]
+THUMBNAIL_TITLES = {
+    "gag_01_demo": "Start here: without GAG and with it",
+    "gag_11_sweep": "A sweep over one setting",
+    "gag_12_probe": "Where the model reads each word",
+}
 # Pictures of the help pages by workflow: the node that shows them, and a name for each; None leaves a picture out.
 HELP_PICTURES = {
     "gag_11_sweep": ("GAGGrid", ("GAGGrid",)),
@@ -130,9 +136,8 @@ def showing_node(prompt: Json, node_type: str, showing: set[str]) -> str:
 
 
 def thumbnail(picture: Image.Image, name: str) -> None:
-    """Save a workflow's thumbnail, the upper part of a high picture, small enough to be loaded with many others."""
-    small = narrowed(picture, THUMBNAIL_WIDTH)
-    small = small.crop((0, 0, small.width, min(small.height, round(1.1 * small.width))))
+    """Save a workflow's thumbnail with its number and title, small enough to be loaded with many others."""
+    small = framed(picture, number_of(name), THUMBNAIL_TITLES[name])
     path = WORKFLOWS / f"{name}.jpg"
     for quality in range(90, 20, -10):
         small.save(path, quality=quality, optimize=True)

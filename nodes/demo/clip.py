@@ -47,6 +47,9 @@ def encoder_of(clip: Any) -> DemoTextEncoder | None:
 class OtherEncoderError(KeyError):
     """A node asked for the tokens of a text encoder that the demo model does not have."""
 
+    # ComfyUI shows the module with the error, and its name would be the path of a folder of the user.
+    __module__ = "gag"
+
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError shows its argument in quotes
 

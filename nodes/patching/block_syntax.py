@@ -19,6 +19,9 @@ _LETTERS = {"d", "m", "u"}
 class BlocksError(ValueError):
     """The text does not name blocks of this model."""
 
+    # ComfyUI shows the module with the error, and its name would be the path of a folder of the user.
+    __module__ = "gag"
+
 
 def parse_blocks(text: str, blocks: Blocks) -> frozenset[Layer]:
     """Return the layers that ``text`` names.

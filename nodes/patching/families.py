@@ -393,6 +393,9 @@ Blocks = dict[str, list[list[Layer]]]
 class UnsupportedModelError(ValueError):
     """The model has no text attention that can be guided."""
 
+    # ComfyUI shows the module with the error, and its name would be the path of a folder of the user.
+    __module__ = "gag"
+
 
 def family_of(model: Any) -> tuple[Family, Blocks]:
     """Return the family of a ModelPatcher's model, and its blocks that have text attention.

@@ -165,7 +165,7 @@ def fault_of_error(error: Json) -> str:
     name, message = error["exception_type"], error["exception_message"].strip()
     file, line = (re.findall(r'File "([^"]+)", line (\d+)', "".join(error["traceback"])) or [("", "")])[-1]
     own = re.search(r"/custom_nodes/[^/]+/((?:nodes|gag_core)/.*)", file)
-    is_own = name in _OWN_ERRORS or "/custom_nodes/" in name
+    is_own = name in _OWN_ERRORS or name.startswith("gag.")  # and no path of a folder
     shown = f"{name.rsplit('.', 1)[-1]} in {own[1] if own else file}:{line}: {message[:200]!a}"
     if not is_own or own is None or not message.endswith("."):
         return f"a raw error: {shown}"
