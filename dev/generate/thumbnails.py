@@ -2,8 +2,8 @@
 """Draw the thumbnails of the workflows for large models: ``python dev.py run generate.thumbnails``.
 
 No pictures of these models come with the pack, so a thumbnail is a card with the model's name. The demo workflows have
-thumbnails of their results instead (``demo_pictures``). Every thumbnail has the workflow's number, because the front end
-lists the workflows in the order of the server's disk.
+thumbnails of their results instead (``demo_pictures``). Every thumbnail has the workflow's number, because the front
+end lists the workflows in the order of the server's disk.
 """
 
 from __future__ import annotations
