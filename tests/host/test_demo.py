@@ -271,7 +271,7 @@ def test_marks_of_other_models_in_a_prompt_are_refused() -> None:
 
 
 def test_the_text_encoder_writes_no_text() -> None:
-    """As ComfyUI's node Generate Text asks of it, in later versions."""
+    """ComfyUI's node Generate Text asks this of it in later versions."""
     _, clip, _ = host.run_node("GAGDemoLoader")
     with pytest.raises(ValueError, match=r"writes no text; give this node the clip of a language model\.$"):
         clip.cond_stage_model.generate(clip.tokenize("a red circle"), do_sample=False, max_length=8)

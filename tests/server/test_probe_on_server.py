@@ -31,6 +31,8 @@ def run(server: ComfyServer, object_info: Json, seed: int, **changes: object) ->
         if node["type"] == "GAGuidance" and changes.get("without_gag"):
             node["mode"] = BYPASSED
     prompt = to_api(workflow, object_info)
+    decoded = [id_of(prompt, "VAEDecode"), 0]
+    prompt["saved"] = {"class_type": "SaveImage", "inputs": {"images": decoded, "filename_prefix": "GAG_probe"}}
     for node in prompt.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["seed"] = seed
@@ -41,11 +43,7 @@ def run(server: ComfyServer, object_info: Json, seed: int, **changes: object) ->
         probe = prompt.pop(sampler["inputs"]["model"][0])
         sampler["inputs"]["model"] = probe["inputs"]["model"]
         report = next(key for key, node in prompt.items() if node["class_type"] == "GAGReport")
-        images = prompt.pop(report)["inputs"]["images"]
-        for node in prompt.values():
-            for name, value in node["inputs"].items():
-                if value == [report, 3]:
-                    node["inputs"][name] = images
+        del prompt[report]
     return server.run(prompt), prompt
 
 
