@@ -21,7 +21,7 @@ from .text_encoder import SPECIAL, DemoTextEncoder, words_of
 NAME = "gag_demo"
 _LAST_LAYER = -1
 # A mark that nodes for other models put into a prompt, such as <|im_start|> or <Prompt Start>.
-_MARK = re.compile(r"<[^<>]*>")
+_MARK = re.compile(r"<[^<>=]*>")
 _LONGEST_NAME = 40
 
 
