@@ -276,8 +276,7 @@ def test_after_a_reload_the_blocks_are_still_known_and_the_chart_is_still_open(
     extension.page.wait("type => Boolean(gagNode(type))", node)
     extension.wait_status(node, "")
     extension.wait_fit(node)
-    # In Vue a node that was just made is up to a row higher than its parts need.
-    assert height - 26 <= extension.page.evaluate("type => gagNode(type).size[1]", node) <= height + 2
+    assert extension.page.evaluate("type => gagNode(type).size[1]", node) == pytest.approx(height, abs=2)
     extension.wait_text(node, ".gag-chart .gag-note", "Queue a run: it draws a point for each step.")
     extension.click(node, "blocks")
     extension.wait_blocks(default)

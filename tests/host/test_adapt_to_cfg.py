@@ -216,6 +216,7 @@ def test_a_guider_without_cfg_counts_as_cfg_1(node_texts: list[str]) -> None:
     try:
         run_guider(guider_without_cfg(model))
     except AttributeError:
+        # ComfyUI 0.33.0 writes guider.cfg into its log, so no such guider reaches guidance there.
         pytest.skip("this ComfyUI does not sample with a guider that has no cfg")
     with strengths() as found:
         run_guider(guider_without_cfg(adapted(model)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+from comfy_host import find_host
 from comfy_server import ComfyServer, Json, RunResult
 
 PROMPT: Json = {
@@ -32,8 +33,10 @@ def test_each_run_of_the_queue_checks_the_machine(server: ComfyServer) -> None:
     shown = [data["text"] for event, data in first.messages if event == "progress_text" and data["node"] == "check"]
     assert shown == [f"{text}\n\nAll numbers: {path}"]
     progress = [data["value"] for event, data in first.messages if event == "progress" and data["node"] == "check"]
-    # ComfyUI sends at most ten of these a second in newer versions.
-    assert progress == sorted(progress) and progress[-1] == 1000 and len(progress) > 2
+    # Newer versions of ComfyUI send at most ten of these a second, and the check is quick.
+    is_throttled = "PROGRESS_THROTTLE" in (find_host() / "comfy" / "utils.py").read_text(encoding="utf-8")
+    least = 2 if is_throttled else 10
+    assert progress == sorted(progress) and progress[-1] == 1000 and len(progress) > least
     again = server.run(PROMPT)
     assert again.status == "success", again.error
     assert data_of(server, again)[0] != path
